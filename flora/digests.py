@@ -1,0 +1,33 @@
+"""Content addresses: sha256 of bytes, of files and of canonical JSON (RFC 8785)."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from flora.names import Digest
+
+_READ_BYTES = 1 << 22
+
+
+def digest_bytes(data: bytes | memoryview) -> Digest:
+    return Digest("sha256:" + hashlib.sha256(data).hexdigest())
+
+
+def digest_file(path: Path) -> Digest:
+    """Digest of the file's bytes, read in pieces of 4 MiB."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            sha256.update(piece)
+    return Digest("sha256:" + sha256.hexdigest())
+
+
+def canonical_json(value: Any) -> bytes:
+    """One spelling for equal values: sorted keys, shortest numbers, no spaces. Source: RFC 8785."""
+    return rfc8785.dumps(value)
+
+
+def digest_json(value: Any) -> Digest:
+    return digest_bytes(canonical_json(value))
