@@ -6,7 +6,7 @@
     ├── AuthError                    4   FL-AUTH         a token is missing or refused
     ├── NotFound                     5   FL-NOTFOUND
     │   └── AdapterNotFound          5   FL-ADAPTER      no adapter, version or alias of that name
-    ├── CheckpointError              1   FL-CHECKPOINT   a checkpoint is missing, damaged or of a kind Flora does not read
+    ├── CheckpointError              1   FL-CHECKPOINT   a checkpoint is missing, damaged or of an unread kind
     │   ├── ShapeMismatch            1   FL-SHAPE        base and tuned (or base and adapter) disagree on a shape
     │   ├── NotFinite                1   FL-NOTFINITE    NaN or infinity among the weights
     │   └── PickleRefused            1   FL-PICKLE       weights stored as pickled Python objects

@@ -1,0 +1,201 @@
+"""An adapter: low-rank factors, the base they belong to, and the record of what they kept.
+
+Two identities (DESIGN §3). The *serving digest* covers what changes an answer: base id, factors, ranks, scales, chat
+template, end tokens. The *version digest*, made by the registry from its manifest, adds report and lineage. Neither sees
+a clock, a host or a path.
+
+The records here are msgspec structs: they travel as JSON, and reading them needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from flora.digests import digest_bytes, digest_json
+from flora.names import Digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flora.lowrank import LowRank
+
+SCHEMA_VERSION = 1
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+EXTRAS = (CHAT_TEMPLATE, GENERATION_CONFIG)  # files of the tuned checkpoint that an adapter may carry
+
+
+class Module(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapted module, as its header tells it."""
+
+    name: str  # module path in the base checkpoint: model.layers.0.self_attn.q_proj
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float  # scale = alpha / rank
+    dtype: str  # of the stored factors: bfloat16, float16, float32
+    a_sha256: str  # hex, of the stored bytes of A [rank, in] and B [out, rank]
+    b_sha256: str
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one tensor of the pair. Norms are squared Frobenius norms of the float32 delta."""
+
+    name: str
+    shape: tuple[int, ...]
+    status: Literal["extracted", "unchanged", "not_extractable", "excluded"]
+    norm_squared: float
+    kept: float = 0.0  # norm_squared less the squared residual of the factors as stored; 0 where nothing is extracted
+    rank: int | None = None
+    noise: float = 0.0  # estimate of what rounding both checkpoints put into norm_squared
+    reason: str | None = None  # of a status other than extracted; or of a rank that missed the target
+
+
+class ChangeReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Every tensor of the pair, in the order of names. Nothing is left out."""
+
+    tensors: tuple[TensorChange, ...]
+
+    @property
+    def norm_squared(self) -> float:
+        return sum(tensor.norm_squared for tensor in self.tensors)
+
+    @property
+    def kept_share(self) -> float:
+        """Kept energy over the whole change, what was not extractable included; 1 if nothing changed."""
+        total = self.norm_squared
+        return sum(tensor.kept for tensor in self.tensors) / total if total else 1.0
+
+    @property
+    def extracted_share(self) -> float:
+        """Kept energy over the extracted modules alone; 1 if there is none."""
+        extracted = [tensor for tensor in self.tensors if tensor.status == "extracted"]
+        total = sum(tensor.norm_squared for tensor in extracted)
+        return sum(tensor.kept for tensor in extracted) / total if total else 1.0
+
+    def share(self, tensor: TensorChange) -> float:
+        """The tensor's share of the whole change."""
+        return tensor.norm_squared / self.norm_squared if self.norm_squared else 0.0
+
+    def by_name(self) -> dict[str, TensorChange]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+
+class BaseBinding(msgspec.Struct, frozen=True, kw_only=True):
+    """The base an adapter belongs to. `base_id` is None only for an import whose base nobody has shown us."""
+
+    name: str  # what the base calls itself; a Hub id where it has one. Never a path
+    base_id: str | None
+    architecture: str = "unknown"
+    touched: dict[str, str] = {}  # sha256 (hex) of each base tensor that the factors change
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How this version came to be: enough to make it again from the same inputs."""
+
+    operation: Literal["extract", "prune", "import", "merge"]
+    method: str = ""
+    options: dict[str, str | int | float | bool | None] = {}
+    tuned_name: str | None = None
+    tuned_id: str | None = None  # digest of the tuned checkpoint's record
+    parents: tuple[str, ...] = ()  # version digests
+
+
+class AdapterHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """All of an adapter but the numbers: what a layout, a listing or a compatibility check needs."""
+
+    base: BaseBinding
+    modules: tuple[Module, ...]  # in the order of names; a module of rank 0 is absent
+    recipe: Recipe
+    extras: dict[str, str] = {}  # file name -> digest
+    bench_salt: str = ""  # lets a benchmark make equal files count as different adapters
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def serving_digest(self) -> Digest:
+        modules = [msgspec.to_builtins(module) for module in self.modules]
+        return digest_json(
+            {
+                "schema_version": self.schema_version,
+                "base": self.base.base_id or f"claimed:{self.base.name}",
+                "modules": modules,
+                "extras": self.extras,
+                "bench_salt": self.bench_salt,
+            }
+        )
+
+    @property
+    def max_rank(self) -> int:
+        return max((module.rank for module in self.modules), default=0)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(module.rank * (module.in_features + module.out_features) for module in self.modules)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter in memory: header, factors by module name, the report of its extraction, and the files it carries."""
+
+    header: AdapterHeader
+    factors: Mapping[str, LowRank]
+    report: ChangeReport | None = None
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[Module, LowRank]]:
+        for module in self.header.modules:
+            yield module, self.factors[module.name]
+
+
+def make_adapter(
+    factors: Mapping[str, LowRank],
+    base: BaseBinding,
+    recipe: Recipe,
+    report: ChangeReport | None = None,
+    extras: Mapping[str, bytes] | None = None,
+    bench_salt: str = "",
+) -> Adapter:
+    """The adapter of these factors, with its header made from them. Modules of rank 0 are left out."""
+    kept = {name: factors[name] for name in sorted(factors) if factors[name].rank > 0}
+    extras = dict(extras or {})
+    header = AdapterHeader(
+        base=base,
+        modules=tuple(describe(name, lowrank) for name, lowrank in kept.items()),
+        recipe=recipe,
+        extras={name: str(digest_bytes(data)) for name, data in sorted(extras.items())},
+        bench_salt=bench_salt,
+    )
+    return Adapter(header=header, factors=kept, report=report, extras=extras)
+
+
+def describe(name: str, factors: LowRank) -> Module:
+    return Module(
+        name=name,
+        in_features=factors.in_features,
+        out_features=factors.out_features,
+        rank=factors.rank,
+        alpha=factors.scale * factors.rank,
+        dtype=str(factors.A.dtype).removeprefix("torch."),
+        a_sha256=tensor_sha256(factors.A),
+        b_sha256=tensor_sha256(factors.B),
+    )
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 (hex) of the tensor's bytes, row-major and little-endian."""
+    import torch
+
+    return digest_bytes(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))).hex
+
+
+def to_json(record: msgspec.Struct) -> Any:
+    """The record as plain JSON values, ready for canonical JSON or a file."""
+    return msgspec.to_builtins(record)

@@ -1,0 +1,236 @@
+"""Reading a Hugging Face checkpoint: safetensors only, memory-mapped, one tensor at a time."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora.errors import AuthError, CheckpointError, NotFound, PickleRefused, RemoteError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+              "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
+_MAX_JSON_BYTES = 64 << 20
+_HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: `file[start:end]`, row-major, little-endian."""
+
+    name: str
+    dtype: str  # safetensors' word: BF16, F16, F32, …
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # bytes from the start of the file
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        return self.num_bytes // ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An open checkpoint. Tensors are read when asked for; nothing is held but file maps."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]  # in the order of their names
+    _maps: dict[Path, Any] = field(default_factory=dict, repr=False)
+
+    def load(self, name: str) -> "Tensor":
+        """The tensor in its stored dtype and shape, on the CPU, backed by the file's map: do not write to it."""
+        from safetensors import SafetensorError, safe_open
+
+        info = self.tensors[name]
+        try:
+            if info.file not in self._maps:
+                self._maps[info.file] = safe_open(info.file, framework="pt")
+            return self._maps[info.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"tensor {name} of {info.file} cannot be read", cause=str(error)) from error
+
+    @cached_property
+    def name(self) -> str:
+        """What the checkpoint calls itself: the Hub id its config records, or else its folder's name."""
+        recorded = self.config.get("_name_or_path")
+        if isinstance(recorded, str) and recorded and not recorded.startswith((".", "/", "~")):
+            return recorded
+        return self.path.name
+
+    @property
+    def architecture(self) -> str:
+        names = self.config.get("architectures") or ["unknown"]
+        return str(names[0])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.tensors.values())
+
+    def sidecar(self, name: str) -> bytes | None:
+        """The bytes of a small file beside the weights (`chat_template.jinja`, `generation_config.json`), if there."""
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens the checkpoint in folder `path` by its headers alone.
+
+    Raises NotFound (no such folder), PickleRefused (only .bin or .pt weights), CheckpointError (no weights, a truncated
+    or inconsistent file, a tensor that the index names and no file holds).
+    """
+    if not path.is_dir():
+        raise NotFound(
+            f"{path} is not a folder", fix="give a Hugging Face checkpoint folder or a Hub id such as org/name"
+        )
+    tensors = {info.name: info for file in _weight_files(path) for info in read_header(file)}
+    _check_index(path, tensors)
+    return Checkpoint(
+        path=path,
+        config=_read_json(path / "config.json") if (path / "config.json").exists() else {},
+        tensors={name: tensors[name] for name in sorted(tensors)},
+    )
+
+
+def locate_checkpoint(source: str) -> Path:
+    """The local folder of `source`: itself if it is one, else the Hub snapshot of that id, downloaded if need be.
+
+    Raises NotFound, AuthError, RemoteError (offline and not in the cache), UsageError (neither a folder nor an id).
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise NotFound(f"there is no folder {source}", fix="check the path, or give a Hub id such as org/name")
+    return _download(source)
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    offline = RemoteError(
+        f"{repo_id} is no folder here, and the Hugging Face Hub cannot be reached",
+        cause="there is no network, HF_HUB_OFFLINE is set, or HF_ENDPOINT names a host that does not answer",
+        fix=f"give a local folder, or download it where there is a network: hf download {repo_id}",
+    )
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_PATTERNS))
+    except HFValidationError as error:
+        raise UsageError(f"{repo_id!r} is neither a folder nor a Hub id", cause=str(error)) from error
+    except GatedRepoError as error:
+        raise AuthError(f"{repo_id} is gated", fix="accept its terms on the Hub, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise NotFound(
+            f"there is no folder {repo_id} here and no such model on the Hub",
+            fix="check the spelling; a private model needs `hf auth login` first",
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise offline from error
+    except Exception as error:  # the HTTP client's own connection errors have no common base with the above
+        if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
+            raise offline from error
+        raise
+
+
+def read_header(file: Path) -> Iterator[TensorInfo]:
+    """Every tensor of one safetensors file, from its header. Raises CheckpointError if the file is not sound."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):  # the library's own check of lengths, offsets, overlaps and holes
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} does not exist", fix="the download or the copy is incomplete: fetch it again"
+        ) from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} is not a complete safetensors file",
+            cause=str(error),
+            fix="it may be a truncated download or a Git LFS pointer: fetch it again",
+        ) from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        yield TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start, 8 + length + end)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / INDEX_FILE
+    if index.exists():
+        names = sorted(set(_weight_map(index).values()))
+        for name in names:
+            if os.sep in name or name.startswith(".."):
+                raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
+        return [path / name for name in names]
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    loose = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
+    if loose:
+        return loose
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise PickleRefused(
+            f"{path} holds its weights as {pickles[0]}, a pickle file that can run code when it is opened",
+            fix="save it again as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+        )
+    if (path / "adapter_model.safetensors").exists():
+        raise CheckpointError(
+            f"{path} is an adapter, not a checkpoint", fix="give the folder of the full model that it was made from"
+        )
+    raise CheckpointError(f"{path} holds no safetensors weights", fix=f"a checkpoint has {SINGLE_FILE} or {INDEX_FILE}")
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    index = path / INDEX_FILE
+    if not index.exists():
+        return
+    missing = sorted(set(_weight_map(index)) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"{index} names {len(missing)} tensors that no file holds, {missing[0]} among them",
+            fix="a shard is missing or from another checkpoint: fetch the folder again",
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map", fix="fetch the folder again")
+    return weight_map
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES >> 20} MiB, too much for a configuration")
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON", cause=str(error)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value

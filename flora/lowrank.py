@@ -1,0 +1,109 @@
+"""Arithmetic on low-rank factors: no files, no devices, no names."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ORTHOGONAL = 2e-2  # cosine of two columns below which bf16 factors count as orthogonal (bf16 rounds to 2**-9)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """One module's factors: delta ≈ scale * B @ A."""
+
+    A: Tensor  # [rank, in_features]
+    B: Tensor  # [out_features, rank]
+    scale: float = 1.0  # alpha / rank, in PEFT's terms
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rank * self.bytes_per_rank
+
+    @property
+    def bytes_per_rank(self) -> int:
+        return self.in_features * self.A.element_size() + self.out_features * self.B.element_size()
+
+    def delta(self) -> Tensor:
+        """scale * B @ A in float32, [out_features, in_features]."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+
+def split_svd(U: Tensor, S: Tensor, Vh: Tensor, dtype: torch.dtype) -> LowRank:
+    """Factors with sqrt(S) on either side, so that neither loses more than the other when stored in `dtype`.
+
+    U [out, r], S [r] descending, Vh [r, in]
+    """
+    root = S.clamp_min(0).sqrt()
+    return LowRank(A=(root[:, None] * Vh).to(dtype).contiguous(), B=(U * root).to(dtype).contiguous())
+
+
+def component_energies(factors: LowRank) -> Tensor:
+    """Squared norm of each rank-one term, float64 [rank]; in SVD order, the squared singular values."""
+    a, b = factors.A.double(), factors.B.double()
+    return factors.scale**2 * a.square().sum(1) * b.square().sum(0)
+
+
+def norm_squared(factors: LowRank) -> float:
+    """Squared Frobenius norm of scale * B @ A, from two [rank, rank] Gram matrices in float64."""
+    a, b = factors.A.double(), factors.B.double()
+    return float(factors.scale**2 * ((b.T @ b) * (a @ a.T)).sum())
+
+
+def is_svd_ordered(factors: LowRank) -> bool:
+    """Whether A's rows and B's columns are each orthogonal, within rounding, and their energies descend."""
+    if factors.rank <= 1:
+        return True
+    energies = component_energies(factors)
+    if bool((energies[1:] > energies[:-1] * 1.01).any()):
+        return False
+    return _is_orthogonal(factors.A.double()) and _is_orthogonal(factors.B.double().T)
+
+
+def svd_order(factors: LowRank) -> LowRank:
+    """The same product in SVD order, scale folded in: two QR factorizations and an SVD of [rank, rank], in float64."""
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    U, S, Vh = torch.linalg.svd(factors.scale * (r_b @ r_a.T))
+    return split_svd(q_b @ U, S, Vh @ q_a.T, factors.A.dtype)
+
+
+def trim(factors: LowRank, rank: int) -> LowRank:
+    """The leading `rank` terms of factors in SVD order; scale stays."""
+    return LowRank(A=factors.A[:rank].contiguous(), B=factors.B[:, :rank].contiguous(), scale=factors.scale)
+
+
+def pad(factors: LowRank, rank: int) -> LowRank:
+    """Zero terms up to `rank`; the product stays."""
+    extra = rank - factors.rank
+    if extra < 0:
+        raise ValueError(f"cannot pad rank {factors.rank} down to {rank}")
+    return LowRank(
+        A=torch.nn.functional.pad(factors.A, (0, 0, 0, extra)),
+        B=torch.nn.functional.pad(factors.B, (0, extra)),
+        scale=factors.scale,
+    )
+
+
+def unpad(factors: LowRank) -> LowRank:
+    """Without the trailing terms that are zero on both sides."""
+    used = (factors.A != 0).any(1) | (factors.B != 0).any(0)
+    return trim(factors, int(used.nonzero().max()) + 1 if used.any() else 0)
+
+
+def _is_orthogonal(rows: Tensor) -> bool:
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    gram = (unit @ unit.T).fill_diagonal_(0)
+    return float(gram.abs().max()) < _ORTHOGONAL
