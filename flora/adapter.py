@@ -1,8 +1,8 @@
 """An adapter: low-rank factors, the base they belong to, and the record of what they kept.
 
 Two identities (DESIGN §3). The *serving digest* covers what changes an answer: base id, factors, ranks, scales, chat
-template, end tokens. The *version digest*, made by the registry from its manifest, adds report and lineage. Neither sees
-a clock, a host or a path.
+template, end tokens. The *version digest*, made by the registry from its manifest, adds report and lineage. Neither
+sees a clock, a host or a path.
 
 The records here are msgspec structs: they travel as JSON, and reading them needs no torch.
 """
@@ -193,7 +193,7 @@ def tensor_sha256(tensor: Tensor) -> str:
     """sha256 (hex) of the tensor's bytes, row-major and little-endian."""
     import torch
 
-    return digest_bytes(memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))).hex
+    return digest_bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hex
 
 
 def to_json(record: msgspec.Struct) -> Any:

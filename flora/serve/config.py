@@ -1,0 +1,38 @@
+"""How one server runs: built once by the CLI, handed down whole, written as JSON for the engine process."""
+
+from pathlib import Path
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine process needs; every number is concrete here."""
+
+    base: Path  # folder of the base checkpoint
+    registry: str  # folder or URL that Registry.open takes
+    cache_dir: Path  # of file hashes
+    device: str = "cpu"
+    dtype: str = "float32"  # of weights, KV and adapters in the pool; bfloat16 on a GPU
+    page_tokens: int = 16
+    pool_bytes: int = 2 << 30  # KV and adapters together
+    max_context: int | None = None  # tokens; None: the model's own, or less where the pool holds less
+    max_sequences: int = 64  # running at once
+    max_batch_tokens: int = 512  # rows a step: bounds the gap between two tokens while a long prompt is prefilled
+    max_waiting: int = 4096  # requests in the queue before new ones are refused
+    max_adapters: int = 256  # resident at once: rows of the kernels' tables
+    host_cache_bytes: int = 4 << 30  # packed adapters kept in host memory
+    num_threads: int | None = None  # of torch on a CPU; None: its own choice
+    poison: bool = False  # tests: refill freed pages with NaN
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    engine: EngineConfig
+    base_name: str  # the base's model id on the API
+    host: str = "127.0.0.1"
+    port: int = 8000
+    preload: tuple[str, ...] = ()  # references to make resident before the first request
+    drain_s: float = 30.0  # on SIGTERM: how long running requests may take to finish
+    max_body_bytes: int = 4 << 20
+    header_timeout_s: float = 10.0
+    keepalive_s: float = 15.0  # SSE comment while nothing else is sent
+    api_keys: tuple[str, ...] = ()  # none: loopback only, every request has all scopes
