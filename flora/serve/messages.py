@@ -20,18 +20,18 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     pass
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True, kw_only=True):
     request_id: str
     prompt: tuple[int, ...]  # token ids, at least one
     sampling: SamplingParams
     adapter: AdapterTarget | None = None  # None: the base
 
 
-class Cancel(_Message):
+class Cancel(_Message, frozen=True, kw_only=True):
     request_id: str
 
 
-class LoadAdapter(_Message):
+class LoadAdapter(_Message, frozen=True, kw_only=True):
     """Make it resident now. Answered by AdapterLoaded, or Rejected with the same request_id."""
 
     request_id: str
@@ -39,18 +39,18 @@ class LoadAdapter(_Message):
     pinned: bool = False
 
 
-class UnloadAdapter(_Message):
+class UnloadAdapter(_Message, frozen=True, kw_only=True):
     """Give its pages back as soon as no sequence uses it. Answered by AdapterUnloaded."""
 
     request_id: str
     serving_digest: str
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True, kw_only=True):
     """A front end's first words; the engine answers Ready once it can serve."""
 
 
-class Drain(_Message):
+class Drain(_Message, frozen=True, kw_only=True):
     """Take no new request; end when the running ones are done."""
 
 
@@ -74,13 +74,13 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None  # with finish_reason "error"
 
 
-class StepEvents(_Message):
+class StepEvents(_Message, frozen=True, kw_only=True):
     """All tokens that one step made for one front end, in one frame."""
 
     events: tuple[TokenEvent, ...]
 
 
-class Rejected(_Message):
+class Rejected(_Message, frozen=True, kw_only=True):
     """The request never started, or its adapter could not be loaded. `code` is a FloraError's: FL-PAGES, FL-BASE, …"""
 
     request_id: str
@@ -90,19 +90,19 @@ class Rejected(_Message):
     fix: str | None = None
 
 
-class AdapterLoaded(_Message):
+class AdapterLoaded(_Message, frozen=True, kw_only=True):
     request_id: str
     serving_digest: str
     load_ms: float
 
 
-class AdapterUnloaded(_Message):
+class AdapterUnloaded(_Message, frozen=True, kw_only=True):
     request_id: str
     serving_digest: str
     was_resident: bool
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True, kw_only=True):
     """The engine's constants, once it can serve."""
 
     base_id: str
@@ -126,7 +126,7 @@ class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
 
 
-class Heartbeat(_Message):
+class Heartbeat(_Message, frozen=True, kw_only=True):
     """At least once a second: the engine lives, and this is its state. Counters are totals since start."""
 
     running: int

@@ -1,0 +1,74 @@
+"""What a model calls: four operations, each with a plain-torch and a Triton implementation."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from flora.kernels.modules import Group
+from flora.kernels.weights import AdapterWeights
+from flora.kernels.work import WorkList
+
+
+class Ops(Protocol):
+    """ReferenceOps and TritonOps. The caller picks one by name; neither ever falls back to the other."""
+
+    name: str  # "reference" or "triton", for metrics
+
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+        """v[p, i, c_s + j] summed over p = x[i] @ A_s[j] for each slice s of the group and row i of a segment.
+
+        x        [n, in_features], contiguous
+        returns  float32 [splits, n, width]; the slices lie back to back by the row's own ranks: c_s is the sum of the
+                 ranks of the group's earlier slices. Values past a row's own ranks are never written and never read.
+        """
+        ...
+
+    def lora_expand(
+        self,
+        y: Tensor,
+        v: Tensor,
+        weights: AdapterWeights,
+        layer: int,
+        group: Group,
+        out_starts: Sequence[int],
+        out_sizes: Sequence[int],
+        work: WorkList,
+    ) -> None:
+        """y[i, out_starts[s] : + out_sizes[s]] += scale_s * sum_j v[i, c_s + j] * B_s[:, j], in place.
+
+        y  [n, out_total], contiguous; float32 inside, one rounding to y's dtype. Rows in no segment keep their bits.
+        v  what lora_shrink returned for the same weights, layer, group and work
+        """
+        ...
+
+    def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+        """kv[slot // page_tokens, 0 or 1, slot % page_tokens] = k[i] or v[i], in place; rows with slot < 0 are skipped.
+
+        k, v   [n, num_kv_heads, head_dim], last dimension contiguous
+        kv     [num_pages, 2, page_tokens, num_kv_heads, head_dim], one layer's plane, last dimension contiguous
+        slots  int64 [n]
+        """
+        ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        softmax_scale: float,
+        *,
+        max_queries: int | None = None,
+    ) -> Tensor:
+        """Causal attention of each sequence's last tokens over its whole context, which store_kv has already stored.
+
+        q             [n, num_q_heads, head_dim]; num_q_heads is a multiple of num_kv_heads
+        block_tables  int32 [num_sequences, max_pages]; unread past a sequence's last page
+        seq_lens      int32 [num_sequences]: context tokens, the queries' own among them; 0 is padding
+        query_starts  int32 [num_sequences + 1]: sequence s owns rows query_starts[s] : query_starts[s + 1]
+        max_queries   no sequence has more queries than this (None: unknown). 1 spares a GPU the prefill launch.
+        returns       [n, num_q_heads, head_dim] in q's dtype; zeros for rows of a sequence with seq_len 0.
+        """
+        ...

@@ -1,0 +1,20 @@
+"""Adapter weights as the kernels see them: one pool of cells and three tables that say where each factor lies."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterWeights:
+    """Typed views of the unified pool and the tables of its resident adapters, all on one device.
+
+    An adapter is one stream of elements over its cells in order: element e lies in cell `cells[slot, e // cell_elements]`
+    at `e % cell_elements`. A is stored [rank, in_features] and B transposed, [rank, out_features], both row-major with
+    every row padded to whole chunks of 64 elements. Padding is never read: it may hold NaN.
+    """
+
+    pool: Tensor  # [num_cells, cell_elements] fp32, fp16 or bf16, contiguous; cell_elements is a multiple of 64
+    cells: Tensor  # int32 [num_slots, max_cells]; unread past an adapter's last cell
+    modules: Tensor  # int32 [num_slots, num_layers, 7, 3]: rank (0 = absent), start of A and of B in chunks
+    scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank

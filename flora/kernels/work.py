@@ -1,0 +1,57 @@
+"""The step's work list: which rows of the batch meet which adapter."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WorkList:
+    """Segments of consecutive rows that share an adapter. Base rows are in no segment and are never touched.
+
+    Only the tensors' values change from step to step, so a captured CUDA graph replays over any other list of the same
+    capacity.
+    """
+
+    segments: Tensor  # int32 [capacity, 3]: slot, first_row, num_rows <= block_rows; unread past num_segments
+    num_segments: Tensor  # int32 [1]
+    block_rows: int  # 16 suits decode, 64 prefill; the CPU path takes any
+    max_rank: int  # no module of a resident adapter has a higher rank; sizes buffers, changes no result
+
+    @classmethod
+    def build(
+        cls,
+        segments: Sequence[tuple[int, int, int]],
+        *,
+        block_rows: int,
+        max_rank: int,
+        capacity: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "WorkList":
+        """A new work list that holds `segments`, with room for `capacity` of them (default: exactly these)."""
+        capacity = len(segments) if capacity is None else capacity
+        if len(segments) > capacity:
+            raise ValueError(f"{len(segments)} segments do not fit a work list of capacity {capacity}")
+        table = torch.zeros(capacity, 3, dtype=torch.int32)
+        if segments:
+            table[: len(segments)] = torch.tensor(segments, dtype=torch.int32)
+        count = torch.tensor([len(segments)], dtype=torch.int32)
+        return cls(table.to(device), count.to(device), block_rows, max_rank)
+
+
+def split_segments(row_slots: Iterable[int | None], block_rows: int) -> list[tuple[int, int, int]]:
+    """(slot, first_row, num_rows) for every run of rows with one slot, cut so that num_rows <= block_rows.
+
+    row_slots  each row's adapter slot in batch order; None is a base row, which is in no segment.
+    """
+    segments: list[tuple[int, int, int]] = []
+    first = 0
+    for slot, run in groupby(row_slots):
+        end = first + sum(1 for _ in run)
+        if slot is not None:
+            segments += [(slot, row, min(block_rows, end - row)) for row in range(first, end, block_rows)]
+        first = end
+    return segments
