@@ -9,9 +9,10 @@ from torch import Tensor
 class AdapterWeights:
     """Typed views of the unified pool and the tables of its resident adapters, all on one device.
 
-    An adapter is one stream of elements over its cells in order: element e lies in cell `cells[slot, e // cell_elements]`
-    at `e % cell_elements`. A is stored [rank, in_features] and B transposed, [rank, out_features], both row-major with
-    every row padded to whole chunks of 64 elements. Padding is never read: it may hold NaN.
+    An adapter is one stream of elements over its cells in order: element e lies in cell
+    `cells[slot, e // cell_elements]` at `e % cell_elements`. A is stored [rank, in_features] and B transposed,
+    [rank, out_features], both row-major with every row padded to whole chunks of 64 elements. Padding is never read:
+    it may hold NaN.
     """
 
     pool: Tensor  # [num_cells, cell_elements] fp32, fp16 or bf16, contiguous; cell_elements is a multiple of 64

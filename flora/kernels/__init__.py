@@ -1,0 +1,40 @@
+"""Operations of the forward pass that know pages and ids, and no names: LoRA, paged attention, and what lies between.
+
+`ReferenceOps` is plain torch, the ground truth and the CPU path. `TritonOps` runs on a GPU; it is imported on first
+use, so that a machine without Triton can import this room.
+"""
+
+from typing import Any
+
+from flora.kernels.linear import PackedLinear, linear
+from flora.kernels.modules import CHUNK, MODULES, Group, padded
+from flora.kernels.ops import Ops
+from flora.kernels.pointwise import rms_norm, rope, silu_mul
+from flora.kernels.reference import ReferenceOps
+from flora.kernels.weights import AdapterWeights
+from flora.kernels.work import WorkList, split_segments
+
+__all__ = [
+    "CHUNK",
+    "MODULES",
+    "AdapterWeights",
+    "Group",
+    "Ops",
+    "PackedLinear",
+    "ReferenceOps",
+    "WorkList",
+    "linear",
+    "padded",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "split_segments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TritonOps":
+        from flora.kernels.triton_ops import TritonOps
+
+        return TritonOps
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""Every operation in plain torch: the ground truth of the Triton kernels, and the path that serves on a CPU.
+
+On a CPU a row's result is the same bits whatever the batch around it: products go through `linear`, which is
+row-invariant there, and the rest rounds each element by itself.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora.kernels import reference_attention
+from flora.kernels.linear import linear
+from flora.kernels.modules import CHUNK, Group, padded
+from flora.kernels.weights import AdapterWeights
+from flora.kernels.work import WorkList
+
+
+class ReferenceOps:
+    """Ops in plain torch, for any device."""
+
+    name = "reference"
+
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+        """See Ops.lora_shrink; here splits is 1."""
+        width = work.max_rank * len(group.value)
+        v = torch.empty(1, x.shape[0], width, dtype=torch.float32, device=x.device)
+        for slot, first, count in _segments(work):
+            factors = [
+                _matrix(weights, slot, a_chunk, rank, x.shape[1])
+                for rank, a_chunk, _ in _records(weights, slot, layer, group)
+                if rank
+            ]
+            if factors:
+                a = torch.cat(factors) if len(factors) > 1 else factors[0]  # [total rank, in_features]
+                v[0, first : first + count, : a.shape[0]] = linear(x[first : first + count].float(), a)
+        return v
+
+    def lora_expand(
+        self,
+        y: Tensor,
+        v: Tensor,
+        weights: AdapterWeights,
+        layer: int,
+        group: Group,
+        out_starts: Sequence[int],
+        out_sizes: Sequence[int],
+        work: WorkList,
+    ) -> None:
+        """See Ops.lora_expand."""
+        for slot, first, count in _segments(work):
+            records = _records(weights, slot, layer, group)
+            scales = weights.scales[slot, layer].tolist()
+            column = 0
+            slices = zip(records, group.value, out_starts, out_sizes, strict=True)
+            for (rank, _, b_chunk), module, start, size in slices:
+                if rank == 0:
+                    continue
+                b = _matrix(weights, slot, b_chunk, rank, size)  # [rank, out]
+                shrunk = v[:, first : first + count, column : column + rank]
+                shrunk = shrunk[0] if len(shrunk) == 1 else shrunk.sum(0)
+                # The scale goes on first: y + scale * delta in one torch call may fuse, and its tail does not.
+                delta = linear(shrunk * scales[module], b.t())
+                target = y[first : first + count, start : start + size]
+                target.copy_(target.float() + delta)
+                column += rank
+
+    def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+        """See Ops.store_kv."""
+        kept = slots >= 0
+        page = torch.div(slots[kept], kv.shape[2], rounding_mode="floor")
+        offset = slots[kept] % kv.shape[2]
+        kv[page, 0, offset] = k[kept].to(kv.dtype)
+        kv[page, 1, offset] = v[kept].to(kv.dtype)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        softmax_scale: float,
+        *,
+        max_queries: int | None = None,
+    ) -> Tensor:
+        """See Ops.paged_attention."""
+        return reference_attention.paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
+
+
+def _segments(work: WorkList) -> list[list[int]]:
+    """[slot, first_row, num_rows] of the segments in use."""
+    segments: list[list[int]] = work.segments[: int(work.num_segments)].tolist()
+    return segments
+
+
+def _records(weights: AdapterWeights, slot: int, layer: int, group: Group) -> list[list[int]]:
+    """[rank, a_chunk, b_chunk] of the group's modules."""
+    records: list[list[int]] = weights.modules[slot, layer, group.value[0] : group.value[-1] + 1].tolist()
+    return records
+
+
+def _matrix(weights: AdapterWeights, slot: int, chunk: int, rank: int, row_elements: int) -> Tensor:
+    """float32 [rank, row_elements], gathered from the adapter's stream at `chunk`; the rows' padding is left out."""
+    cell_elements = weights.pool.shape[1]
+    start, length = chunk * CHUNK, rank * padded(row_elements)
+    first_cell, end_cell = start // cell_elements, -(-(start + length) // cell_elements)
+    stream = weights.pool.index_select(0, weights.cells[slot, first_cell:end_cell]).flatten()
+    offset = start - first_cell * cell_elements
+    return stream[offset : offset + length].view(rank, padded(row_elements))[:, :row_elements].float()
