@@ -1,0 +1,110 @@
+"""fsck: rows against blobs, blobs against their digests, weights against their headers. Changes nothing."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import sqlalchemy as sa
+
+from flora.errors import AdapterInvalid, StoreError
+from flora.names import Digest
+from flora.registry import index
+from flora.registry.formats.tensors import load_tensors, to_factors
+from flora.registry.journal import Journal, live_versions
+from flora.registry.manifest import Manifest, parse_manifest
+from flora.registry.packing import describe_version, get_report
+from flora.registry.records import Problem, Version
+from flora.registry.store import BlobStore
+
+_REINDEX = "move the index file aside: the next command rebuilds it from the journal and the manifests"
+_AGAIN = "extract or import it again under the same name: that replaces the blob"
+
+
+def check(connection: sa.Connection, store: BlobStore, journal: Journal) -> list[Problem]:
+    """Every problem of index, store and journal, the harmless ones last. Reads every blob."""
+    required = index.blobs_required(connection)
+    found = {str(blob.digest): _is_sound(store, blob.digest) for blob in store.files()}
+    problems: list[Problem] = []
+    for version in index.every_version(connection):
+        problems += _check_version(store, version, found, required)
+    for base in index.base_entries(connection):
+        if base.base_id in required:
+            problems += _check_blob(f"base {base.name}", "record", base.base_id, found)
+    for name, alias in index.dangling_aliases(connection):
+        problems.append(Problem("alias", f"{name}:{alias}", "it points to no version of that name", _REINDEX))
+    problems += _check_journal(connection, journal)
+    keep = index.blobs_in_use(connection)
+    for digest in sorted(set(found) - keep):
+        problems.append(Problem("orphan", digest, "a blob that nothing refers to", "flora gc"))
+    for path in store.leftovers():
+        problems.append(Problem("leftover", path.name, "a write that was not finished", "flora gc"))
+    return problems
+
+
+def _is_sound(store: BlobStore, digest: Digest) -> bool:
+    try:
+        store.verified_path(digest)
+    except StoreError:
+        return False
+    return True
+
+
+def _check_blob(subject: str, role: str, digest: str, found: dict[str, bool]) -> Iterator[Problem]:
+    if not found.get(digest):
+        kind: Literal["missing", "damaged"] = "damaged" if digest in found else "missing"
+        yield Problem(kind, subject, f"its {role}, blob {digest}, is {kind}", _AGAIN)
+
+
+def _check_version(store: BlobStore, version: Version, found: dict[str, bool], required: set[str]) -> Iterator[Problem]:
+    problems = list(_check_blob(version.ref, "manifest", version.digest, found))
+    if not problems:
+        try:
+            manifest = parse_manifest(store.read(Digest(version.digest)), Digest(version.digest))
+        except StoreError as error:
+            yield Problem("damaged", version.ref, error.what, error.fix or _AGAIN)
+            return
+        roles = {"weights": manifest.weights} | ({"report": manifest.report} if manifest.report else {})
+        for role, blob in (roles | manifest.extras).items():
+            problems += _check_blob(version.ref, role, blob.digest, found)
+        if not {blob.digest for blob in manifest.blobs} <= required:
+            problems.append(Problem("index", version.ref, "the index does not list all of its blobs", _REINDEX))
+        if not problems:
+            problems += _check_content(store, version, manifest)
+    yield from problems
+
+
+def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> Iterator[Problem]:
+    """What a version whose blobs are all sound says of itself: in its row, its header and its weights."""
+    if manifest.serving_digest != str(manifest.header.serving_digest):
+        yield Problem("damaged", version.ref, "its serving digest is not that of its header", _AGAIN)
+    described = describe_version(
+        manifest,
+        get_report(store, manifest),
+        name=version.name,
+        number=version.number,
+        digest=version.digest,
+        created_at=version.created_at,
+    )
+    if described != version:
+        yield Problem("index", version.ref, "its row says something else than its manifest", _REINDEX)
+    try:
+        path = store.verified_path(Digest(manifest.weights.digest))
+        factors = to_factors(manifest.header, load_tensors(path))
+    except AdapterInvalid as error:
+        yield Problem("shape", version.ref, error.what, _AGAIN)
+        return
+    for name, lowrank in factors.items():
+        if not (bool(lowrank.A.isfinite().all()) and bool(lowrank.B.isfinite().all())):
+            yield Problem("not_finite", version.ref, f"{name} holds NaN or infinity", f"flora rm {version.ref}")
+
+
+def _check_journal(connection: sa.Connection, journal: Journal) -> Iterator[Problem]:
+    lines, _ = journal.read()  # a torn line is a write that nobody was told of; a lost one shows here
+    known = {(line.name, line.number): line.digest for line in live_versions(lines)}
+    for version in index.every_version(connection):
+        if known.get((version.name, version.number)) != version.digest:
+            yield Problem(
+                "journal",
+                version.ref,
+                "the journal does not know it, so a rebuilt index would lose it",
+                f"remove it and add it again: flora rm {version.ref}",
+            )

@@ -1,0 +1,39 @@
+"""Garbage collection: mark what rows need, take the rest once it is old. When unsure, keep."""
+
+import time
+
+import sqlalchemy as sa
+
+from flora.registry import index
+from flora.registry.records import GcReport
+from flora.registry.store import BlobStore, store_error
+
+
+def collect(connection: sa.Connection, store: BlobStore, *, dry_run: bool, grace_s: float) -> GcReport:
+    """Takes unreferenced blobs and leftovers older than `grace_s`. The caller holds the index's write lock.
+
+    A writer stores its blobs before it takes the lock to name them: the grace time is theirs.
+    """
+    used = index.blobs_in_use(connection)
+    limit = time.time() - grace_s
+    removed: list[str] = []
+    num_bytes = kept_young = 0
+    for blob in store.files():
+        if str(blob.digest) in used:
+            continue
+        if blob.modified_at > limit:
+            kept_young += 1
+            continue
+        try:
+            if not dry_run:
+                store.delete(blob.digest)
+        except OSError as error:
+            raise store_error(f"blob {blob.digest} cannot be deleted", error) from error
+        removed.append(str(blob.digest))
+        num_bytes += blob.size
+    for path in store.leftovers(older_than_s=grace_s):
+        num_bytes += path.stat().st_size
+        removed.append(path.name)
+        if not dry_run:
+            path.unlink(missing_ok=True)
+    return GcReport(tuple(removed), num_bytes, kept_young, dry_run)

@@ -1,0 +1,129 @@
+"""Opening the index: connections, locks, journal mode, migrations, and errors in our words.
+
+Writers take SQLite's write lock at the start (BEGIN IMMEDIATE), so one that must wait waits before it has read
+anything, and two of them never deadlock.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError
+
+from flora.errors import RegistryError, StoreError
+
+HEAD = "0001"  # the newest migration; a test compares it with migrations/versions
+BUSY_TIMEOUT_MS = 30_000  # a bulk import holds the write lock for about a second at a time
+
+
+class Database:
+    """The index file, brought up to date when it is opened."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(file)))
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", _begin)
+        self.is_new = self._migrate()  # True: there were no tables before
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that sees one state of the index throughout."""
+        with self._translated(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction under the write lock: all of it is committed at the end, or on an error none."""
+        with self._translated(), self._engine.connect() as connection:
+            connection.execution_options(flora_writes=True)
+            with connection.begin():
+                yield connection
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _migrate(self) -> bool:
+        with self.reading() as connection:
+            revision = _revision(connection)
+        if revision == HEAD:
+            return False
+        with self.writing() as connection:
+            revision = _revision(connection)  # again: another process may have been first
+            if revision != HEAD:
+                _upgrade(connection, self.file)
+            return revision is None
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except DBAPIError as error:
+            raise _translate(error, self.file) from error
+
+
+def journal_mode(version: tuple[int, ...] = sqlite3.sqlite_version_info) -> str:
+    """`wal` where this SQLite has the fix of the WAL-reset race, else the rollback journal.
+
+    Versions 3.7.0 to 3.51.2 can lose data in WAL mode with two connections; 3.44.6 and 3.50.7 have the fix too.
+    Source: sqlite.org/wal.html.
+    """
+    fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+    return "wal" if fixed else "delete"
+
+
+def _configure(connection: sqlite3.Connection, record: Any) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = FULL")
+    (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    if mode != journal_mode():
+        connection.execute(f"PRAGMA journal_mode = {journal_mode()}")  # refused without harm while others are connected
+
+
+def _begin(connection: sa.Connection) -> None:
+    writes = connection.get_execution_options().get("flora_writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _revision(connection: sa.Connection) -> str | None:
+    """The migration that the index stands at; None before the first."""
+    known = connection.exec_driver_sql("SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'").first()
+    return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if known else None
+
+
+def _upgrade(connection: sa.Connection, file: Path) -> None:
+    from alembic import command  # imported only here: it costs as much as all else that a listing needs
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise RegistryError(
+            f"{file} was written by a newer Flora",
+            cause=str(error),
+            fix="upgrade this one: pip install -U flora-adapters",
+        ) from error
+
+
+def _translate(error: DBAPIError, file: Path) -> StoreError:
+    text = str(error.orig)
+    for part, cause, fix in (
+        ("locked", f"another process has been writing to it for {BUSY_TIMEOUT_MS // 1000} s", "try again"),
+        ("full", "the disk is full", "free some space and run this again: it is safe to repeat"),
+        ("readonly", "the file or its folder cannot be written", "name a registry of your own with --registry"),
+        ("unable to open", "its folder is missing or cannot be written", "check the path, or give another --registry"),
+        ("not a database", "it is damaged", "move it aside: the next command rebuilds it from the journal"),
+        ("malformed", "it is damaged", "move it aside: the next command rebuilds it from the journal"),
+    ):
+        if part in text:
+            return StoreError(f"the registry's index {file} cannot be used", cause=f"{cause} ({text})", fix=fix)
+    return StoreError(f"the registry's index {file} failed", cause=text, fix="run it again, then `flora fsck`")

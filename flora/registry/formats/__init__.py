@@ -1,0 +1,1 @@
+"""On-disk formats: safetensors files, PEFT folders, model cards."""

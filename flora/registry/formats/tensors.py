@@ -1,0 +1,134 @@
+"""Safetensors files of adapters: written piece by piece in one fixed spelling, read through a gate.
+
+Written here and not by the library, so that equal tensors give equal bytes, hence equal digests, whatever version of
+the library is installed, and no second copy of the weights is made. What is read is checked by the library, and before
+that by the caps below: safetensors checks a container, not that it holds an adapter.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora.adapter import AdapterHeader
+from flora.errors import AdapterInvalid, PickleRefused
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flora.lowrank import LowRank
+
+PREFIX = "base_model.model."  # what PEFT puts before a module's path
+_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and up; the zip that torch.save writes
+_MAX_HEADER_BYTES = 32 << 20
+_MAX_TENSORS = 100_000
+
+
+def encode(tensors: Mapping[str, "Tensor"]) -> Iterator[bytes | memoryview]:
+    """The safetensors file of `tensors` as pieces: header, then each tensor's bytes, in the order of names.
+
+    tensors  fp32, fp16 or bf16, on the CPU.   Source: the format's description in huggingface/safetensors.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype)]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(tensors):
+        yield tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def check_file(path: Path) -> None:
+    """Refuses what is no safetensors file of sane size, before anything is read by its own word.
+
+    Raises PickleRefused (a pickle under this name; it is not opened as one), AdapterInvalid.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            if start.startswith(_PICKLE_MAGIC) and not _is_length(start, path):
+                raise PickleRefused(
+                    f"{path.name} is a pickle file under a safetensors name; opening it could run code",
+                    fix="convert it where it was made: load the adapter with peft and save it with save_pretrained",
+                )
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or not _is_length(start, path):
+                raise AdapterInvalid(
+                    f"{path.name} is not a complete safetensors file",
+                    cause=f"its first bytes promise a header of {length} bytes; the file has {path.stat().st_size}",
+                    fix="it may be a truncated download or a Git LFS pointer: fetch it again",
+                )
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+        if len(header) > _MAX_TENSORS:
+            raise AdapterInvalid(f"{path.name} holds {len(header)} tensors, more than {_MAX_TENSORS}")
+        with safe_open(path, framework="np"):  # the library's own check of lengths, offsets, overlaps and holes
+            pass
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise AdapterInvalid(
+            f"{path.name} is not a complete safetensors file",
+            cause=str(error)[:300],
+            fix="it may be a truncated or damaged download: fetch it again",
+        ) from error
+
+
+def load_tensors(path: Path) -> dict[str, "Tensor"]:
+    """Every tensor of the file by name, backed by the file's map: do not write to them. Raises AdapterInvalid."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise AdapterInvalid(f"{path.name} cannot be read", cause=str(error)) from error
+
+
+def to_tensors(factors: Mapping[str, "LowRank"]) -> dict[str, "Tensor"]:
+    """The factors under the names that PEFT gives them in adapter_model.safetensors."""
+    tensors = {}
+    for module, lowrank in factors.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = lowrank.A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = lowrank.B
+    return tensors
+
+
+def to_factors(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[str, "LowRank"]:
+    """The factors that `header` describes, out of tensors under PEFT's names. Raises AdapterInvalid if they differ."""
+    from flora.lowrank import LowRank
+
+    factors = {}
+    for module in header.modules:
+        A = tensors.get(f"{PREFIX}{module.name}.lora_A.weight")
+        B = tensors.get(f"{PREFIX}{module.name}.lora_B.weight")
+        if A is None or B is None:
+            raise AdapterInvalid(f"the weights lack a factor of {module.name}", tensor=module.name)
+        shapes = (tuple(A.shape), tuple(B.shape))
+        if shapes != ((module.rank, module.in_features), (module.out_features, module.rank)):
+            raise AdapterInvalid(f"{module.name} has factors of shapes {shapes}, its header others", tensor=module.name)
+        factors[module.name] = LowRank(A=A, B=B, scale=module.scale)
+    if 2 * len(factors) != len(tensors):
+        raise AdapterInvalid(f"the weights hold {len(tensors)} tensors, the header names {2 * len(factors)}")
+    return factors
+
+
+def _is_length(start: bytes, path: Path) -> bool:
+    """Whether the first eight bytes can be the length of a header that the file holds."""
+    length = int.from_bytes(start, "little")
+    return 2 <= length <= min(_MAX_HEADER_BYTES, path.stat().st_size - 8)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return table

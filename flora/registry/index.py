@@ -1,0 +1,190 @@
+"""Questions to the index, each asked inside a transaction that its caller holds."""
+
+import difflib
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import func, select
+
+from flora.names import Reference
+from flora.registry.records import AliasMove, BaseEntry, Entry, Version
+from flora.registry.tables import alias_moves, aliases, bases, names, version_blobs, versions
+
+_DEFAULT_ALIASES = ("prod", "latest")  # what a bare name means, first hit
+_MAX_NEAR = 1000  # names looked at for a suggestion: a misspelt request must stay cheap
+_VERSION = (
+    names.c.name, versions.c.number, versions.c.digest, versions.c.serving_digest, versions.c.created_at,
+    versions.c.base_id, versions.c.base_name, versions.c.max_rank, versions.c.num_modules, versions.c.num_bytes,
+    versions.c.kept_share, versions.c.operation, versions.c.parents,
+)  # fmt: skip
+_FIELDS = [column.name for column in _VERSION]
+_NAMED = versions.join(names, names.c.id == versions.c.name_id)
+_POINTED = _NAMED.join(aliases, aliases.c.version_id == versions.c.id)
+
+# Built once: to build a statement takes SQLAlchemy longer than SQLite takes to answer it.
+_NAME = names.c.name == sa.bindparam("name")
+_BY_NUMBER = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.number == sa.bindparam("number"))
+_BY_DIGEST = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.digest == sa.bindparam("digest"))
+_BY_ALIAS = select(*_VERSION).select_from(_POINTED).where(_NAME, aliases.c.alias == sa.bindparam("alias"))
+
+
+def find(connection: sa.Connection, reference: Reference) -> Version | None:
+    """The version that `reference` means, if there is one."""
+    name = reference.name
+    if reference.version is not None:
+        return _first(connection, _BY_NUMBER, name=name, number=reference.version)
+    if reference.digest is not None:
+        return _first(connection, _BY_DIGEST, name=name, digest=str(reference.digest))
+    for alias in (reference.alias,) if reference.alias else _DEFAULT_ALIASES:
+        if version := _first(connection, _BY_ALIAS, name=name, alias=alias):
+            return version
+    return None
+
+
+def find_digest(connection: sa.Connection, digest: str) -> Version | None:
+    """The oldest version of that digest, whatever its name."""
+    query = select(*_VERSION).select_from(_NAMED).where(versions.c.digest == digest).order_by(versions.c.id)
+    return _first(connection, query.limit(1))
+
+
+def versions_of(connection: sa.Connection, name: str) -> list[Version]:
+    """All versions of `name`, oldest first."""
+    query = select(*_VERSION).select_from(_NAMED).where(names.c.name == name).order_by(versions.c.number)
+    return [_version(row) for row in connection.execute(query)]
+
+
+def every_version(connection: sa.Connection) -> list[Version]:
+    query = select(*_VERSION).select_from(_NAMED).order_by(names.c.name, versions.c.number)
+    return [_version(row) for row in connection.execute(query)]
+
+
+def provenance_of(connection: sa.Connection, version: Version) -> dict[str, Any]:
+    query = select(versions.c.provenance).select_from(_NAMED)
+    text = connection.execute(query.where(names.c.name == version.name, versions.c.digest == version.digest)).scalar()
+    return json.loads(text) if text else {}
+
+
+def aliases_of(connection: sa.Connection, name: str) -> dict[str, Version]:
+    query = select(aliases.c.alias, *_VERSION).select_from(_POINTED).where(names.c.name == name)
+    return {row[0]: _version(row[1:]) for row in connection.execute(query.order_by(aliases.c.alias))}
+
+
+def history_of(connection: sa.Connection, name: str, alias: str) -> list[AliasMove]:
+    """Every move of the alias, oldest first."""
+    moves = alias_moves.c
+    query = (
+        select(moves.name, moves.alias, moves.digest, moves.previous, moves.actor, moves.reason, moves.moved_at)
+        .where(moves.name == name, moves.alias == alias)
+        .order_by(moves.id)
+    )
+    return [AliasMove(*row[:6], moved_at=datetime.fromisoformat(row[6])) for row in connection.execute(query)]
+
+
+def entries(connection: sa.Connection, prefix: str, limit: int | None, offset: int) -> list[Entry]:
+    """One entry per name that has versions, in the order of names: two queries, however many names there are."""
+    page = _listed(prefix).limit(limit).offset(offset).subquery("page")
+    groups = (
+        select(versions.c.name_id, func.count().label("num_versions"), func.max(versions.c.id).label("newest"))
+        .where(versions.c.name_id.in_(select(page.c.id)))
+        .group_by(versions.c.name_id)
+        .subquery("groups")
+    )
+
+    def pointed(alias: str) -> sa.ScalarSelect[Any]:
+        query = select(aliases.c.version_id).where(aliases.c.name_id == groups.c.name_id, aliases.c.alias == alias)
+        return query.correlate(groups).scalar_subquery()
+
+    chosen = func.coalesce(*(pointed(alias) for alias in _DEFAULT_ALIASES), groups.c.newest)
+    rows = connection.execute(
+        select(groups.c.num_versions, *_VERSION)
+        .select_from(groups.join(versions, versions.c.id == chosen).join(names, names.c.id == groups.c.name_id))
+        .order_by(names.c.name)
+    ).all()
+    pointers: dict[str, dict[str, int]] = {}
+    query = select(names.c.name, aliases.c.alias, versions.c.number).select_from(_POINTED)
+    query = query.where(names.c.id.in_(select(page.c.id))).order_by(aliases.c.alias)
+    for name, alias, number in connection.execute(query):
+        pointers.setdefault(name, {})[alias] = number
+    return [Entry(row[1], _version(row[1:]), pointers.get(row[1], {}), row[0]) for row in rows]
+
+
+def near_names(connection: sa.Connection, name: str) -> list[str]:
+    """Up to three names that look like `name`, of those that start with the same letter."""
+    candidates = connection.execute(_listed(name[:1]).limit(_MAX_NEAR)).all()
+    return difflib.get_close_matches(name, [row.name for row in candidates], n=3)
+
+
+def next_number(connection: sa.Connection, name: str) -> int:
+    """The number that the next version of `name` gets."""
+    return connection.execute(select(names.c.next_number).where(names.c.name == name)).scalar() or 1
+
+
+def bases_of(connection: sa.Connection, name: str) -> list[tuple[str | None, str]]:
+    """(base id, base name) of the versions of `name`, each once."""
+    query = select(versions.c.base_id, versions.c.base_name).select_from(_NAMED).where(names.c.name == name)
+    return [(row[0], row[1]) for row in connection.execute(query.distinct())]
+
+
+def base_entries(connection: sa.Connection) -> list[BaseEntry]:
+    """Registered bases, and those that only adapters name, in the order of names."""
+    query = select(versions.c.base_id, func.min(versions.c.base_name), func.count())
+    query = query.where(versions.c.base_id.is_not(None)).group_by(versions.c.base_id)
+    named = {row[0]: BaseEntry(row[0], row[1], None, row[2]) for row in connection.execute(query)}
+    registered = {
+        base_id: BaseEntry(
+            base_id=base_id,
+            name=name,
+            path=Path(path) if path else None,
+            num_adapters=named[base_id].num_adapters if base_id in named else 0,
+        )
+        for base_id, name, path in connection.execute(select(bases.c.base_id, bases.c.name, bases.c.path))
+    }
+    return sorted((named | registered).values(), key=lambda entry: (entry.name, entry.base_id))
+
+
+def blobs_required(connection: sa.Connection) -> set[str]:
+    """Digests of the blobs without which a row is void: manifests, what they name, records of registered bases."""
+    columns = (versions.c.digest, version_blobs.c.digest, bases.c.base_id)
+    return {row[0] for column in columns for row in connection.execute(select(column).distinct())}
+
+
+def blobs_in_use(connection: sa.Connection) -> set[str]:
+    """What gc keeps: the required blobs, and records of bases that only adapters name."""
+    named = select(versions.c.base_id).where(versions.c.base_id.is_not(None)).distinct()
+    return blobs_required(connection) | {row[0] for row in connection.execute(named)}
+
+
+def dangling_aliases(connection: sa.Connection) -> list[tuple[str, str]]:
+    """(name, alias) of rows that point to no version of their own name, which no transaction of ours leaves."""
+    query = (
+        select(func.coalesce(names.c.name, "?"), aliases.c.alias)
+        .select_from(
+            aliases.outerjoin(names, names.c.id == aliases.c.name_id).outerjoin(
+                versions, sa.and_(versions.c.id == aliases.c.version_id, versions.c.name_id == aliases.c.name_id)
+            )
+        )
+        .where(versions.c.id.is_(None))
+    )
+    return [(row[0], row[1]) for row in connection.execute(query)]
+
+
+def _listed(prefix: str) -> sa.Select[Any]:
+    """Ids and names, in order, of the names with versions that start with `prefix`."""
+    in_range = sa.and_(names.c.name >= prefix, names.c.name < prefix + "\x7f")  # names are ASCII
+    query = select(names.c.id, names.c.name).where(in_range, names.c.id.in_(select(versions.c.name_id)))
+    return query.order_by(names.c.name)
+
+
+def _first(connection: sa.Connection, query: sa.Select[Any], **values: Any) -> Version | None:
+    row = connection.execute(query, values).first()
+    return _version(row) if row else None
+
+
+def _version(row: Any) -> Version:
+    values = dict(zip(_FIELDS, row, strict=True))
+    values["created_at"] = datetime.fromisoformat(values["created_at"])
+    values["parents"] = tuple(json.loads(values["parents"]))
+    return Version(**values)

@@ -1,0 +1,1 @@
+"""Places beyond this machine: the Hugging Face Hub."""
