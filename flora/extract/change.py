@@ -1,0 +1,128 @@
+"""One pair of tensors, from the files to certified factors: the part of the work that runs on many pairs at once."""
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from threading import local
+
+import torch
+from torch import Tensor
+
+from flora.checkpoint import Checkpoint, TensorInfo
+from flora.errors import CheckpointError, NotFinite
+from flora.extract.config import ExtractConfig
+from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits
+from flora.extract.factorize import factorize, wide
+from flora.extract.fit import Fit, fit
+from flora.extract.pairs import TensorPair
+from flora.extract.rank import smallest_rank, terms_to_fit
+from flora.rank import rank_for_energy
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """What one pair turned out to be."""
+
+    pair: TensorPair
+    norm_squared: float = 0.0  # of the float32 delta
+    noise: float = 0.0
+    fit: Fit | None = None  # of an extractable pair that changed
+    energies: Tensor | None = None  # squared singular values of the fitted terms, float64 [rank]
+    tied: bool = False  # an output head that is its token embedding again on both sides
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
+
+
+class PairWorker:
+    """Works on pairs of one base and one tuned checkpoint; each thread that calls it has a workspace of its own."""
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, ranks: Mapping[str, int], config: ExtractConfig) -> None:
+        self._base = base
+        self._tuned = tuned
+        self._ranks = ranks
+        self._config = config
+        self._threads = local()
+
+    def __call__(self, pair: TensorPair) -> Change:
+        """The change of `pair`. Raises NotFinite, CheckpointError."""
+        if pair.tuned is None or self._is_tied(pair):
+            return Change(pair, tied=pair.tuned is not None)
+        start = time.perf_counter()
+        delta = self._delta(pair)
+        seconds = {"delta": time.perf_counter() - start}
+        if delta.values is None:
+            return Change(pair, delta.norm_squared, delta.noise, seconds=seconds)
+        return self._factorize(pair, delta, delta.values, seconds)
+
+    def _is_tied(self, pair: TensorPair) -> bool:
+        """Whether an output head is the token embedding on both sides, stored twice or left out."""
+        if pair.twin is None or pair.base is None or pair.tuned is None:
+            return False
+        sides = ((self._base, pair.base, pair.twin[0]), (self._tuned, pair.tuned, pair.twin[1]))
+        return all(same_bits(side.load(head.name), side.load(table.name)) for side, head, table in sides)
+
+    def _delta(self, pair: TensorPair) -> Delta:
+        assert pair.tuned is not None
+        device = self._config.device
+        tuned = self._tuned.load(pair.tuned.name).to(device)
+        base = self._base.load(pair.base.name).to(device) if pair.base else tuned.new_zeros(()).expand(tuned.shape)
+        if pair.status != "extractable":
+            delta = compute_delta(base, tuned)
+        else:
+            delta = compute_delta(base, tuned, self._workspace())
+        if not math.isfinite(delta.norm_squared):
+            raise _not_finite(pair.tuned if is_finite(base) or pair.base is None else pair.base)
+        return delta
+
+    def _factorize(self, pair: TensorPair, delta: Delta, values: Tensor, seconds: dict[str, float]) -> Change:
+        rule, cap = self._config.rule, self._ranks[pair.name]
+        start = time.perf_counter()
+        basis = factorize(
+            wide(values),
+            delta.norm_squared,
+            max_rank=cap,
+            energy=rule.energy,
+            exact=self._config.exact,
+            generator=_generator(self._config.seed, pair.name),
+        )
+        seconds["factorize"] = time.perf_counter() - start
+        start = time.perf_counter()
+        dtype = getattr(torch, self._config.factor_dtype)
+        rank = len(basis.values)
+        if rule.energy is not None:
+            rank = terms_to_fit(rank_for_energy(basis.values, delta.norm_squared, rule.energy), rank)
+        fitted = fit(values, basis, rank, dtype)
+        if rule.energy is not None and fitted.kept[-1] < rule.energy * delta.norm_squared and rank < len(basis.values):
+            fitted = fit(values, basis, len(basis.values), dtype)
+        if not bool(torch.isfinite(fitted.kept).all()):
+            raise CheckpointError(
+                f"the factors of {pair.module} do not fit into {self._config.factor_dtype}",
+                fix="store them with --dtype bfloat16 or float32",
+                tensor=pair.name,
+            )
+        fitted = fitted.trim(smallest_rank(fitted.kept, delta.norm_squared, rule.energy))
+        seconds["fit"] = time.perf_counter() - start
+        energies = basis.values[: fitted.factors.rank].square().cpu()
+        return Change(pair, delta.norm_squared, delta.noise, fitted, energies, seconds=seconds)
+
+    def _workspace(self) -> Workspace:
+        if not hasattr(self._threads, "workspace"):
+            self._threads.workspace = Workspace(self._config.device)
+        return self._threads.workspace
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on the seed and the tensor alone, not on the order of the work."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _not_finite(info: TensorInfo) -> NotFinite:
+    return NotFinite(
+        f"{info.name} of {info.file} holds NaN or infinite values",
+        cause="the training diverged, or the file was damaged when it was written",
+        fix="take an earlier checkpoint of that run",
+        tensor=info.name,
+        file=info.file,
+    )

@@ -1,0 +1,130 @@
+"""The leading singular vectors of a delta, on its smaller side, by the cheapest method that is good enough.
+
+    Gram     D Dᵀ and its eigenvalues: the whole spectrum, where the smaller side is at most 1024
+    Krylov   an orthonormal basis of [X, (D Dᵀ) X, (D Dᵀ)² X, …] grown block by block, and D's SVD within it
+    SVD      LAPACK's, when asked for
+
+Only one side is computed: `factors.fit` finds the other with the pass over D that certifies the result anyway.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRAM_SIDE = 1024  # up to here eigenvalues of [side, side] in float64 take a fraction of a second
+KRYLOV_DEPTH = 6  # blocks of rank/2: at least 0.9997 of the energy that the best rank columns hold
+MIN_BLOCK = 8  # columns; thinner products waste the reading of D
+ENERGY_BLOCK = 64  # columns by which the basis grows where an energy, not a rank, says when to stop
+OVERSHOOT = 1.3  # how much further the basis grows once it holds the energy, so that the trimmed rank is near the best
+EXHAUSTED = 1e-7  # share of the energy left outside a basis that float32 cannot tell from none
+FLOOR = 1e-7  # of the largest singular value: what lies below is rounding of float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Basis:
+    """Leading singular vectors of D [small, large] on its small side."""
+
+    vectors: Tensor  # [k, small] float32, orthonormal rows
+    values: Tensor  # [k] float64, descending, all positive
+
+
+def wide(delta: Tensor) -> Tensor:
+    """The delta with its smaller side first, [small, large]: bases lie there, where orthogonalizing is cheap."""
+    return delta if delta.shape[0] <= delta.shape[1] else delta.T
+
+
+def factorize(
+    D: Tensor, norm_squared: float, *, max_rank: int, energy: float | None, exact: bool, generator: torch.Generator
+) -> Basis:
+    """Up to `max_rank` leading singular vectors of D [small, large]; with `energy`, enough to hold that share if so.
+
+    norm_squared  of D;  energy  a share of it
+    generator     on the CPU, so that every device starts from the same block
+    """
+    if exact:
+        vectors, values = _svd(D)
+    elif _wants_spectrum(D.shape[0], max_rank, energy):
+        vectors, values = _gram(D)
+    else:
+        vectors, values = _krylov(D, norm_squared, max_rank, energy, generator) or _gram(D)
+    rank = min(max_rank, int((values > FLOOR * values[0]).sum()))
+    return Basis(_fix_signs(vectors[:rank]), values[:rank])
+
+
+def _wants_spectrum(small: int, max_rank: int, energy: float | None) -> bool:
+    """Whether the whole spectrum is needed to choose a rank, or costs less than a Krylov space."""
+    if energy is not None and small <= GRAM_SIDE:
+        return True
+    return energy is None and KRYLOV_DEPTH * _block(max_rank) > small // 2
+
+
+def _block(max_rank: int) -> int:
+    return max(MIN_BLOCK, (max_rank + 1) // 2)
+
+
+def _svd(D: Tensor) -> tuple[Tensor, Tensor]:
+    U, S, _ = torch.linalg.svd(D, full_matrices=False)
+    return U.T, S.double()
+
+
+def _gram(D: Tensor) -> tuple[Tensor, Tensor]:
+    """All singular vectors and values from D Dᵀ; above GRAM_SIDE in float32, which halves time and memory."""
+    gram = D @ D.T
+    return _leading(gram.double() if D.shape[0] <= GRAM_SIDE else gram)
+
+
+def _krylov(
+    D: Tensor, norm_squared: float, max_rank: int, energy: float | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor] | None:
+    """D's singular vectors within a block Krylov space, or None if that outgrows half of D's side.
+
+    With Q the basis so far, ‖D - QᵀQD‖² = ‖D‖² - ‖QD‖² exactly: the sum of ‖Q_i D‖² over its blocks tells when an
+    energy is reached. The same blocks Q_i D make the next block of the space and, together, the small SVD.
+    Source: block Krylov (Musco & Musco 2015); the indicator is that of randQB_EI (Yu, Gu, Li 2018).
+    """
+    small, large = D.shape
+    most = small // 2
+    limit = KRYLOV_DEPTH * _block(max_rank)
+    block = min(_block(max_rank), ENERGY_BLOCK) if energy is not None else _block(max_rank)
+    Q, QD = D.new_empty(min(limit, most), small), D.new_empty(min(limit, most), large)
+    k, held = 0, 0.0
+    X = torch.randn(block, large, generator=generator).to(D.device) @ D.T
+    while True:
+        Q[k : k + block] = _orthonormal_rows(X, Q[:k])
+        torch.matmul(Q[k : k + block], D, out=QD[k : k + block])
+        held += float(torch.linalg.vector_norm(QD[k : k + block], dtype=torch.float64)) ** 2
+        k += block
+        if energy is not None and held >= energy * norm_squared:
+            limit, energy = min(limit, max(int(OVERSHOOT * k), k + block)), None
+        if k + block > limit or held >= (1 - EXHAUSTED) * norm_squared:
+            break
+        if k + block > most:
+            return None
+        X = QD[k - block : k] @ D.T
+    W, values = _leading((QD[:k] @ QD[:k].T).double())
+    return W @ Q[:k], values
+
+
+def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors of [k, k] as float32 rows and the roots of the eigenvalues, float64, both descending."""
+    squares, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(1).T.float(), squares.flip(0).double().clamp_min(0).sqrt()
+
+
+def _orthonormal_rows(X: Tensor, Q: Tensor) -> Tensor:
+    """Rows that span X's, orthonormal among themselves and to Q's. Twice is enough (Kahan, Parlett)."""
+    for _ in range(2):
+        X = X - (X @ Q.T) @ Q
+        X = _qr_rows(X)
+    return X
+
+
+def _qr_rows(X: Tensor) -> Tensor:
+    return torch.linalg.qr(X.T).Q.T
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
+    """Each row with its largest element positive: LAPACK leaves the sign open."""
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)

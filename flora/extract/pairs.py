@@ -1,0 +1,217 @@
+"""Which tensor of the tuned checkpoint belongs to which of the base, and whether they fit. Reads headers only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from flora.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from flora.errors import CheckpointError, ShapeMismatch, UsageError
+from flora.extract.kinds import is_embedding, is_head, reason_against
+
+PREFIXES = ("model.", "transformer.")  # what a bare AutoModel leaves off the names of its CausalLM
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """One tensor on both sides. `name` is the base's, with the prefix that only the tuned names have, if they do."""
+
+    name: str
+    base: TensorInfo | None  # None: only the tuned checkpoint holds it
+    tuned: TensorInfo | None  # None: a buffer that only the base holds
+    status: Literal["extractable", "not_extractable", "excluded"] = "extractable"
+    reason: str | None = None  # of a status other than extractable
+    twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def sides(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for info in (self.base, self.tuned) if info is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sides[0].shape
+
+    @property
+    def num_bytes(self) -> int:
+        """What reading both sides takes."""
+        return sum(info.num_bytes for info in self.sides)
+
+
+def pair_tensors(
+    base: Checkpoint, tuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[TensorPair], list[str]]:
+    """Every tensor of either checkpoint, paired and classified, by name; and notes on names that had to be mapped.
+
+    include, exclude  globs over module and tensor names
+    Raises ShapeMismatch, CheckpointError (the tuned checkpoint lacks tensors, or weights are not floating point),
+    UsageError (a glob that matches nothing, or nothing left to extract).
+    """
+    pairs, notes = match_names(base.tensors, tuned.tensors)
+    _check_shapes(pairs, base, tuned)
+    _check_complete(pairs, base, tuned)
+    _check_dtypes(pairs)
+    pairs = _select(_classify(pairs, str(base.config.get("model_type"))), include, exclude)
+    if not any(pair.status == "extractable" for pair in pairs):
+        raise UsageError(
+            f"nothing of {base.path} can be extracted",
+            cause="no tensor is the weight of a linear layer, or --include and --exclude leave none",
+            fix="see `flora extract --dry-run` for the reason of each tensor",
+        )
+    return pairs, notes
+
+
+def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> tuple[list[TensorPair], list[str]]:
+    """Pairs in the order of names, None where a side lacks the tensor; and a note on each side that lacks a prefix."""
+    base_by_name = {_with_prefix(name, tuned): info for name, info in base.items()}
+    tuned_by_name = {_with_prefix(name, base): info for name, info in tuned.items()}
+    notes = [
+        f"tensor names of the {side} lack {new.removesuffix(info.name)!r}, which the other checkpoint's have"
+        for side, infos in (("base", base_by_name), ("tuned checkpoint", tuned_by_name))
+        for new, info in [next(((n, i) for n, i in infos.items() if n != i.name), (None, None))]
+        if new is not None and info is not None
+    ]
+    names = sorted(base_by_name.keys() | tuned_by_name.keys())
+    twin = next((name for name in names if is_embedding(name)), None)
+    return [_pair(name, base_by_name, tuned_by_name, twin) for name in names], notes
+
+
+def _with_prefix(name: str, others: Mapping[str, TensorInfo]) -> str:
+    if name in others:
+        return name
+    return next((prefix + name for prefix in PREFIXES if prefix + name in others), name)
+
+
+def _pair(
+    name: str, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], embedding: str | None
+) -> TensorPair:
+    ours, theirs = base.get(name), tuned.get(name)
+    if embedding is None or not is_head(name) or embedding not in base or embedding not in tuned:
+        return TensorPair(name, ours, theirs)
+    twin = base[embedding], tuned[embedding]
+    ours, theirs = ours or twin[0], theirs or twin[1]  # a side that stores no head uses its embedding as one
+    may_be_tied = (ours.shape, theirs.shape) == (twin[0].shape, twin[1].shape)
+    return TensorPair(name, ours, theirs, twin=twin if may_be_tied else None)
+
+
+def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
+    differing = [pair for pair in pairs if pair.base and pair.tuned and pair.base.shape != pair.tuned.shape]
+    if not differing:
+        return
+    vocabulary = [pair for pair in differing if is_embedding(pair.name) or is_head(pair.name)]
+    body = [pair for pair in differing if pair not in vocabulary]
+    pair = (body or vocabulary)[0]
+    assert pair.base is not None
+    assert pair.tuned is not None
+    what = f"{pair.name} is {list(pair.base.shape)} in the base, {list(pair.tuned.shape)} in {pair.tuned.file}"
+    values = {"tensor": pair.name, "base_shape": pair.base.shape, "tuned_shape": pair.tuned.shape}
+    if not body and pair.base.shape[1:] == pair.tuned.shape[1:]:
+        rows, new_rows = pair.base.shape[0], pair.tuned.shape[0]
+        raise ShapeMismatch(
+            what,
+            cause=f"the vocabulary was resized from {rows} to {new_rows} tokens before or during the tuning",
+            fix="extraction needs one vocabulary: tune without new tokens, or serve this checkpoint as a full model",
+            **values,
+        )
+    raise ShapeMismatch(what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), **values)
+
+
+def _check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
+    missing = [pair.name for pair in pairs if pair.tuned is None and not pair.name.endswith(BUFFERS)]
+    new = [pair.name for pair in pairs if pair.base is None]
+    if not missing and (not new or base.architecture == tuned.architecture):
+        return
+    if missing:
+        what = f"{tuned.path} lacks {len(missing)} of the base's tensors, {missing[0]} among them"
+    else:
+        what = f"{tuned.path} holds {len(new)} tensors that the base lacks, {new[0]} among them"
+    if base.architecture != tuned.architecture or len(missing) > len(base.tensors) // 2:
+        raise CheckpointError(
+            what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), missing=missing
+        )
+    raise CheckpointError(
+        what,
+        cause="the checkpoint was saved in part, or a shard of it is not there",
+        fix="save the whole model again: model.save_pretrained(folder)",
+        missing=missing,
+    )
+
+
+def _check_dtypes(pairs: Sequence[TensorPair]) -> None:
+    for pair in pairs:
+        for info in pair.sides:
+            if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith("weight")):
+                raise CheckpointError(
+                    f"{info.name} of {info.file} is stored as {info.dtype}, a quantized weight",
+                    cause="a quantized checkpoint has no exact difference from its base",
+                    fix="give the checkpoint as it was before quantization: float32, bfloat16 or float16",
+                    tensor=info.name,
+                    dtype=info.dtype,
+                )
+
+
+def _classify(pairs: Sequence[TensorPair], model_type: str) -> list[TensorPair]:
+    names = {pair.name for pair in pairs}
+    return [
+        replace(pair, status="not_extractable", reason=reason) if (reason := _reason(pair, model_type, names)) else pair
+        for pair in pairs
+    ]
+
+
+def _reason(pair: TensorPair, model_type: str, names: set[str]) -> str | None:
+    if pair.base is None:
+        return "new in the tuned checkpoint: there is no base tensor to change"
+    if pair.tuned is None:
+        return "a buffer that only the base stores: there is nothing to compare it with"
+    return reason_against(pair.name, pair.shape, {info.dtype for info in pair.sides}, model_type, names)
+
+
+def _select(pairs: Sequence[TensorPair], include: Sequence[str], exclude: Sequence[str]) -> list[TensorPair]:
+    for option, globs in (("--include", include), ("--exclude", exclude)):
+        for glob in globs:
+            if not any(_matches(pair, glob) for pair in pairs):
+                raise UsageError(
+                    f"{option} {glob!r} matches no tensor",
+                    fix=f"globs are matched against whole names such as {pairs[len(pairs) // 2].module}",
+                )
+    return [_selected(pair, include, exclude) for pair in pairs]
+
+
+def _selected(pair: TensorPair, include: Sequence[str], exclude: Sequence[str]) -> TensorPair:
+    if pair.status != "extractable":
+        return pair
+    if include and not any(_matches(pair, glob) for glob in include):
+        return replace(pair, status="excluded", reason="not named by --include")
+    glob = next((glob for glob in exclude if _matches(pair, glob)), None)
+    return replace(pair, status="excluded", reason=f"excluded by {glob!r}") if glob else pair
+
+
+def _matches(pair: TensorPair, glob: str) -> bool:
+    return fnmatchcase(pair.module, glob) or fnmatchcase(pair.name, glob)
+
+
+def _two_architectures(base: Checkpoint, tuned: Checkpoint) -> str:
+    return (
+        f"these two checkpoints are not of one architecture (config.json: {_describe(base)} against {_describe(tuned)})"
+    )
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    numel = sum(info.numel for info in checkpoint.tensors.values())
+    size = next(
+        (f"{numel / unit:.3g}{letter}" for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if numel >= unit),
+        str(numel),
+    )
+    return f"{checkpoint.architecture} of {size} parameters"
+
+
+def _other_base(base: Checkpoint, tuned: Checkpoint) -> str:
+    fix = "give the base that this checkpoint was tuned from"
+    origin = tuned.name
+    if origin not in (tuned.path.name, base.name):
+        fix += f"; its config.json names {origin}"
+    return fix

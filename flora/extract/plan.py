@@ -1,0 +1,76 @@
+"""What an extraction will do, from headers alone: every tensor's fate, the ranks possible, bytes and memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flora.checkpoint import Checkpoint
+from flora.errors import UsageError
+from flora.extract.config import FACTOR_BYTES, ExtractConfig
+from flora.extract.factorize import GRAM_SIDE
+from flora.extract.pairs import TensorPair, pair_tensors
+from flora.extract.sidecars import check_vocabulary
+from flora.extract.workers import Crew, choose_crew
+from flora.rank import RankRule
+
+_BUDGET_SPREAD = 4  # under a budget a module may get up to this many times the rank of an even cut
+_BUDGET_MIN = 16  # and is offered at least this rank
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionPlan:
+    pairs: tuple[TensorPair, ...]  # every tensor of either checkpoint, by name
+    ranks: dict[str, int]  # the most terms that a module (by its tensor's name) can get under the rule
+    factor_bytes: int  # of the stored factors, at most
+    read_bytes: int  # of both checkpoints
+    memory_bytes: int  # estimated peak beside the mapped files
+    crew: Crew
+    notes: tuple[str, ...] = ()  # what a user should know of how names were matched
+
+    @property
+    def extractable(self) -> tuple[TensorPair, ...]:
+        return tuple(pair for pair in self.pairs if pair.status == "extractable")
+
+
+def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) -> ExtractionPlan:
+    """The plan for this pair. Every error that headers can show is raised here, before any weight is read.
+
+    Raises UsageError, ShapeMismatch, CheckpointError.
+    """
+    if base.path.resolve() == tuned.path.resolve():
+        raise UsageError(f"{base.path} is given as base and as tuned checkpoint", fix="give two different checkpoints")
+    pairs, notes = pair_tensors(base, tuned, config.include, config.exclude)
+    check_vocabulary(base, tuned)
+    modules = [pair for pair in pairs if pair.status == "extractable"]
+    item_bytes = FACTOR_BYTES[config.factor_dtype]
+    ranks = _possible_ranks(modules, config.rule, item_bytes)
+    held_bytes = sum(ranks[pair.name] * sum(pair.shape) * item_bytes for pair in modules)
+    worker_bytes = max(_working_bytes(pair.shape, ranks[pair.name], config) for pair in modules)
+    crew = choose_crew(worker_bytes)
+    return ExtractionPlan(
+        pairs=tuple(pairs),
+        ranks=ranks,
+        factor_bytes=min(held_bytes, config.rule.budget_bytes or held_bytes),
+        read_bytes=sum(pair.num_bytes for pair in pairs),
+        memory_bytes=held_bytes + crew.num_workers * worker_bytes,
+        crew=crew,
+        notes=tuple(notes),
+    )
+
+
+def _possible_ranks(modules: Sequence[TensorPair], rule: RankRule, item_bytes: int) -> dict[str, int]:
+    cap = rule.max_rank or max(min(pair.shape) for pair in modules)
+    if rule.budget_bytes is not None:
+        even = rule.budget_bytes // sum(sum(pair.shape) * item_bytes for pair in modules)
+        cap = min(cap, max(_BUDGET_MIN, _BUDGET_SPREAD * even))
+    return {pair.name: min(cap, *pair.shape) for pair in modules}
+
+
+def _working_bytes(shape: tuple[int, ...], rank: int, config: ExtractConfig) -> int:
+    """What one worker holds at its peak: the delta in float32, and what factorizing it takes."""
+    small, large = sorted(shape)
+    delta = 4 * small * large
+    if config.exact:
+        return 3 * delta + 8 * small * small  # U and Vh beside it, and LAPACK's own
+    basis = 4 * min(3 * rank, small // 2) * (small + large)
+    gram = 8 * 4 * min(small, GRAM_SIDE) ** 2
+    return delta + max(basis, gram)

@@ -1,0 +1,238 @@
+"""The whole road from two checkpoints to an adapter; what happens to one pair of tensors stands in `change.py`."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+from typing import Literal
+
+from flora.adapter import Adapter, BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter
+from flora.checkpoint import Checkpoint
+from flora.errors import CheckFailed, CheckpointError, UsageError
+from flora.extract.change import Change, PairWorker
+from flora.extract.config import ExtractConfig
+from flora.extract.plan import ExtractionPlan, plan_extraction
+from flora.extract.rank import shortfall
+from flora.extract.sidecars import changed_extras
+from flora.extract.workers import in_order
+from flora.identity import BaseRecord, base_record
+from flora.rank import ranks_for_budget
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractProgress:
+    """Told after each tensor, in the order of names."""
+
+    name: str  # of the tensor just done
+    done_bytes: int  # of both checkpoints
+    total_bytes: int
+    done_modules: int
+    total_modules: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExtractResult:
+    adapter: Adapter
+    base_record: BaseRecord
+    tuned_record: BaseRecord
+    plan: ExtractionPlan
+    timings: Mapping[str, float]  # seconds: `total` by the clock; delta, factorize, fit summed over the workers
+
+
+def extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    config: ExtractConfig,
+    progress: Callable[[ExtractProgress], None] | None = None,
+) -> ExtractResult:
+    """The adapter that turns `base` into `tuned`, as nearly as the rule allows. Reads both once and writes nothing.
+
+    Raises what `plan_extraction` does, NotFinite, CheckpointError (nothing to extract has changed), and with
+    `config.strict` CheckFailed when a module keeps less than the asked energy.
+    """
+    start = time.perf_counter()
+    plan = plan_extraction(base, tuned, config)
+    for note in plan.notes:
+        log.info(note)
+    with _hashing(base, tuned, config.cache_dir) as records:
+        changes = list(_work_through(base, tuned, plan, config, progress))
+        base_is, tuned_is = records()
+    changes, cut = _cut_to_budget(changes, config)
+    report = ChangeReport(tensors=tuple(_describe(change, change.pair.module in cut, config) for change in changes))
+    _check(report, base, tuned, config)
+    adapter = make_adapter(
+        {change.pair.module: change.fit.factors for change in changes if change.fit},
+        base=_bind(base, base_is, changes),
+        recipe=_recipe(config, base, tuned, tuned_is),
+        report=report,
+        extras=changed_extras(base, tuned),
+    )
+    return ExtractResult(adapter, base_is, tuned_is, plan, _timings(changes, time.perf_counter() - start))
+
+
+@contextmanager
+def _hashing(
+    base: Checkpoint, tuned: Checkpoint, cache_dir: Path | None
+) -> Iterator[Callable[[], tuple[BaseRecord, BaseRecord]]]:
+    """Both records, made in a thread while the matrices are worked on; an error outside stops it at the next file."""
+    stop = Event()
+
+    def check(_: int) -> None:
+        if stop.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: (base_record(base, cache_dir, check), base_record(tuned, cache_dir, check)))
+        try:
+            yield future.result
+        finally:
+            stop.set()
+
+
+def _work_through(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    plan: ExtractionPlan,
+    config: ExtractConfig,
+    progress: Callable[[ExtractProgress], None] | None,
+) -> Iterator[Change]:
+    done_bytes = done_modules = 0
+    total_modules = len(plan.extractable)
+    for change in in_order(plan.crew, PairWorker(base, tuned, plan.ranks, config), plan.pairs):
+        done_bytes += change.pair.num_bytes
+        done_modules += change.pair.status == "extractable"
+        if progress:
+            progress(ExtractProgress(change.pair.name, done_bytes, plan.read_bytes, done_modules, total_modules))
+        yield change
+
+
+def _cut_to_budget(changes: list[Change], config: ExtractConfig) -> tuple[list[Change], set[str]]:
+    """All modules' terms cut once to the budget, if there is one; and the names of the modules that lost terms."""
+    fits = {change.pair.module: change.fit for change in changes if change.fit}
+    if config.rule.budget_bytes is None or not fits:
+        return changes, set()
+    ranks = ranks_for_budget(
+        {change.pair.module: change.energies for change in changes if change.energies is not None},
+        {module: fit.factors.bytes_per_rank for module, fit in fits.items()},
+        config.rule.budget_bytes,
+    )
+    cut = {module for module, fit in fits.items() if ranks[module] < fit.factors.rank}
+    return [
+        replace(change, fit=change.fit.trim(ranks[change.pair.module])) if change.fit else change for change in changes
+    ], cut
+
+
+def _describe(change: Change, cut: bool, config: ExtractConfig) -> TensorChange:
+    pair = change.pair
+    if change.fit is not None:
+        rank = change.fit.factors.rank
+        kept = float(change.fit.kept[-1]) if rank else 0.0
+        share = kept / change.norm_squared
+        missed = shortfall(rank, share, config.rule, cut=cut, side=min(pair.shape), dtype=config.factor_dtype)
+        nothing = "the budget leaves it no terms" if rank == 0 else None
+        return _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
+    if change.tied:
+        assert pair.twin is not None
+        return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
+    if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
+        return _tensor_change(change, "unchanged")
+    return _tensor_change(change, pair.status, reason=pair.reason)
+
+
+def _tensor_change(
+    change: Change,
+    status: Literal["extracted", "unchanged", "not_extractable", "excluded"],
+    *,
+    kept: float = 0.0,
+    rank: int | None = None,
+    reason: str | None = None,
+) -> TensorChange:
+    return TensorChange(
+        name=change.pair.name,
+        shape=change.pair.shape,
+        status=status,
+        norm_squared=change.norm_squared,
+        kept=kept,
+        rank=rank,
+        noise=change.noise,
+        reason=reason,
+    )
+
+
+def _check(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) -> None:
+    """Raises CheckpointError if there is nothing to make an adapter of, CheckFailed if `strict` does not hold."""
+    extracted = [tensor for tensor in report.tensors if tensor.status == "extracted"]
+    if report.norm_squared == 0:
+        raise CheckpointError(
+            f"{tuned.path} holds the same weights as {base.path}",
+            cause="nothing was tuned, or one of the two is a copy of the other",
+            fix="give the checkpoint that the tuning wrote",
+        )
+    if not extracted:
+        changed = max(report.tensors, key=lambda tensor: tensor.norm_squared)
+        raise CheckpointError(
+            f"nothing that can be extracted differs between {base.path} and {tuned.path}",
+            cause=f"the change lies in other tensors; {changed.name} holds {report.share(changed):.0%} of it "
+            f"({changed.reason})",
+        )
+    if not any(tensor.rank for tensor in extracted):
+        raise UsageError(
+            f"a budget of {config.rule.budget_bytes} bytes is less than the smallest module takes at rank 1",
+            fix="give a larger --budget",
+        )
+    missed = [tensor for tensor in extracted if tensor.kept < (config.rule.energy or 0.0) * tensor.norm_squared]
+    if config.strict and missed:
+        worst = min(missed, key=lambda tensor: tensor.kept / tensor.norm_squared)
+        raise CheckFailed(
+            f"{len(missed)} of {len(extracted)} modules keep less than the asked energy {config.rule.energy:g}",
+            cause=f"{worst.name} {worst.reason}",
+            fix="raise --rank or --budget, lower --energy, or leave out --strict",
+            tensors=[tensor.name for tensor in missed],
+        )
+
+
+def _bind(base: Checkpoint, record: BaseRecord, changes: Sequence[Change]) -> BaseBinding:
+    hashes = record.hashes()
+    touched = [
+        change.pair.base.name for change in changes if change.pair.base and change.fit and change.fit.factors.rank
+    ]
+    return BaseBinding(
+        name=base.name,
+        base_id=str(record.base_id),
+        architecture=base.architecture,
+        touched={name: hashes[name] for name in touched},
+    )
+
+
+def _recipe(config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, record: BaseRecord) -> Recipe:
+    """Everything but the device and the strictness, which do not say what is made."""
+    return Recipe(
+        operation="extract",
+        method="svd" if config.exact else "gram or block Krylov",
+        options={
+            "rank": config.rule.max_rank,
+            "energy": config.rule.energy,
+            "budget_bytes": config.rule.budget_bytes,
+            "factor_dtype": config.factor_dtype,
+            "include": ",".join(config.include) or None,
+            "exclude": ",".join(config.exclude) or None,
+            "seed": config.seed,
+        },
+        # a trainer often leaves the base's own Hub id in the config of what it saves
+        tuned_name=tuned.name if tuned.name != base.name else tuned.path.name,
+        tuned_id=str(record.base_id),
+    )
+
+
+def _timings(changes: Sequence[Change], total: float) -> dict[str, float]:
+    timings = {"total": total}
+    for change in changes:
+        for stage, seconds in change.seconds.items():
+            timings[stage] = timings.get(stage, 0.0) + seconds
+    return timings

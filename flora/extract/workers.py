@@ -1,0 +1,62 @@
+"""Several matrices at once, each on few threads: faster than all threads on one, and the same bits on 1 or 2 cores."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """How the threads are shared out. Two workers at least: one reads the next pair while another computes."""
+
+    num_workers: int
+    threads_each: int
+
+
+def choose_crew(largest_bytes: int, memory_bytes: int = 512 << 20) -> Crew:
+    """As many workers as fit into `memory_bytes`, two where even they do not, with the process's threads between them.
+
+    largest_bytes  what one worker holds at most
+    """
+    num_threads = torch.get_num_threads()
+    num_workers = max(2, min(num_threads, memory_bytes // max(1, largest_bytes)))
+    return Crew(num_workers, max(1, num_threads // num_workers))
+
+
+def in_order(crew: Crew, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """work(item) for each item, in their order, `crew.num_workers` of them in the making at a time.
+
+    The first error ends the run: it is raised at its turn, and nothing new is started.
+    """
+    with (
+        _threads(crew),
+        ThreadPoolExecutor(crew.num_workers, initializer=torch.set_num_threads, initargs=(crew.threads_each,)) as pool,
+    ):
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * crew.num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def _threads(crew: Crew) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # a worker's setting is also the default of threads started later
