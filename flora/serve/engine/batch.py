@@ -1,0 +1,92 @@
+"""A step's arrays: every row's token, position and KV slot, and which rows meet which adapter."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flora.kernels import WorkList, split_segments
+from flora.serve.engine.pages import NULL_PAGE
+from flora.serve.engine.scheduler import Chunk
+
+_DECODE_BLOCK_ROWS = 16
+_PREFILL_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows of base sequences first, then those of each adapter together. S sequences, n rows, m of them sampled."""
+
+    chunks: tuple[Chunk, ...]  # in the order of their rows
+    token_ids: Tensor  # int64 [n]
+    positions: Tensor  # int64 [n]
+    slots: Tensor  # int64 [n]: page * page_tokens + offset
+    block_tables: Tensor  # int32 [S, max_pages]
+    seq_lens: Tensor  # int32 [S]: tokens of context, this step's own among them
+    query_starts: Tensor  # int32 [S + 1]
+    logits_rows: Tensor  # int64 [m]
+    work: WorkList | None  # None: no row has an adapter
+    max_queries: int  # rows of the longest chunk
+
+    @property
+    def sampled(self) -> list[Chunk]:
+        """The chunks whose last rows are logits_rows."""
+        return [chunk for chunk in self.chunks if chunk.samples]
+
+
+def build_batch(
+    chunks: Sequence[Chunk],
+    adapter_slots: Sequence[int | None],
+    page_tokens: int,
+    max_rank: int,
+    device: torch.device,
+) -> Batch:
+    """The arrays of one planned step.
+
+    adapter_slots  of each chunk: its adapter's row in the kernels' tables, None for the base
+    max_rank       of the resident adapters' modules
+    """
+    order = sorted(range(len(chunks)), key=lambda i: -1 if (slot := adapter_slots[i]) is None else slot)
+    chunks = tuple(chunks[i] for i in order)
+    slots = [adapter_slots[i] for i in order]
+
+    counts = np.array([chunk.count for chunk in chunks])
+    starts = np.concatenate(([0], counts.cumsum()))
+    table = np.full((len(chunks), max(len(chunk.sequence.pages) for chunk in chunks)), NULL_PAGE, dtype=np.int32)
+    token_ids: list[int] = []
+    for row, chunk in enumerate(chunks):
+        table[row, : len(chunk.sequence.pages)] = chunk.sequence.pages
+        token_ids += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+    first_positions = np.array([chunk.start for chunk in chunks])
+    owners = np.repeat(np.arange(len(chunks)), counts)  # each row's sequence
+    positions = np.arange(starts[-1]) - (starts[:-1] - first_positions)[owners]
+    kv_slots = table[owners, positions // page_tokens].astype(np.int64) * page_tokens + positions % page_tokens
+    logits_rows = [end - 1 for end, chunk in zip(starts[1:], chunks, strict=True) if chunk.samples]
+
+    max_queries = int(counts.max())
+    return Batch(
+        chunks=chunks,
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(kv_slots).to(device),
+        block_tables=torch.from_numpy(table).to(device),
+        seq_lens=torch.from_numpy((first_positions + counts).astype(np.int32)).to(device),
+        query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+        logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        work=_work_list(slots, counts, max_queries, max_rank, device),
+        max_queries=max_queries,
+    )
+
+
+def _work_list(
+    slots: Sequence[int | None], counts: np.ndarray, max_queries: int, max_rank: int, device: torch.device
+) -> WorkList | None:
+    if all(slot is None for slot in slots):
+        return None
+    row_slots = [slot for slot, count in zip(slots, counts.tolist(), strict=True) for _ in range(count)]
+    block_rows = _DECODE_BLOCK_ROWS if max_queries == 1 else _PREFILL_BLOCK_ROWS
+    return WorkList.build(
+        split_segments(row_slots, block_rows), block_rows=block_rows, max_rank=max_rank, device=device
+    )

@@ -1,0 +1,115 @@
+"""An engine from its configuration: opens the base, sizes the pool, and puts the parts together."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from flora.checkpoint import open_checkpoint
+from flora.errors import UsageError
+from flora.identity import base_record
+from flora.kernels import Ops, ReferenceOps
+from flora.serve.config import EngineConfig
+from flora.serve.engine.engine import Engine
+from flora.serve.engine.layout import PoolGeometry
+from flora.serve.engine.loader import Loader, ThreadLoader
+from flora.serve.engine.model.config import ModelConfig, parse_model_config, resolve_max_context
+from flora.serve.engine.model.llama import LlamaModel
+from flora.serve.engine.model.weights import load_weights
+from flora.serve.engine.pages import PagePool
+from flora.serve.engine.pool import DevicePool
+from flora.serve.engine.runner import Runner
+from flora.serve.engine.scheduler import Limits
+from flora.serve.engine.source import RegistrySource
+from flora.serve.messages import Ready
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_OPS = ("lora_shrink", "lora_expand", "store_kv", "paged_attention")
+
+
+def build_engine(
+    config: EngineConfig, *, loader: Loader | None = None, on_loaded: Callable[[], None] = lambda: None
+) -> Engine:
+    """An engine ready for requests.
+
+    loader     where adapters come from; None: the registry that the configuration names
+    on_loaded  called from the loader's thread after each load: wakes whoever waits for the engine to have work
+    Raises CheckpointError, ShapeMismatch, NotFound, UsageError.
+    """
+    if config.num_threads:
+        torch.set_num_threads(config.num_threads)
+    dtype, device = _dtype(config.dtype), torch.device(config.device)
+    checkpoint = open_checkpoint(config.base)
+    model_config = parse_model_config(checkpoint.config)
+    geometry = pool_geometry(model_config, config, dtype.itemsize)
+    pool_tokens = (geometry.num_pages - 1) * geometry.page_tokens
+    max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
+    weights = load_weights(checkpoint, model_config, dtype, device)
+    base = base_record(checkpoint, config.cache_dir)
+    ops = choose_ops(device)
+    ready = Ready(
+        base_id=str(base.base_id),
+        max_context=max_context,
+        vocab_size=model_config.vocab_size,
+        num_pages=geometry.num_pages,
+        page_tokens=geometry.page_tokens,
+        page_bytes=geometry.page_bytes,
+        device=str(device),
+        dtype=config.dtype,
+        kernels=dict.fromkeys(_OPS, ops.name),
+        engine_pid=os.getpid(),
+    )
+    if loader is None:
+        source = RegistrySource(config.registry, model_config, base, geometry, dtype)
+        loader = ThreadLoader(source, on_loaded)
+    return Engine(
+        ready,
+        Runner(
+            LlamaModel(model_config, weights, max_context, ops),
+            DevicePool(geometry, dtype, device),
+            config.max_adapters,
+        ),
+        PagePool(geometry.num_pages, remember_freed=config.poison),
+        Limits(config.page_tokens, config.max_sequences, config.max_batch_tokens, config.max_waiting),
+        loader,
+        num_slots=config.max_adapters,
+        host_cache_bytes=config.host_cache_bytes,
+    )
+
+
+def pool_geometry(model: ModelConfig, config: EngineConfig, itemsize: int) -> PoolGeometry:
+    """The pool that `config.pool_bytes` holds. Raises UsageError if that is less than a page beside the null page."""
+    geometry = PoolGeometry(
+        num_planes=model.num_layers,
+        num_pages=0,
+        page_tokens=config.page_tokens,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        itemsize=itemsize,
+    )
+    num_pages = config.pool_bytes // geometry.page_bytes
+    if num_pages < 2:
+        raise UsageError(
+            f"a pool of {config.pool_bytes} bytes holds no page of {geometry.page_bytes} bytes",
+            fix="give the server a larger pool",
+        )
+    return replace(geometry, num_pages=num_pages)
+
+
+def choose_ops(device: torch.device) -> Ops:
+    """The reference on a CPU, Triton on a GPU: never one for want of the other."""
+    if device.type == "cpu":
+        return ReferenceOps()
+    from flora.kernels import TritonOps  # needs Triton
+
+    return TritonOps()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise UsageError(f"{name!r} is not a dtype of the pool", fix=f"choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]

@@ -1,0 +1,265 @@
+"""The engine: a plain object with `step()`. Requests go in, messages come out; a process is a shell around it.
+
+    submit ─► waiting ─► plan ─► write adapters ─► forward and sample ─► commit ─► messages
+                 └─► loader (beside the loop) ─► host cache ─┘
+
+Decisions are the scheduler's (integers), the device is the runner's; this file carries values between them.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+from flora.errors import FloraError, Overloaded, PromptTooLong, RequestInvalid
+from flora.serve.engine.host_cache import HostCache
+from flora.serve.engine.loader import Loader
+from flora.serve.engine.outbox import Outbox, Outgoing
+from flora.serve.engine.pages import PagePool, Use
+from flora.serve.engine.residency import Residency
+from flora.serve.engine.runner import Runner
+from flora.serve.engine.sampler import Drawn
+from flora.serve.engine.scheduler import Chunk, Limits, Plan, Scheduler
+from flora.serve.engine.sequence import Key, Sequence
+from flora.serve.engine.supply import AdapterSupply
+from flora.serve.messages import (
+    Cancel,
+    FinishReason,
+    Heartbeat,
+    LoadAdapter,
+    Ready,
+    ResidentAdapter,
+    Submit,
+    TokenEvent,
+    UnloadAdapter,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves requests for one base and any adapters of it. One thread owns it."""
+
+    def __init__(
+        self,
+        ready: Ready,
+        runner: Runner,
+        pages: PagePool,
+        limits: Limits,
+        loader: Loader,
+        *,
+        num_slots: int,
+        host_cache_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """build.build_engine makes one from an EngineConfig."""
+        self.ready = ready
+        self.pages = pages
+        self.runner = runner
+        self.residency = Residency(pages, num_slots)
+        self.host = HostCache(host_cache_bytes)
+        self.scheduler = Scheduler(limits, pages, self.residency, self.host.num_pages)
+        self._outbox = Outbox()
+        self.supply = AdapterSupply(
+            self.scheduler, pages, self.residency, self.host, loader, runner, self._outbox, clock
+        )
+        self._loader = loader
+        self._clock = clock
+        self._arrivals = 0
+        self._draining = False
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+
+    # --- what front ends ask ---
+
+    def submit(self, message: Submit, client: bytes = b"") -> None:
+        """Queues a request; one that cannot be served is answered by Rejected."""
+        key = (client, message.request_id)
+        try:
+            self._submit(message, key)
+        except FloraError as error:
+            self._outbox.reject(key, error)
+
+    def cancel(self, message: Cancel, client: bytes = b"") -> None:
+        """Ends a request in whatever phase it is. One that is not here has ended already."""
+        sequence = self.scheduler.get((client, message.request_id))
+        if sequence:
+            self._end(sequence, "cancelled")
+
+    def load_adapter(self, message: LoadAdapter, client: bytes = b"") -> None:
+        """Makes an adapter resident as soon as there is room; answered by AdapterLoaded or Rejected."""
+        self.supply.load(message, client)
+
+    def unload_adapter(self, message: UnloadAdapter, client: bytes = b"") -> None:
+        """Lets an adapter go as soon as no running sequence needs it; answered at once by AdapterUnloaded."""
+        self.supply.unload(message, client)
+
+    def drain(self) -> None:
+        """From now on new requests are refused; the others run to their end."""
+        self._draining = True
+
+    def close(self) -> None:
+        self._loader.close()
+
+    # --- the loop ---
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing to compute, to load or to tell."""
+        return self.scheduler.is_empty and self.supply.is_idle and self._outbox.is_empty
+
+    @property
+    def waits_for_a_load(self) -> bool:
+        """A step now would have nothing to do."""
+        return self.supply.is_loading and not self.scheduler.running and self._outbox.is_empty
+
+    def step(self, wait_s: float = 0.0) -> list[Outgoing]:
+        """Plan, forward and commit; what there is to tell, each message with the identity of its front end.
+
+        wait_s  how long to wait for a load where there is nothing else to do
+        """
+        for sequence, error in self.supply.receive(wait_s if self.waits_for_a_load else 0.0):
+            self._refuse(sequence, error)
+        self.supply.fill_orders()
+        self.supply.start_loads()
+        plan = self.scheduler.plan(self._clock())
+        for chunk, drawn in self._run(plan):
+            self._advance(chunk.sequence, drawn)
+        return self._outbox.take()
+
+    def heartbeat(self) -> Heartbeat:
+        """The engine's state, in numbers."""
+        scheduler = self.scheduler
+        return Heartbeat(
+            running=len(scheduler.running),
+            waiting=scheduler.num_waiting,
+            waiting_by_adapter=scheduler.waiting_by_adapter(),
+            free_pages=self.pages.num_free,
+            kv_pages=self.pages.count(Use.KV),
+            adapter_pages=self.pages.count(Use.ADAPTER),
+            resident=tuple(
+                ResidentAdapter(
+                    serving_digest=resident.digest,
+                    label=resident.label,
+                    num_pages=len(resident.pages),
+                    rank=resident.rank,
+                    running=resident.running,
+                    pinned=resident.pinned,
+                )
+                for resident in self.residency
+            ),
+            host_cache_bytes=self.host.num_bytes,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=scheduler.num_preemptions,
+            adapter_loads=self.supply.num_loads,
+            adapter_load_seconds=self.supply.load_s,
+            adapter_evictions=self.residency.num_evictions,
+        )
+
+    # --- one request ---
+
+    def _submit(self, message: Submit, key: Key) -> None:
+        if self._draining:
+            raise Overloaded("the server is shutting down", fix="send the request to another server")
+        if self.scheduler.get(key):
+            raise RequestInvalid(f"request {message.request_id} is here already")
+        self._check_prompt(message.prompt)
+        sequence = Sequence(
+            key,
+            message.prompt,
+            message.sampling,
+            message.adapter,
+            order=self._arrivals,
+            arrived_s=self._clock(),
+            max_context=self.ready.max_context,
+        )
+        self.scheduler.submit(sequence)
+        self._arrivals += 1
+
+    def _check_prompt(self, prompt: tuple[int, ...]) -> None:
+        if not prompt:
+            raise RequestInvalid("the prompt has no tokens")
+        if len(prompt) >= self.ready.max_context:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens, and the context is {self.ready.max_context}",
+                cause="prompt and answer share the context, and an answer has at least one token",
+                num_tokens=len(prompt),
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.ready.vocab_size:
+            raise RequestInvalid(f"the prompt has a token id outside 0 to {self.ready.vocab_size - 1}")
+
+    def _advance(self, sequence: Sequence, drawn: Drawn) -> None:
+        """Appends the drawn token, or ends the sequence."""
+        sampling = sequence.sampling
+        if drawn.token is None:
+            error = "the model's output is not finite: weights of the base or of the adapter overflow"
+            self._end(sequence, "error", error=error)
+        elif drawn.token in sampling.stop_token_ids and not sampling.ignore_eos:
+            self._end(sequence, "stop", stop_token=drawn.token)
+        else:
+            sequence.tokens.append(drawn.token)
+            self._generated_tokens += 1
+            ends = len(sequence.tokens) >= sequence.max_len
+            event = TokenEvent(
+                request_id=sequence.key[1],
+                token_ids=(drawn.token,),
+                logprobs=(drawn.logprobs,) if drawn.logprobs else (),
+                finish_reason="length" if ends else None,
+            )
+            if ends:
+                self.scheduler.finish(sequence)
+            self._outbox.tell(sequence.key[0], event)
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, *, stop_token: int | None = None, error: str | None = None
+    ) -> None:
+        """Takes the sequence out, with no token more."""
+        self.scheduler.finish(sequence)
+        client, request_id = sequence.key
+        event = TokenEvent(
+            request_id=request_id, token_ids=(), finish_reason=reason, stop_token=stop_token, error=error
+        )
+        self._outbox.tell(client, event)
+
+    def _refuse(self, sequence: Sequence, error: FloraError) -> None:
+        """Ends a waiting sequence. One that was preempted has told tokens already, so it ends with an event."""
+        if sequence.num_generated:
+            self._end(sequence, "error", error=error.what)
+        else:
+            self.scheduler.finish(sequence)
+            self._outbox.reject(sequence.key, error)
+
+    # --- one step ---
+
+    def _run(self, plan: Plan) -> list[tuple[Chunk, Drawn]]:
+        """Brings the device to the planned state and runs the rows. A failure ends the plan's requests, no others."""
+        unwritten = [resident.digest for resident in plan.placed]
+        try:
+            self.supply.sync()
+            for resident in plan.placed:
+                self.supply.write(resident)
+                unwritten.remove(resident.digest)
+            if not plan.chunks:
+                return []
+            drawn = self.runner.run(plan.chunks, [self._slot(chunk.sequence) for chunk in plan.chunks])
+        except Exception as error:
+            logger.exception("step failed requests=%d", len(plan.chunks))
+            for chunk in plan.chunks:
+                self._end(chunk.sequence, "error", error=f"the engine failed in this request's step: {error!r}")
+            for digest in unwritten:
+                self.residency.remove(digest)
+            return []
+        self._steps += 1
+        self._prompt_tokens += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
+        self.scheduler.commit(plan)
+        return drawn
+
+    def _slot(self, sequence: Sequence) -> int | None:
+        """The row of the sequence's adapter in the kernels' tables."""
+        if sequence.digest is None:
+            return None
+        resident = self.residency.get(sequence.digest)
+        assert resident is not None
+        return resident.slot

@@ -1,0 +1,46 @@
+"""Packed adapters in host memory: the least recently used that nothing waits for makes room."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from flora.serve.engine.packing import PackedAdapter
+
+
+class HostCache:
+    """At most `capacity_bytes`, or what is waited for if that is more."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.num_bytes = 0
+        self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()  # least recently used first
+
+    def get(self, digest: str) -> PackedAdapter | None:
+        packed = self._packed.get(digest)
+        if packed:
+            self._packed.move_to_end(digest)
+        return packed
+
+    def num_pages(self, digest: str) -> int | None:
+        """Pages that the adapter will need, if it is here. Asking is no use of it."""
+        packed = self._packed.get(digest)
+        return packed.num_pages if packed else None
+
+    def put(self, packed: PackedAdapter) -> None:
+        self.discard(packed.digest)
+        self._packed[packed.digest] = packed
+        self.num_bytes += packed.num_bytes
+
+    def discard(self, digest: str) -> None:
+        packed = self._packed.pop(digest, None)
+        if packed:
+            self.num_bytes -= packed.num_bytes
+
+    def trim(self, is_wanted: Callable[[str], bool]) -> bool:
+        """Forgets the oldest that is not wanted until the rest fits; whether it does."""
+        if self.num_bytes <= self.capacity_bytes:
+            return True
+        for digest in [digest for digest in self._packed if not is_wanted(digest)]:
+            self.discard(digest)
+            if self.num_bytes <= self.capacity_bytes:
+                return True
+        return False

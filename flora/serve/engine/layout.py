@@ -1,0 +1,161 @@
+"""Where everything lies in the unified pool: pure arithmetic, the same in every process.
+
+A page id names one plane per layer; one (plane, page) is a *cell*, with id `plane * num_pages + page`. KV of layer l
+lies in plane l. An adapter is one stream of elements over the cells of its page list, plane by plane of each page in
+turn: cell c of the stream is plane `c % num_planes` of page `pages[c // num_planes]`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flora.adapter import AdapterHeader, ChangeReport, Module
+from flora.errors import ShapeMismatch, Unsupported
+from flora.kernels.modules import CHUNK, MODULES, padded
+from flora.serve.engine.model.config import ModelConfig
+
+_MODULE_NAME = re.compile(
+    r"model\.layers\.(?P<layer>0|[1-9][0-9]*)\.(?:self_attn\.(?P<attn>[qkvo])|mlp\.(?P<mlp>gate|up|down))_proj"
+)
+_ROW_PARALLEL = ("o", "down")  # their inputs are split over tensor-parallel ranks; the others' outputs are
+
+
+@dataclass(frozen=True, slots=True)
+class PoolGeometry:
+    """The pool's shape; counts are one device's own."""
+
+    num_planes: int  # one per layer
+    num_pages: int  # page 0, the null page, among them
+    page_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    itemsize: int  # bytes of one element
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements that the keys and values of one page take in one plane."""
+        return 2 * self.page_tokens * self.num_kv_heads * self.head_dim
+
+    @property
+    def cell_elements(self) -> int:
+        return padded(self.kv_elements)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page id, all planes."""
+        return self.num_planes * self.cell_elements * self.itemsize
+
+    @property
+    def num_cells(self) -> int:
+        return self.num_planes * self.num_pages
+
+    def pages_for_tokens(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_tokens)
+
+    def cells_for_elements(self, num_elements: int) -> int:
+        return -(-num_elements // self.cell_elements)
+
+    def pages_for_elements(self, num_elements: int) -> int:
+        return -(-self.cells_for_elements(num_elements) // self.num_planes)
+
+    def cell_ids(self, pages: Sequence[int], num_cells: int) -> list[int]:
+        """The first `num_cells` cells of a stream over `pages`."""
+        return [(cell % self.num_planes) * self.num_pages + pages[cell // self.num_planes] for cell in range(num_cells)]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedModule:
+    """One module's place in its adapter's stream. A row starts on a chunk of 64 elements."""
+
+    name: str
+    layer: int
+    module: int  # index in MODULES
+    rank: int
+    in_features: int  # of A as stored on this device: [rank, in_features]
+    out_features: int  # of B, stored transposed: [rank, out_features]
+    scale: float
+    a_chunk: int
+    b_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """Layer by layer, first every A in the order of MODULES, then every B: what one launch reads lies together."""
+
+    modules: tuple[PlacedModule, ...]
+    num_elements: int
+
+    @property
+    def max_rank(self) -> int:
+        return max((module.rank for module in self.modules), default=0)
+
+
+def adapter_layout(
+    config: ModelConfig, header: AdapterHeader, tp_size: int = 1, report: ChangeReport | None = None
+) -> AdapterLayout:
+    """The stream of this adapter on one of `tp_size` devices; equal for all of them.
+
+    report  of the extraction: lets a refusal say how much of the change it is about
+    Raises Unsupported (a module that the server cannot adapt) and ShapeMismatch (of another model), naming the module.
+    """
+    by_place: dict[tuple[int, int], Module] = {}
+    for module in header.modules:
+        by_place[_place(config, module, report)] = module
+    placed: list[PlacedModule] = []
+    chunk = 0
+    for layer in range(config.num_layers):
+        present = [(index, by_place[layer, index]) for index in range(len(MODULES)) if (layer, index) in by_place]
+        shapes = [_local_shape(MODULES[index], module, tp_size) for index, module in present]
+        a_chunks, b_chunks = [], []
+        for (_, module), (in_features, _) in zip(present, shapes, strict=True):
+            a_chunks.append(chunk)
+            chunk += module.rank * padded(in_features) // CHUNK
+        for (_, module), (_, out_features) in zip(present, shapes, strict=True):
+            b_chunks.append(chunk)
+            chunk += module.rank * padded(out_features) // CHUNK
+        placed += [
+            PlacedModule(module.name, layer, index, module.rank, *shape, module.scale, a_chunk, b_chunk)
+            for (index, module), shape, a_chunk, b_chunk in zip(present, shapes, a_chunks, b_chunks, strict=True)
+        ]
+    return AdapterLayout(tuple(placed), chunk * CHUNK)
+
+
+def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> tuple[int, int]:
+    """(layer, index in MODULES) of one module. Raises Unsupported, ShapeMismatch."""
+    match = _MODULE_NAME.fullmatch(module.name)
+    if match is None:
+        raise Unsupported(
+            f"the adapter changes {module.name}{_share(module, report)}, which this server cannot adapt",
+            cause="it adapts the projections q, k, v, o, gate, up and down of the decoder's layers",
+            fix=f"extract again with --exclude {module.name}, or merge the adapter into its base with `flora merge`",
+            module=module.name,
+        )
+    layer, kind = int(match["layer"]), match["attn"] or match["mlp"]
+    if layer >= config.num_layers:
+        raise ShapeMismatch(
+            f"the adapter changes {module.name}{_share(module, report)}, and the base has {config.num_layers} layers",
+            cause="the adapter belongs to a deeper model",
+            module=module.name,
+        )
+    expected = config.module_shape(kind)
+    if (module.in_features, module.out_features) != expected:
+        raise ShapeMismatch(
+            f"{module.name}{_share(module, report)} is [{module.out_features}, {module.in_features}] in the adapter, "
+            f"[{expected[1]}, {expected[0]}] in the base",
+            cause="the adapter belongs to a model of another size",
+            module=module.name,
+        )
+    return layer, MODULES.index(kind)
+
+
+def _share(module: Module, report: ChangeReport | None) -> str:
+    """Words about the module's part in the whole change, where the report knows it."""
+    change = report.by_name().get(f"{module.name}.weight") if report else None
+    return f" ({report.share(change):.1%} of the change)" if report and change else ""
+
+
+def _local_shape(kind: str, module: Module, tp_size: int) -> tuple[int, int]:
+    """(in_features, out_features) of one device's part: its slice of the inputs of o and down, else of the outputs."""
+    if kind in _ROW_PARALLEL:
+        return module.in_features // tp_size, module.out_features
+    return module.in_features, module.out_features // tp_size

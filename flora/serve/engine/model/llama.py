@@ -1,0 +1,108 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3: a step's rows in, their logits out.
+
+Rows are tokens of any sequences, packed without padding. Nothing here knows sequences or adapters apart: attention
+finds its pages through the batch's block tables, LoRA its factors through the batch's work list.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flora.kernels import AdapterWeights, Group, Ops, PackedLinear, rms_norm, rope, silu_mul
+from flora.serve.engine.batch import Batch
+from flora.serve.engine.model.config import ModelConfig
+from flora.serve.engine.model.rope import rope_tables
+from flora.serve.engine.model.weights import LayerWeights, ModelWeights
+from flora.serve.engine.pool import DevicePool
+
+
+class LlamaModel:
+    """The base's weights and the walk through them."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, max_context: int, ops: Ops) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+        self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_context, weights.embedding.device)
+        self._softmax_scale = config.head_dim**-0.5
+        q, kv, ff, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
+        self._outputs = {  # where each slice of a group lies in the fused output: (starts, sizes)
+            Group.QKV: ((0, q, q + kv), (q, kv, kv)),
+            Group.OUT: ((0,), (hidden,)),
+            Group.GATE_UP: ((0, ff), (ff, ff)),
+            Group.DOWN: ((0,), (hidden,)),
+        }
+
+    def forward(self, batch: Batch, pool: DevicePool, adapters: AdapterWeights) -> Tensor:
+        """Logits of the rows in `batch.logits_rows`, float32 [len(logits_rows), vocab_size]; KV goes to the pool."""
+        weights, eps = self.weights, self.config.rms_norm_eps
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        x = F.embedding(batch.token_ids, weights.embedding)
+        for index, layer in enumerate(weights.layers):
+            normed = rms_norm(x, layer.input_norm, eps)
+            x = x + self._attention(normed, index, layer, cos, sin, batch, pool, adapters)
+            normed = rms_norm(x, layer.post_norm, eps)
+            gate_up = self._project(layer.gate_up, normed, index, Group.GATE_UP, batch, adapters)
+            x = x + self._project(layer.down, silu_mul(gate_up), index, Group.DOWN, batch, adapters)
+        x = x[batch.logits_rows]
+        return weights.head(rms_norm(x, weights.norm, eps)).float()
+
+    def _attention(
+        self,
+        x: Tensor,
+        index: int,
+        layer: LayerWeights,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        pool: DevicePool,
+        adapters: AdapterWeights,
+    ) -> Tensor:
+        config, kv = self.config, pool.kv(index)
+        qkv = self._project(layer.qkv, x, index, Group.QKV, batch, adapters)
+        heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        qk, v = heads.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
+            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
+            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+            qk = torch.cat((q, k), dim=1)
+        q, k = rope(qk, cos, sin).split((config.num_heads, config.num_kv_heads), dim=1)
+        self.ops.store_kv(k, v, kv, batch.slots)
+        attended = self.ops.paged_attention(
+            q,
+            kv,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.query_starts,
+            self._softmax_scale,
+            max_queries=batch.max_queries,
+        )
+        return self._project(layer.o, attended.reshape(len(x), config.q_size), index, Group.OUT, batch, adapters)
+
+    def _project(
+        self, linear: PackedLinear, x: Tensor, layer: int, group: Group, batch: Batch, adapters: AdapterWeights
+    ) -> Tensor:
+        """The base's product, and on the rows of adapters their low-rank terms."""
+        y: Tensor = linear(x)
+        if batch.work is not None:
+            starts, sizes = self._outputs[group]
+            self._add_lora(x, y, layer, group, starts, sizes, batch, adapters)
+        return y
+
+    def _add_lora(
+        self,
+        x: Tensor,
+        y: Tensor,
+        layer: int,
+        group: Group,
+        starts: Sequence[int],
+        sizes: Sequence[int],
+        batch: Batch,
+        adapters: AdapterWeights,
+    ) -> None:
+        assert batch.work is not None
+        v = self.ops.lora_shrink(x, adapters, layer, group, batch.work)
+        self.ops.lora_expand(y, v, adapters, layer, group, starts, sizes, batch.work)

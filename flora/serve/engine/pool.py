@@ -1,0 +1,38 @@
+"""The device's one allocation, and its typed views: KV planes and adapter cells."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora.serve.engine.layout import PoolGeometry
+
+_NAN_BYTE = 0xFF  # repeated, it is a NaN in float32, float16 and bfloat16
+
+
+class DevicePool:
+    """All KV and every resident adapter's weights: the only copy that the forward pass reads."""
+
+    def __init__(self, geometry: PoolGeometry, dtype: torch.dtype, device: torch.device) -> None:
+        self.geometry = geometry
+        self.storage = torch.empty(geometry.num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
+        self.storage.fill_(_NAN_BYTE)
+        self.cells: Tensor = self.storage.view(dtype).view(geometry.num_cells, geometry.cell_elements)
+        self._planes = self.cells.view(geometry.num_planes, geometry.num_pages, geometry.cell_elements)
+        kv_shape = (geometry.num_pages, 2, geometry.page_tokens, geometry.num_kv_heads, geometry.head_dim)
+        self._kv = [plane[:, : geometry.kv_elements].view(kv_shape) for plane in self._planes]
+
+    def kv(self, layer: int) -> Tensor:
+        """[num_pages, 2, page_tokens, num_kv_heads, head_dim]; 0 is K, 1 is V."""
+        return self._kv[layer]
+
+    def write_adapter(self, pages: Sequence[int], packed: Tensor) -> list[int]:
+        """Copies a packed adapter, [num_cells, cell_elements] in the pool's dtype, into its pages; their cell ids."""
+        cells = self.geometry.cell_ids(pages, len(packed))
+        self.cells.index_copy_(0, torch.tensor(cells, device=self.cells.device), packed.to(self.cells.device))
+        return cells
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """Fills pages with NaN: whoever still reads them shows it."""
+        if pages:
+            self._planes[:, torch.tensor(pages, device=self.cells.device)] = float("nan")

@@ -1,0 +1,129 @@
+"""Which adapters are on the device: integers only. Keys are serving digests, never names."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from flora.serve.engine.pages import PagePool, Use
+from flora.serve.request import AdapterTarget
+
+
+class Resident:
+    """One adapter on the device."""
+
+    __slots__ = ("digest", "label", "pages", "pinned", "rank", "retiring", "running", "slot")
+
+    def __init__(self, target: AdapterTarget, slot: int, pages: list[int]) -> None:
+        self.digest = target.serving_digest
+        self.label = target.label  # what the request that brought it here called it; for messages
+        self.slot = slot  # row of the kernels' tables
+        self.pages = pages
+        self.running = 0  # sequences that need it now
+        self.pinned = False  # by request: stays when nobody needs it
+        self.retiring = False  # by request: goes as soon as nobody needs it
+        self.rank = 0  # highest of its modules
+
+
+class Residency:
+    """Places adapters into pages and slots, and evicts the least recently used that nothing needs."""
+
+    def __init__(self, pages: PagePool, num_slots: int) -> None:
+        self._pages = pages
+        self.num_slots = num_slots
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._residents: dict[str, Resident] = {}
+        self._idle: OrderedDict[str, Resident] = OrderedDict()  # what may be evicted, least recently used first
+        self.idle_pages = 0  # that eviction could free
+        self._evicted: list[Resident] = []
+        self.num_evictions = 0
+
+    def __iter__(self) -> Iterator[Resident]:
+        return iter(self._residents.values())
+
+    def __len__(self) -> int:
+        return len(self._residents)
+
+    def get(self, digest: str) -> Resident | None:
+        return self._residents.get(digest)
+
+    def can_place(self, num_pages: int) -> bool:
+        has_slot = bool(self._free_slots or self._idle)
+        return has_slot and num_pages <= self._pages.num_free + self.idle_pages
+
+    def place(self, target: AdapterTarget, num_pages: int) -> Resident:
+        """The adapter, now resident and idle, with pages to write it to. The caller has asked can_place."""
+        assert target.serving_digest not in self._residents
+        self.reclaim(num_pages)
+        if not self._free_slots:
+            self._evict_oldest()
+        resident = Resident(target, self._free_slots.pop(), self._pages.allocate(num_pages, Use.ADAPTER))
+        self._residents[resident.digest] = resident
+        self._rest(resident)
+        return resident
+
+    def acquire(self, digest: str) -> Resident:
+        """A sequence starts to need the adapter."""
+        resident = self._residents[digest]
+        resident.running += 1
+        self._rouse(resident)
+        return resident
+
+    def release(self, digest: str) -> None:
+        """A sequence no longer needs it. It stays until its pages are wanted, unless it was told to go."""
+        resident = self._residents[digest]
+        resident.running -= 1
+        assert resident.running >= 0
+        self._rest(resident)
+        if resident.retiring and not resident.running:
+            self.remove(digest)
+
+    def pin(self, digest: str) -> None:
+        """By request: it stays until it is retired."""
+        resident = self._residents[digest]
+        resident.pinned, resident.retiring = True, False
+        self._rouse(resident)
+
+    def retire(self, digest: str) -> None:
+        """By request: it goes now, or when the last running sequence that needs it ends."""
+        resident = self._residents[digest]
+        resident.pinned, resident.retiring = False, True
+        if not resident.running:
+            self.remove(digest)
+
+    def reclaim(self, num_pages: int) -> bool:
+        """Evicts until `num_pages` are free, oldest use first; whether they are."""
+        while self._pages.num_free < num_pages and self._idle:
+            self._evict_oldest()
+        return self._pages.num_free >= num_pages
+
+    def remove(self, digest: str) -> None:
+        """Gives the pages of an adapter that no sequence needs back."""
+        resident = self._residents[digest]
+        assert not resident.running
+        self._rouse(resident)
+        self._drop(resident)
+
+    def take_evicted(self) -> list[Resident]:
+        """Adapters that left since the last call: their slots' table rows are to be cleared."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
+    def _rest(self, resident: Resident) -> None:
+        if not resident.running and not resident.pinned and resident.digest not in self._idle:
+            self._idle[resident.digest] = resident
+            self.idle_pages += len(resident.pages)
+
+    def _rouse(self, resident: Resident) -> None:
+        if self._idle.pop(resident.digest, None):
+            self.idle_pages -= len(resident.pages)
+
+    def _evict_oldest(self) -> None:
+        resident = next(iter(self._idle.values()))
+        self._rouse(resident)
+        self._drop(resident)
+        self.num_evictions += 1
+
+    def _drop(self, resident: Resident) -> None:
+        del self._residents[resident.digest]
+        self._pages.free(resident.pages)
+        self._free_slots.append(resident.slot)
+        self._evicted.append(resident)

@@ -1,0 +1,43 @@
+"""Everything of the engine that touches the device: the pool, the tables, the model, the sampler."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora.serve.engine.batch import Batch, build_batch
+from flora.serve.engine.model.llama import LlamaModel
+from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.pool import DevicePool
+from flora.serve.engine.residency import Resident
+from flora.serve.engine.sampler import Draw, Drawn, sample
+from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.tables import AdapterTables
+
+
+class Runner:
+    """Runs planned steps. It decides nothing: pages, slots and rows come from the scheduler."""
+
+    def __init__(self, model: LlamaModel, pool: DevicePool, num_slots: int) -> None:
+        self.model = model
+        self.pool = pool
+        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells)
+        self.device = pool.cells.device
+
+    def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
+        """From the next step on, rows of the resident's slot meet this adapter."""
+        cells = self.pool.write_adapter(resident.pages, packed.cells)
+        self.tables.publish(resident.slot, packed.layout, cells)
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> list[tuple[Chunk, Drawn]]:
+        """Computes the chunks' rows; the next token of each chunk that ends its sequence's tokens."""
+        batch = build_batch(chunks, adapter_slots, self.pool.geometry.page_tokens, self.tables.max_rank, self.device)
+        sampled = batch.sampled
+        draws = [Draw(chunk.sequence.sampling, chunk.sequence.num_generated) for chunk in sampled]
+        return list(zip(sampled, sample(self.forward(batch), draws), strict=True))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of the batch's sampled rows, float32 [m, vocab_size]."""
+        return self.model.forward(batch, self.pool, self.tables.weights)

@@ -1,0 +1,67 @@
+"""A request's life inside the engine: the mutable one. Integers only."""
+
+from enum import Enum
+
+from flora.serve.request import AdapterTarget, SamplingParams
+
+Key = tuple[bytes, str]  # front end's identity, its request id
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """One request's tokens and pages. The engine thread owns it."""
+
+    __slots__ = (
+        "adapter",
+        "arrived_s",
+        "key",
+        "max_len",
+        "num_computed",
+        "num_prompt",
+        "order",
+        "pages",
+        "sampling",
+        "state",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        key: Key,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        adapter: AdapterTarget | None,
+        *,
+        order: int,
+        arrived_s: float,
+        max_context: int,
+    ) -> None:
+        self.key = key
+        self.tokens = list(prompt)  # prompt and answer
+        self.num_prompt = len(prompt)
+        self.num_computed = 0  # tokens whose keys and values are in `pages`
+        self.pages: list[int] = []  # in token order
+        self.sampling = sampling
+        self.adapter = adapter
+        self.order = order  # arrival number: age, and so priority; it survives a preemption
+        self.arrived_s = arrived_s
+        self.max_len = min(len(prompt) + sampling.max_tokens, max_context)
+        self.state = State.WAITING
+
+    @property
+    def digest(self) -> str | None:
+        """The adapter's serving digest; None for the base."""
+        return self.adapter.serving_digest if self.adapter else None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.tokens) - self.num_computed

@@ -1,0 +1,56 @@
+"""The kernels' tables of resident adapters: a row per slot, written when an adapter becomes resident."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flora.kernels import MODULES, AdapterWeights
+from flora.serve.engine.layout import AdapterLayout
+
+
+class AdapterTables:
+    """Which cells a slot's adapter lies in, and where in its stream each factor starts."""
+
+    def __init__(self, num_slots: int, num_layers: int, pool_cells: Tensor) -> None:
+        self._pool_cells = pool_cells
+        device = pool_cells.device
+        self._cells = torch.zeros(num_slots, 64, dtype=torch.int32, device=device)
+        self._modules = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int32, device=device)
+        self._scales = torch.zeros(num_slots, num_layers, len(MODULES), dtype=torch.float32, device=device)
+        self._max_ranks = [0] * num_slots
+
+    @property
+    def weights(self) -> AdapterWeights:
+        return AdapterWeights(self._pool_cells, self._cells, self._modules, self._scales)
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank of any module of a resident adapter."""
+        return max(self._max_ranks)
+
+    def publish(self, slot: int, layout: AdapterLayout, cells: list[int]) -> None:
+        """From the next step on, rows of `slot` meet this adapter."""
+        self._make_room(len(cells))
+        self._cells[slot, : len(cells)] = torch.tensor(cells, dtype=torch.int32)
+        modules = np.zeros(self._modules.shape[1:], dtype=np.int32)
+        scales = np.zeros(self._scales.shape[1:], dtype=np.float32)
+        for placed in layout.modules:
+            modules[placed.layer, placed.module] = (placed.rank, placed.a_chunk, placed.b_chunk)
+            scales[placed.layer, placed.module] = placed.scale
+        self._modules[slot], self._scales[slot] = torch.from_numpy(modules), torch.from_numpy(scales)
+        self._max_ranks[slot] = layout.max_rank
+
+    def clear(self, slot: int) -> None:
+        """The slot's adapter has left the device."""
+        self._modules[slot] = 0
+        self._max_ranks[slot] = 0
+
+    def _make_room(self, num_cells: int) -> None:
+        """Widens the cell table: no bound on an adapter's size is known when the server starts."""
+        width = self._cells.shape[1]
+        while width < num_cells:
+            width *= 2
+        if width > self._cells.shape[1]:
+            wider = torch.zeros(len(self._cells), width, dtype=torch.int32, device=self._cells.device)
+            wider[:, : self._cells.shape[1]] = self._cells
+            self._cells = wider
