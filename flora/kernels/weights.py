@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flora.kernels.modules import CHUNK
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterWeights:
@@ -19,3 +21,6 @@ class AdapterWeights:
     cells: Tensor  # int32 [num_slots, max_cells]; unread past an adapter's last cell
     modules: Tensor  # int32 [num_slots, num_layers, 7, 3]: rank (0 = absent), start of A and of B in chunks
     scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank
+    # Elements: a power of two that divides cell_elements, every padded row length and every matrix's start. A kernel
+    # looks a cell up once per that many elements; 64 always holds, models with round sizes can promise 1024.
+    alignment: int = CHUNK

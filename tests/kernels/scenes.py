@@ -88,9 +88,17 @@ def pack_adapters(
     return AdapterWeights(pool.to(dtype), cells, torch.stack(records), scales)
 
 
-def work_for(row_slots: list[int | None], *, block_rows: int = 16, max_rank: int = 64, spare: int = 3) -> WorkList:
+def work_for(
+    row_slots: list[int | None],
+    *,
+    block_rows: int = 16,
+    max_rank: int = 64,
+    spare: int = 3,
+    device: torch.device | str = "cpu",
+) -> WorkList:
     segments = split_segments(row_slots, block_rows)
-    work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, capacity=len(segments) + spare)
+    capacity = len(segments) + spare
+    work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, device=device)
     work.segments[len(segments) :] = 10**6  # what lies past num_segments must never be read
     return work
 

@@ -1,0 +1,198 @@
+"""Triton: attention of sequences with one query over their paged context, split so that long contexts fill the GPU."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flora.kernels.tuning import DecodeTuning
+
+
+def decode_attention(
+    out: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_starts: Tensor,
+    softmax_scale: float,
+    tuning: DecodeTuning,
+) -> None:
+    """Rows of `out` that belong to sequences with exactly one query; the other rows are left alone.
+
+    A context is cut every split_tokens, whoever else is in the batch, so a row's bits depend on its own sequence alone.
+    Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).
+    """
+    num_sequences, max_pages = block_tables.shape
+    num_q_heads, head_dim = q.shape[1:]
+    page_tokens, num_kv_heads = kv.shape[2:4]
+    group = num_q_heads // num_kv_heads
+    max_splits = triton.cdiv(max_pages * page_tokens, tuning.split_tokens)
+    if num_sequences == 0 or max_splits == 0:
+        return
+    partial = torch.empty(num_sequences, num_q_heads, max_splits, head_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_sequences, num_q_heads, max_splits, dtype=torch.float32, device=q.device)
+    block_dim = triton.next_power_of_2(head_dim)
+    _decode_split_kernel[(num_sequences, num_kv_heads, min(max_splits, tuning.split_lanes))](
+        q,
+        kv,
+        block_tables,
+        seq_lens,
+        query_starts,
+        out,
+        partial,
+        lse,
+        softmax_scale * LOG2_E,
+        max_splits,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        *kv.stride()[:4],
+        block_tables.stride(0),
+        PAGE_TOKENS=page_tokens,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_HEADS=max(16, triton.next_power_of_2(group)),
+        BLOCK_DIM=block_dim,
+        BLOCK_TOKENS=tuning.block_tokens,
+        SPLIT_TOKENS=tuning.split_tokens,
+        SAME_DTYPE=q.dtype == kv.dtype,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+    )
+    if max_splits > 1:
+        _decode_combine_kernel[(num_sequences, num_q_heads)](
+            partial,
+            lse,
+            seq_lens,
+            query_starts,
+            out,
+            max_splits,
+            out.stride(0),
+            out.stride(1),
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            SPLIT_TOKENS=tuning.split_tokens,
+            num_warps=2,
+        )
+
+
+LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
+
+
+@triton.jit
+def _decode_split_kernel(
+    p_q,
+    p_kv,
+    p_tables,
+    p_seq_lens,
+    p_starts,
+    p_out,
+    p_partial,
+    p_lse,
+    scale_log2,
+    max_splits,
+    q_row_stride,
+    q_head_stride,
+    out_row_stride,
+    out_head_stride,
+    page_stride,
+    value_stride,
+    token_stride,
+    head_stride,
+    table_stride,
+    PAGE_TOKENS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,  # the group padded to what tl.dot takes
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+    SAME_DTYPE: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_kv_head = tl.program_id(1)
+    row = tl.load(p_starts + i_seq).to(tl.int64)
+    num_queries = tl.load(p_starts + i_seq + 1) - row
+    seq_len = tl.load(p_seq_lens + i_seq)
+    num_splits = tl.maximum(tl.cdiv(seq_len, SPLIT_TOKENS), 1)  # an empty context still writes its zeros
+    if num_queries == 1:
+        o_heads = tl.arange(0, BLOCK_HEADS)
+        m_heads = o_heads < GROUP
+        heads = i_kv_head * GROUP + o_heads
+        o_dim = tl.arange(0, BLOCK_DIM)
+        m_dim = o_dim < HEAD_DIM
+        m_q = m_heads[:, None] & m_dim[None, :]
+        b_q = tl.load(p_q + row * q_row_stride + heads[:, None] * q_head_stride + o_dim[None, :], mask=m_q, other=0.0)
+        p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
+        for i_split in range(tl.program_id(2), num_splits, tl.num_programs(2)):
+            b_max = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
+            b_sum = tl.zeros((BLOCK_HEADS,), tl.float32)
+            b_out = tl.zeros((BLOCK_HEADS, BLOCK_DIM), tl.float32)
+            end = tl.minimum(seq_len, (i_split + 1) * SPLIT_TOKENS)
+            for first in range(i_split * SPLIT_TOKENS, end, BLOCK_TOKENS):
+                o_tokens = first + tl.arange(0, BLOCK_TOKENS)
+                m_tokens = o_tokens < end
+                page = tl.load(p_tables + i_seq * table_stride + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
+                o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
+                m_kv = m_tokens[:, None] & m_dim[None, :]
+                b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+                b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+                if not SAME_DTYPE:
+                    b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+                b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
+                b_scores = tl.where(m_tokens[None, :], b_scores, float("-inf"))
+                b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+                b_decay = tl.exp2(b_max - b_new_max)
+                b_p = tl.exp2(b_scores - b_new_max[:, None])
+                b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
+                b_max = b_new_max
+            b_out = tl.where(seq_len > 0, b_out / b_sum[:, None], 0.0)
+            if num_splits == 1:
+                p_row = p_out + row * out_row_stride + heads[:, None] * out_head_stride
+                tl.store(p_row + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
+            else:
+                i_partial = (i_seq * (tl.num_programs(1) * GROUP) + heads) * max_splits + i_split
+                tl.store(p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :], b_out, mask=m_q)
+                tl.store(p_lse + i_partial, b_max + tl.log2(b_sum), mask=m_heads)
+
+
+@triton.jit
+def _decode_combine_kernel(
+    p_partial,
+    p_lse,
+    p_seq_lens,
+    p_starts,
+    p_out,
+    max_splits,
+    out_row_stride,
+    out_head_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    SPLIT_TOKENS: tl.constexpr,
+):
+    i_seq = tl.program_id(0).to(tl.int64)
+    i_head = tl.program_id(1)
+    row = tl.load(p_starts + i_seq).to(tl.int64)
+    num_queries = tl.load(p_starts + i_seq + 1) - row
+    num_splits = tl.cdiv(tl.load(p_seq_lens + i_seq), SPLIT_TOKENS)
+    if num_queries == 1 and num_splits > 1:
+        o_dim = tl.arange(0, BLOCK_DIM)
+        m_dim = o_dim < HEAD_DIM
+        i_first = (i_seq * tl.num_programs(1) + i_head) * max_splits
+        b_max = tl.load(p_lse + i_first)
+        b_sum = 1.0
+        b_out = tl.load(p_partial + i_first * HEAD_DIM + o_dim, mask=m_dim, other=0.0)
+        for i_split in range(1, num_splits):
+            lse = tl.load(p_lse + i_first + i_split)
+            b_part = tl.load(p_partial + (i_first + i_split) * HEAD_DIM + o_dim, mask=m_dim, other=0.0)
+            b_new_max = tl.maximum(b_max, lse)
+            b_decay = tl.exp2(b_max - b_new_max)
+            weight = tl.exp2(lse - b_new_max)
+            b_out = b_out * b_decay + b_part * weight
+            b_sum = b_sum * b_decay + weight
+            b_max = b_new_max
+        p_row = p_out + row * out_row_stride + i_head * out_head_stride
+        tl.store(p_row + o_dim, (b_out / b_sum).to(p_out.dtype.element_ty), mask=m_dim)

@@ -1,0 +1,70 @@
+"""Every operation as Triton kernels: the GPU path."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flora.kernels.decode_attention import decode_attention
+from flora.kernels.kv_store import store_kv
+from flora.kernels.lora_expand import lora_expand
+from flora.kernels.lora_shrink import lora_shrink
+from flora.kernels.modules import Group
+from flora.kernels.prefill_attention import prefill_attention
+from flora.kernels.tuning import Tuning
+from flora.kernels.weights import AdapterWeights
+from flora.kernels.work import WorkList
+
+
+class TritonOps:
+    """Ops for one GPU. Nothing waits for the device and no grid depends on its data, so all of it can be captured."""
+
+    name = "triton"
+
+    def __init__(self, num_sms: int, tuning: Tuning | None = None) -> None:
+        self.num_sms = num_sms  # multiprocessors
+        self.tuning = tuning or Tuning()
+
+    @classmethod
+    def for_device(cls, device: torch.device, tuning: Tuning | None = None) -> "TritonOps":
+        return cls(torch.cuda.get_device_properties(device).multi_processor_count, tuning)
+
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+        """See Ops.lora_shrink."""
+        return lora_shrink(x, weights, layer, group, work, self.tuning.shrink, self.num_sms)
+
+    def lora_expand(
+        self,
+        y: Tensor,
+        v: Tensor,
+        weights: AdapterWeights,
+        layer: int,
+        group: Group,
+        out_starts: Sequence[int],
+        out_sizes: Sequence[int],
+        work: WorkList,
+    ) -> None:
+        """See Ops.lora_expand."""
+        lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, self.tuning.expand, self.num_sms)
+
+    def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
+        """See Ops.store_kv."""
+        store_kv(k, v, kv, slots)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        softmax_scale: float,
+        *,
+        max_queries: int | None = None,
+    ) -> Tensor:
+        """See Ops.paged_attention. Sequences with one query go the same way in every batch, so their bits do not change."""
+        out = torch.empty_like(q)
+        decode_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.decode)
+        if max_queries != 1:
+            prefill_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.prefill)
+        return out

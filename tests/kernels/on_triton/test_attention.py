@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from flora.kernels import ReferenceOps
+from flora.kernels.triton_ops import TritonOps
+from flora.kernels.tuning import DecodeTuning, PrefillTuning, Tuning
+from tests.kernels.caches import PagedCache
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+SMALL = Tuning(
+    decode=DecodeTuning(split_tokens=32, block_tokens=16, split_lanes=2),
+    prefill=PrefillTuning(block_rows=16, block_tokens=16, num_warps=4),
+)
+HEADS = [(9, 3, 64), (4, 4, 16), (8, 1, 80)]  # query heads, KV heads, head_dim
+
+
+def attend(ops, cache, q, lengths, queries, device, order=None, max_queries=None):
+    order = list(range(len(lengths))) if order is None else order
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    lens = torch.tensor(lengths, dtype=torch.int32)
+    tables = cache.block_tables(order, spare=2)
+    inputs = [t.to(device) for t in (q, cache.kv, tables, lens, starts)]
+    return ops.paged_attention(*inputs, cache.head_dim**-0.5, max_queries=max_queries)
+
+
+def queries_of(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(count, heads, head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("page_tokens", [16, 5])
+@pytest.mark.parametrize("tuning", [Tuning(), SMALL], ids=["default", "small-tiles"])
+def test_decode_agrees_with_the_reference(device, dtype, heads, kv_heads, head_dim, page_tokens, tuning):
+    lengths = [100, 63, 1, 33, 0, 32]
+    cache = PagedCache(lengths, kv_heads, head_dim, page_tokens, dtype=dtype)
+    q = queries_of(6, heads, head_dim, dtype)
+
+    result = attend(TritonOps(2, tuning), cache, q, lengths, [1] * 6, device, max_queries=1)
+
+    wanted = attend(ReferenceOps(), cache, q, lengths, [1] * 6, device)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize("tuning", [Tuning(), SMALL], ids=["default", "small-tiles"])
+def test_a_mixed_batch_of_chunks_and_single_tokens_agrees_with_the_reference(
+    device, dtype, heads, kv_heads, head_dim, tuning
+):
+    lengths, queries = [40, 63, 1, 100, 0, 17, 9], [1, 63, 1, 37, 1, 0, 2]
+    cache = PagedCache(lengths, kv_heads, head_dim, 16, dtype=dtype)
+    q = queries_of(sum(queries), heads, head_dim, dtype)
+
+    result = attend(TritonOps(2, tuning), cache, q, lengths, queries, device)
+
+    wanted = attend(ReferenceOps(), cache, q, lengths, queries, device)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_a_decode_row_keeps_its_bits_in_any_company(device, dtype):
+    lengths = [100, 3, 70, 33]
+    cache = PagedCache(lengths, 3, 64, 16, dtype=dtype)
+    q, ops = queries_of(4, 9, 64, dtype), TritonOps(2, SMALL)
+    alone = [attend(ops, cache, q[s : s + 1], [lengths[s]], [1], device, order=[s])[0] for s in range(4)]
+
+    for order in ([0, 1, 2, 3], [3, 2, 0], [2, 2, 2, 1]):
+        result = attend(ops, cache, q[order], [lengths[s] for s in order], [1] * len(order), device, order=order)
+        for row, s in enumerate(order):
+            assert torch.equal(result[row], alone[s]), (order, s)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 5])
+def test_keys_and_values_go_to_their_slots_and_padding_goes_nowhere(ops, device, dtype, page_tokens):
+    n, heads, head_dim = 4, 3, 20
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(n, 3 * heads * head_dim, generator=generator).to(dtype).to(device)
+    k, v = (part.view(n, heads, head_dim) for part in qkv.split(heads * head_dim, dim=1)[1:])  # strided views
+    slots = torch.tensor([2 * page_tokens + 1, -1, 0, 4 * page_tokens - 1], device=device)
+    stored = [torch.full((4, 2, page_tokens, heads, head_dim), 7.0, dtype=dtype, device=device) for _ in range(2)]
+
+    ops.store_kv(k, v, stored[0], slots)
+    ReferenceOps().store_kv(k, v, stored[1], slots)
+
+    assert torch.equal(stored[0], stored[1])
+    assert int((stored[0] != 7.0).any(-1).sum()) == 3 * 2 * heads

@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flora.kernels import AdapterWeights, Group, Ops, ReferenceOps, WorkList
+from flora.kernels.triton_ops import TritonOps
+from flora.kernels.tuning import ExpandTuning, ShrinkTuning, Tuning
+from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
+
+ODD = Shape(hidden=100, kv=63, ff=200)
+SMALL_LLAMA = Shape(hidden=576, kv=192, ff=896)
+RANKS = [[1, 3, 4, 8, 64, 3, 1], [8, 0, 1, 0, 0, 5, 16], [0] * 7, [40, 17, 64, 4, 3, 3, 8]]
+ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
+FINE = Tuning(  # small tiles, so that the odd sizes above meet every loop more than once
+    shrink=ShrinkTuning(split_elements=128, block_k=64, rank_lanes=2, programs_per_sm=3),
+    expand=ExpandTuning(block_n=64, block_rank=16, programs_per_sm=3),
+)
+
+
+def adapters_of(shape: Shape) -> list[list[Adapter]]:
+    return [[random_adapter(shape, ranks, seed=10 * s + layer) for layer in range(2)] for s, ranks in enumerate(RANKS)]
+
+
+def run(ops: Ops, x, y, weights: AdapterWeights, shape: Shape, group: Group, work: WorkList) -> torch.Tensor:
+    y = y.clone()
+    v = ops.lora_shrink(x, weights, 1, group, work)
+    ops.lora_expand(y, v, weights, 1, group, shape.out_starts(group), shape.out_sizes(group), work)
+    return y
+
+
+def to(device, weights: AdapterWeights) -> AdapterWeights:
+    moved = {name: getattr(weights, name).to(device) for name in ("pool", "cells", "modules", "scales")}
+    return replace(weights, **moved)
+
+
+def inputs(shape: Shape, group: Group, n: int, dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, shape.inputs[group.value[0]], generator=generator)
+    y = torch.randn(n, sum(shape.out_sizes(group)), generator=generator)
+    return x.to(dtype).to(device), y.to(dtype).to(device)
+
+
+def assert_agrees(result, wanted, dtype):
+    assert bool(result.isfinite().all())
+    worst = float((result.float() - wanted.float()).abs().max())
+    assert worst <= TOLERANCE[dtype] * float(wanted.float().abs().max()), worst
+
+
+@pytest.mark.parametrize("group", list(Group))
+@pytest.mark.parametrize("shape", [ODD, SMALL_LLAMA], ids=["odd", "small-llama"])
+def test_every_row_gets_its_own_adapter_as_the_reference_says(ops, device, dtype, shape, group):
+    weights = to(device, pack_adapters(adapters_of(shape), dtype=dtype))
+    x, y = inputs(shape, group, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, block_rows=2, device=device)
+
+    result = run(ops, x, y, weights, shape, group, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, shape, group, work), dtype)
+    for row in (3, 5, 6, 7):  # base rows, and the row of an adapter that has no module at all
+        assert torch.equal(result[row], y[row])
+
+
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_no_tile_size_changes_what_comes_out(device, dtype, group):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, group, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, block_rows=16, device=device)
+
+    result = run(TritonOps(num_sms=1, tuning=FINE), x, y, weights, ODD, group, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, group, work), dtype)
+
+
+def test_a_prefill_block_of_64_rows(ops, device, dtype):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    row_slots = [0] * 70 + [None] * 5 + [3] * 20
+    x, y = inputs(ODD, Group.QKV, len(row_slots), dtype, device)
+    work = work_for(row_slots, block_rows=64, device=device)
+
+    result = run(ops, x, y, weights, ODD, Group.QKV, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, Group.QKV, work), dtype)
+
+
+def test_aligned_rows_are_looked_up_by_the_cell(device, dtype):
+    shape = Shape(hidden=256, kv=128, ff=384)
+    weights = to(device, replace(pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=512), alignment=128))
+    x, y = inputs(shape, Group.QKV, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, device=device)
+
+    result = run(TritonOps(num_sms=2, tuning=FINE), x, y, weights, shape, Group.QKV, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, shape, Group.QKV, work), dtype)
+
+
+def test_a_row_keeps_its_bits_whatever_its_neighbours_hold(ops, device, dtype):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, Group.QKV, 1, dtype, device)
+    alone = run(ops, x, y, weights, ODD, Group.QKV, work_for([3], device=device))[0]
+    others, other_y = inputs(ODD, Group.QKV, len(ROW_SLOTS), dtype, device)
+    others[8], other_y[8], others[9], others[4] = x[0], y[0], NAN, NAN
+
+    result = run(ops, others, other_y, weights, ODD, Group.QKV, work_for(ROW_SLOTS, device=device))
+
+    assert torch.equal(result[8], alone)
+
+
+def test_an_empty_work_list_leaves_every_bit(ops, device, dtype):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, Group.QKV, 4, dtype, device)
+
+    assert torch.equal(run(ops, x, y, weights, ODD, Group.QKV, work_for([None] * 4, device=device)), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA graph")
+def test_a_captured_graph_replays_over_other_adapters_and_cells(ops, device):
+    adapters = adapters_of(SMALL_LLAMA)
+    weights = to(device, pack_adapters(adapters, dtype=torch.bfloat16))
+    x, y = inputs(SMALL_LLAMA, Group.QKV, len(ROW_SLOTS), torch.bfloat16, device)
+    work = work_for([0] + [None] * 9, device=device, spare=9)
+    out = y.clone()
+
+    def step():
+        out.copy_(y)
+        v = ops.lora_shrink(x, weights, 1, Group.QKV, work)
+        starts, sizes = SMALL_LLAMA.out_starts(Group.QKV), SMALL_LLAMA.out_sizes(Group.QKV)
+        ops.lora_expand(out, v, weights, 1, Group.QKV, starts, sizes, work)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    moved = to(device, pack_adapters(adapters, dtype=torch.bfloat16, seed=7))
+    weights.pool.copy_(moved.pool)
+    weights.cells.copy_(moved.cells)
+    for row_slots in ([3, 3, 1, None, 0, 0, 0, 2, None, 1], [None] * 10, [3] * 10):
+        other = work_for(row_slots, device=device, block_rows=16, spare=0)
+        work.segments[: len(other.segments)] = other.segments
+        work.num_segments.copy_(other.num_segments)
+        graph.replay()
+        wanted = run(ReferenceOps(), x, y, weights, SMALL_LLAMA, Group.QKV, work)
+        assert_agrees(out, wanted, torch.bfloat16)
