@@ -1,0 +1,223 @@
+"""A request's `model` to what answers it: the base, or one adapter version with its chat template and end tokens.
+
+The registry is asked on every request, so an alias that moved or a new version counts at once. What a version carries
+never changes, so that is read once and kept by version digest.
+"""
+
+import asyncio
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG
+from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInvalid
+from flora.names import Reference, check_name, parse_reference
+from flora.registry import Entry, Registry, Version
+from flora.serve.frontend.template import base_template, decode_template
+from flora.serve.frontend.tokenizer import Tokenizer, read_json
+from flora.serve.request import AdapterTarget
+
+_KEPT_VERSIONS = 1024  # whose templates and end tokens stay in memory
+_MAX_NICKNAMES = 4096
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What answers a request."""
+
+    template: str | None
+    end_tokens: tuple[int, ...]
+    version: Version | None = None  # None: the base
+    target: AdapterTarget | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """What an adapter version brings besides weights; None where it has the base's."""
+
+    template: str | None
+    end_tokens: tuple[int, ...] | None
+
+
+class Models:
+    """The models of one server: its base, and every adapter of the registry that belongs to that base."""
+
+    def __init__(self, registry: Registry, *, base_name: str, base_folder: Path, tokenizer: Tokenizer) -> None:
+        self.base_name = base_name
+        self.base_id: str | None = None  # known once the engine is ready
+        self._registry = registry
+        self._base = Served(base_template(base_folder), base_end_tokens(base_folder, tokenizer))
+        self._carried: OrderedDict[str, _Carried] = OrderedDict()
+        self._carried_lock = threading.Lock()
+        self._nicknames: dict[str, Reference] = {}
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="registry")
+
+    async def resolve(self, model: str | None) -> Served:
+        """What `model` names: the base, `reference`, `base:reference`, or a name given by `nickname`.
+
+        Raises AdapterNotFound (also for what is no reference at all), BaseMismatch, StoreError.
+        """
+        if model is None or model == self.base_name:
+            return self._base
+        reference = self._reference(model)
+        return await self._call(lambda: self._serve(reference, label=model))
+
+    async def nickname(self, name: str, reference: str) -> Served:
+        """Let `name` stand for the adapter that `reference` means, on this server until it ends.
+
+        Raises NameInvalid, and what `resolve` raises.
+        """
+        wanted = parse_reference(reference)
+        if name == reference or check_name(name) == wanted.name:
+            return await self.resolve(reference)
+        if name == self.base_name:
+            raise NameInvalid(f"{name} is the base's name", fix="choose another lora_name", param="lora_name")
+        served = await self._call(lambda: self._serve(wanted, label=name))
+        if await self._call(lambda: self._exists(name)):
+            raise NameInvalid(
+                f"the registry has another adapter called {name}",
+                fix="use that name for that adapter; for this one choose another lora_name",
+                param="lora_name",
+            )
+        if len(self._nicknames) >= _MAX_NICKNAMES:
+            raise NameInvalid(f"{_MAX_NICKNAMES} names are given already", fix="unload some", param="lora_name")
+        self._nicknames[name] = wanted
+        return served
+
+    def forget_nickname(self, name: str) -> None:
+        self._nicknames.pop(name, None)
+
+    async def page(self, *, after: str | None, limit: int) -> tuple[list[Entry], bool]:
+        """Up to `limit` of this base's adapters after the name `after`, in order; and whether there are more."""
+        return await self._call(lambda: self._page(after, limit))
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        """The registry reads files: never on the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _reference(self, model: str) -> Reference:
+        if nickname := self._nicknames.get(model):
+            return nickname
+        text = model.removeprefix(f"{self.base_name}:")
+        try:
+            return parse_reference(text)
+        except NameInvalid as error:
+            raise AdapterNotFound(
+                "this server has no model of that name", cause="it is not an adapter reference", fix=error.fix
+            ) from error
+
+    def _serve(self, reference: Reference, label: str) -> Served:
+        version = self._registry.resolve(reference)
+        self._check_base(version)
+        carried = self._carried_by(version)
+        return Served(
+            template=carried.template or self._base.template,
+            end_tokens=self._base.end_tokens if carried.end_tokens is None else carried.end_tokens,
+            version=version,
+            target=AdapterTarget(
+                serving_digest=version.serving_digest, version_digest=version.digest, label=label[:200]
+            ),
+        )
+
+    def _exists(self, name: str) -> bool:
+        try:
+            self._registry.resolve(name)
+        except AdapterNotFound:
+            return False
+        return True
+
+    def _check_base(self, version: Version) -> None:
+        """Refuses what the engine would refuse, before anything is loaded. Another base will do if the tensors that the
+        adapter touches are the same; where the registry does not know them, the engine decides.
+        """
+        if self.base_id is None or version.base_id in (None, self.base_id):
+            return
+        served = self._registry.base_record(self.base_id)
+        if served is None:
+            return
+        hashes, touched = served.hashes(), self._registry.header(version).base.touched
+        if not touched or any(hashes.get(name) != sha256 for name, sha256 in touched.items()):
+            raise BaseMismatch(
+                f"{version.ref} belongs to another base, {version.base_name}",
+                cause=f"this server runs {self.base_name}",
+                fix="serve that base, or extract the adapter from a checkpoint tuned from this one",
+                base_id=version.base_id,
+            )
+
+    def _carried_by(self, version: Version) -> _Carried:
+        with self._carried_lock:
+            if carried := self._carried.get(version.digest):
+                self._carried.move_to_end(version.digest)
+                return carried
+        carried = self._read_carried(version)
+        with self._carried_lock:
+            self._carried[version.digest] = carried
+            if len(self._carried) > _KEPT_VERSIONS:
+                self._carried.popitem(last=False)
+        return carried
+
+    def _read_carried(self, version: Version) -> _Carried:
+        template = self._registry.extra(version, CHAT_TEMPLATE)
+        generation = self._registry.extra(version, GENERATION_CONFIG)
+        try:
+            end_tokens = _end_tokens(json.loads(generation)) if generation else None
+        except ValueError as error:
+            raise AdapterInvalid(f"the {GENERATION_CONFIG} of {version.ref} is not JSON", cause=str(error)) from error
+        return _Carried(decode_template(template, where=version.ref) if template else None, end_tokens)
+
+    def _page(self, after: str | None, limit: int) -> tuple[list[Entry], bool]:
+        offset = self._offset_after(after) if after else 0
+        found: list[Entry] = []
+        while len(found) <= limit:
+            entries = self._registry.names(limit=limit + 1, offset=offset)
+            found += [entry for entry in entries if entry.version.base_id in (None, self.base_id)]
+            offset += len(entries)
+            if len(entries) <= limit:
+                break
+        return found[:limit], len(found) > limit
+
+    def _offset_after(self, name: str) -> int:
+        """How many names come before or are `name`, by bisection: the listing is in the order of names."""
+        low, high = 0, 1
+        while self._is_before_end(high - 1, name):
+            low, high = high, high * 2
+        while low < high:
+            middle = (low + high) // 2
+            if self._is_before_end(middle, name):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _is_before_end(self, offset: int, name: str) -> bool:
+        entries = self._registry.names(limit=1, offset=offset)
+        return bool(entries) and entries[0].name <= name
+
+
+def base_end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """End-of-sequence ids as `generate` of transformers takes them: of generation_config.json, else of config.json;
+    the tokenizer's where neither has any.
+    """
+    for file in ("generation_config.json", "config.json"):
+        found = _end_tokens(read_json(folder / file) or {})
+        if found is not None:
+            return found
+    eos = tokenizer.token_id(tokenizer.named_tokens.get("eos_token", ""))
+    return () if eos is None else (eos,)
+
+
+def _end_tokens(config: dict[str, Any]) -> tuple[int, ...] | None:
+    """The end-of-sequence ids that a configuration names; None where it names none."""
+    value = config.get("eos_token_id") if isinstance(config, dict) else None
+    ids = value if isinstance(value, list) else [value]
+    found = tuple(token_id for token_id in ids if isinstance(token_id, int))
+    return found or None
