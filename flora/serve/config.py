@@ -1,6 +1,7 @@
 """How one server runs: built once by the CLI, handed down whole, written as JSON for the engine process."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -36,3 +37,17 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     header_timeout_s: float = 10.0
     keepalive_s: float = 15.0  # SSE comment while nothing else is sent
     api_keys: tuple[str, ...] = ()  # none: loopback only, every request has all scopes
+
+
+def encode_engine_config(config: EngineConfig) -> bytes:
+    """JSON for the file that `python -m flora.serve.engine --config FILE` reads."""
+    return msgspec.json.encode(config, enc_hook=str)  # paths are the only fields that JSON does not know
+
+
+def decode_engine_config(data: bytes) -> EngineConfig:
+    """What encode_engine_config wrote. Raises msgspec.ValidationError."""
+    return msgspec.json.decode(data, type=EngineConfig, dec_hook=_decode_path)
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    return kind(value)
