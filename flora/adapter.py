@@ -189,6 +189,26 @@ def describe(name: str, factors: LowRank) -> Module:
     )
 
 
+def report_of_factors(factors: Mapping[str, LowRank]) -> ChangeReport:
+    """The report of an adapter that has no known delta behind it, an import: the factors themselves are the change."""
+    from flora.lowrank import norm_squared
+
+    norms = {name: norm_squared(factors[name]) for name in sorted(factors)}
+    return ChangeReport(
+        tensors=tuple(
+            TensorChange(
+                name=f"{name}.weight",
+                shape=(factors[name].out_features, factors[name].in_features),
+                status="extracted",
+                norm_squared=norm,
+                kept=norm,
+                rank=factors[name].rank,
+            )
+            for name, norm in norms.items()
+        )
+    )
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 (hex) of the tensor's bytes, row-major and little-endian."""
     import torch

@@ -1,0 +1,229 @@
+"""PEFT folders: an adapter as any engine reads it, with Flora's record beside it in flora.json.
+
+    adapter_config.json, adapter_model.safetensors    PEFT's own
+    flora.json                                        header and report: what PEFT has no place for
+    chat_template.jinja, generation_config.json       where the tuned model's differ from the base's
+
+A folder with a flora.json comes back as the adapter that was saved, with its digests; any other is an import.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from flora.adapter import (
+    EXTRAS,
+    Adapter,
+    AdapterHeader,
+    BaseBinding,
+    ChangeReport,
+    Recipe,
+    make_adapter,
+    report_of_factors,
+    tensor_sha256,
+    to_json,
+)
+from flora.digests import digest_bytes
+from flora.errors import AdapterInvalid, NotFound, UsageError
+from flora.registry.formats.peft_config import (
+    CONFIG_FILE,
+    LoraScales,
+    make_config,
+    public_name,
+    read_config,
+    read_json,
+)
+from flora.registry.formats.peft_weights import WEIGHTS_FILE, find_weights, read_pairs
+from flora.registry.formats.tensors import encode, to_tensors
+from flora.registry.store import store_error
+
+if TYPE_CHECKING:
+    from flora.lowrank import LowRank
+
+Profile = Literal["compact", "portable"]
+
+RECORD_FILE = "flora.json"
+CARD_FILE = "README.md"
+_OURS = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CARD_FILE, *EXTRAS}
+_KIND = "flora.peft"
+_SCHEMA_VERSION = 1
+_MAX_EXTRA_BYTES = 1 << 20
+
+
+class _Record(msgspec.Struct, frozen=True, kw_only=True):
+    """flora.json."""
+
+    kind: str
+    schema_version: int
+    profile: Profile
+    serving_digest: str
+    header: AdapterHeader
+    report: ChangeReport | None
+
+
+def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> list[Path]:
+    """Writes the adapter to `folder`, whole or not at all, and returns its files.
+
+    compact   true per-module ranks, in rank_pattern and alpha_pattern
+    portable  one rank, zero-padded: for engines that know no patterns
+
+    A folder that Flora wrote is replaced. Raises UsageError if anything else is there, StoreError.
+    """
+    folder = folder.absolute()
+    _check_replaceable(folder)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        for name, pieces in peft_files(adapter, profile).items():
+            with (temporary / name).open("wb") as file:
+                file.writelines(pieces)
+        _replace(temporary, folder)
+    except OSError as error:
+        raise store_error(f"{folder} cannot be written", error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return sorted(path for path in folder.iterdir() if path.name in _OURS)
+
+
+def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes | memoryview]]:
+    """The files of the folder, by name, each as pieces."""
+    if profile == "portable":
+        from flora.registry.formats.portable import fold_scales, pad_factors
+
+        adapter = fold_scales(adapter)
+        factors: Mapping[str, LowRank] = pad_factors(adapter)
+        leaves = sorted({name.rpartition(".")[2] for name in factors})
+        config = make_config(adapter.header, leaves)
+        rank = adapter.header.max_rank
+        config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    else:
+        factors = adapter.factors
+        config = make_config(adapter.header, sorted(factors))
+    record = _Record(
+        kind=_KIND,
+        schema_version=_SCHEMA_VERSION,
+        profile=profile,
+        serving_digest=str(adapter.header.serving_digest),
+        header=adapter.header,
+        report=adapter.report,
+    )
+    files: dict[str, Iterable[bytes | memoryview]] = {
+        CONFIG_FILE: [_pretty(config)],
+        WEIGHTS_FILE: encode(to_tensors(factors)),
+        RECORD_FILE: [_pretty(to_json(record))],
+    }
+    return files | {name: [data] for name, data in adapter.extras.items() if name in EXTRAS}
+
+
+def load_peft(folder: Path) -> Adapter:
+    """The adapter in `folder`: with its header, report and digests if Flora wrote it, else imported as it stands.
+
+    Raises NotFound, PickleRefused (never opened), AdapterInvalid and Unsupported (with the key or tensor), NotFinite.
+    """
+    if not folder.is_dir():
+        raise NotFound(f"{folder} is not a folder", fix=f"give the folder that holds {CONFIG_FILE}")
+    weights = find_weights(folder)
+    config = LoraScales(read_config(folder / CONFIG_FILE))
+    pairs = read_pairs(weights, config)
+    if (folder / RECORD_FILE).exists():
+        return _load_own(folder, config, pairs)
+    return _import(folder, config, pairs)
+
+
+def _import(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) -> Adapter:
+    base = BaseBinding(name=public_name(config.config.base_model_name_or_path), base_id=None)
+    version = config.config.peft_version
+    recipe = Recipe(operation="import", method="peft", options={"peft_version": version} if version else {})
+    extras = {name: _read_extra(folder / name) for name in EXTRAS if (folder / name).exists()}
+    return make_adapter(pairs, base, recipe, report_of_factors(pairs), extras)
+
+
+def _load_own(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) -> Adapter:
+    """The adapter of a folder that Flora wrote, with the padding of a portable one trimmed away again."""
+    from flora.lowrank import trim
+
+    try:
+        record = msgspec.convert(read_json(folder / RECORD_FILE), _Record)
+    except msgspec.ValidationError as error:
+        raise AdapterInvalid(f"{RECORD_FILE} is not a record of Flora's", cause=str(error)[:300]) from error
+    if record.kind != _KIND or record.schema_version > _SCHEMA_VERSION:
+        raise AdapterInvalid(
+            f"{RECORD_FILE} has kind {record.kind[:40]!r} and schema {record.schema_version}",
+            cause=f"this Flora reads {_KIND!r} up to schema {_SCHEMA_VERSION}",
+            fix="upgrade Flora: pip install -U flora-adapters",
+        )
+    if not record.header.base.name.isprintable():
+        raise AdapterInvalid(f"{RECORD_FILE} names its base with characters that cannot be shown")
+    left = dict(pairs)
+    factors = {}
+    for module in record.header.modules:
+        whole = left.pop(module.name, None)
+        if whole is None or module.rank > whole.rank or module.scale != config.scale(module.name):
+            raise _differs(module.name)
+        padding_is_zero = not whole.A[module.rank :].any() and not whole.B[:, module.rank :].any()
+        trimmed = trim(whole, module.rank)
+        hashes = (tensor_sha256(trimmed.A), tensor_sha256(trimmed.B))
+        if not padding_is_zero or hashes != (module.a_sha256, module.b_sha256):
+            raise _differs(module.name)
+        factors[module.name] = trimmed
+    for name, whole in left.items():
+        if whole.A.any() or whole.B.any():
+            raise _differs(name)
+    extras = {name: _own_extra(folder, name, digest) for name, digest in record.header.extras.items()}
+    return Adapter(header=record.header, factors=factors, report=record.report, extras=extras)
+
+
+def _own_extra(folder: Path, name: str, digest: str) -> bytes:
+    if name not in EXTRAS or not (folder / name).is_file():
+        raise AdapterInvalid(f"{RECORD_FILE} names {name[:80]!r}, which is not a file here")
+    data = _read_extra(folder / name)
+    if str(digest_bytes(data)) != digest:
+        raise _differs(name)
+    return data
+
+
+def _differs(name: str) -> AdapterInvalid:
+    return AdapterInvalid(
+        f"{name} is not what {RECORD_FILE} says",
+        cause="the folder was changed after Flora wrote it",
+        fix=f"fetch it again; or delete {RECORD_FILE} to import what is there, without its record",
+        tensor=name,
+    )
+
+
+def _read_extra(path: Path) -> bytes:
+    if path.stat().st_size > _MAX_EXTRA_BYTES:
+        raise AdapterInvalid(f"{path.name} has more than {_MAX_EXTRA_BYTES >> 20} MiB")
+    return path.read_bytes()
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file", fix="give --out a new folder")
+    names = {path.name for path in folder.iterdir()}
+    if names and (RECORD_FILE not in names or not names <= _OURS):
+        stranger = min(names - _OURS, default=min(names))
+        raise UsageError(f"{folder} holds {stranger}, which Flora did not write there", fix="give --out a new folder")
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Puts the new folder in the place of the old one."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    aside = folder.parent / f"{temporary.name}.old"
+    os.rename(folder, aside)
+    os.rename(temporary, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _pretty(value: Any) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
