@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from flora.errors import FloraError, Overloaded, PromptTooLong, RequestInvalid
+from flora.errors import EngineDead, FloraError, Overloaded, PromptTooLong, RequestInvalid
 from flora.serve.engine.host_cache import HostCache
 from flora.serve.engine.loader import Loader
 from flora.serve.engine.outbox import Outbox, Outgoing
@@ -65,7 +65,8 @@ class Engine:
         self._loader = loader
         self._clock = clock
         self._arrivals = 0
-        self._draining = False
+        self.is_draining = False
+        self.is_stalled = False  # the last step had no rows and told nothing: only a message or a load changes that
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -94,9 +95,24 @@ class Engine:
         """Lets an adapter go as soon as no running sequence needs it; answered at once by AdapterUnloaded."""
         self.supply.unload(message, client)
 
+    def abandon(self, client: bytes) -> None:
+        """Ends every request of a front end that is gone."""
+        for sequence in self.scheduler.of_client(client):
+            self._end(sequence, "cancelled")
+
+    def refuse(self, client: bytes, request_id: str | None, error: FloraError) -> None:
+        """Ends one request, wherever it is, with this error."""
+        if request_id is None:
+            return
+        sequence = self.scheduler.get((client, request_id))
+        if sequence:
+            self._refuse(sequence, error)
+        else:
+            self._outbox.reject((client, request_id), error)
+
     def drain(self) -> None:
         """From now on new requests are refused; the others run to their end."""
-        self._draining = True
+        self.is_draining = True
 
     def close(self) -> None:
         self._loader.close()
@@ -108,23 +124,20 @@ class Engine:
         """Nothing to compute, to load or to tell."""
         return self.scheduler.is_empty and self.supply.is_idle and self._outbox.is_empty
 
-    @property
-    def waits_for_a_load(self) -> bool:
-        """A step now would have nothing to do."""
-        return self.supply.is_loading and not self.scheduler.running and self._outbox.is_empty
-
     def step(self, wait_s: float = 0.0) -> list[Outgoing]:
         """Plan, forward and commit; what there is to tell, each message with the identity of its front end.
 
-        wait_s  how long to wait for a load where there is nothing else to do
+        wait_s  how long to wait for a load if there is nothing else to do
         """
-        for sequence, error in self.supply.receive(wait_s if self.waits_for_a_load else 0.0):
-            self._refuse(sequence, error)
+        self._receive(0.0)
         self.supply.fill_orders()
         self.supply.start_loads()
         plan = self.scheduler.plan(self._clock())
         for chunk, drawn in self._run(plan):
             self._advance(chunk.sequence, drawn)
+        self.is_stalled = not plan.chunks and self._outbox.is_empty
+        if self.is_stalled and wait_s:
+            self._receive(wait_s)
         return self._outbox.take()
 
     def heartbeat(self) -> Heartbeat:
@@ -160,8 +173,13 @@ class Engine:
 
     # --- one request ---
 
+    def _receive(self, wait_s: float) -> None:
+        """Takes what the loader finished; waiting sequences that can never run are refused."""
+        for sequence, error in self.supply.receive(wait_s):
+            self._refuse(sequence, error)
+
     def _submit(self, message: Submit, key: Key) -> None:
-        if self._draining:
+        if self.is_draining:
             raise Overloaded("the server is shutting down", fix="send the request to another server")
         if self.scheduler.get(key):
             raise RequestInvalid(f"request {message.request_id} is here already")
@@ -224,7 +242,7 @@ class Engine:
         self._outbox.tell(client, event)
 
     def _refuse(self, sequence: Sequence, error: FloraError) -> None:
-        """Ends a waiting sequence. One that was preempted has told tokens already, so it ends with an event."""
+        """Ends a sequence. One that has told tokens already ends with an event."""
         if sequence.num_generated:
             self._end(sequence, "error", error=error.what)
         else:
@@ -244,6 +262,8 @@ class Engine:
             if not plan.chunks:
                 return []
             drawn = self.runner.run(plan.chunks, [self._slot(chunk.sequence) for chunk in plan.chunks])
+        except EngineDead:
+            raise
         except Exception as error:
             logger.exception("step failed requests=%d", len(plan.chunks))
             for chunk in plan.chunks:

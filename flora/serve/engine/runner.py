@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flora.errors import EngineDead
 from flora.serve.engine.batch import Batch, build_batch
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.packing import PackedAdapter
@@ -39,5 +40,8 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of the batch's sampled rows, float32 [m, vocab_size]."""
-        return self.model.forward(batch, self.pool, self.tables.weights)
+        """Logits of the batch's sampled rows, float32 [m, vocab_size]. Raises EngineDead if the device is lost."""
+        try:
+            return self.model.forward(batch, self.pool, self.tables.weights)
+        except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
+            raise EngineDead(f"the device {self.device} failed", cause=str(error)) from error

@@ -93,6 +93,10 @@ class Scheduler:
     def get(self, key: Key) -> Sequence | None:
         return self._by_key.get(key)
 
+    def of_client(self, client: bytes) -> list[Sequence]:
+        """Every live sequence of one front end."""
+        return [sequence for sequence in self._by_key.values() if sequence.key[0] == client]
+
     def wanted_adapters(self) -> list[AdapterTarget]:
         """What waiting sequences need, each adapter once, in the order in which it was first asked for."""
         firsts = (next(iter(waiting.values())).adapter for waiting in self._waiting_by_adapter.values())
@@ -126,6 +130,17 @@ class Scheduler:
                 f"and {pinned} are taken by pinned adapters",
                 fix="ask for fewer tokens, unpin adapters, or give the server a larger pool",
                 needed=needed,
+            )
+
+    def check_room(self, digest: str, num_pages: int) -> None:
+        """Raises OutOfPages if an adapter would find no room even beside nothing but pinned adapters."""
+        pinned = self._pinned_pages(without=digest)
+        if pinned + num_pages > self._pages.num_usable:
+            raise OutOfPages(
+                f"the adapter needs {num_pages} pages of the pool and {self._pages.num_usable - pinned} can be had",
+                cause=f"{pinned} of {self._pages.num_usable} pages are taken by pinned adapters",
+                fix="unload a pinned adapter, or give the server a larger pool",
+                needed=num_pages,
             )
 
     def check_pin(self, digest: str, num_pages: int) -> None:

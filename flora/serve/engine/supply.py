@@ -65,10 +65,6 @@ class AdapterSupply:
     def is_idle(self) -> bool:
         return not self._loading and not self._orders
 
-    @property
-    def is_loading(self) -> bool:
-        return bool(self._loading)
-
     # --- orders of front ends ---
 
     def load(self, message: LoadAdapter, client: bytes) -> None:
@@ -175,6 +171,7 @@ class AdapterSupply:
             return False  # still to come
         if message.pinned:
             self._scheduler.check_pin(digest, num_pages)
+        self._scheduler.check_room(digest, num_pages)
         if self._residency.get(digest) is None:
             if not self._residency.can_place(num_pages):
                 return False

@@ -86,7 +86,7 @@ FAMILIES = {
 
 
 def make_base(family: str, folder: Path) -> Path:
-    """A checkpoint folder of this family, the same on every call. Norms and biases are random too, not ones and zeros."""
+    """A checkpoint folder of this family, the same on every call; norms and biases are random too."""
     torch.manual_seed(0)
     model = FAMILIES[family]().eval()
     generator = torch.Generator().manual_seed(1)

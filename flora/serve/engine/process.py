@@ -1,0 +1,93 @@
+"""The engine as a process: a loop between the mailroom and `Engine.step`, and an end that leaves nothing behind.
+
+It ends with code 0 when it was drained (Drain, SIGTERM) and its requests are done, with 1 when its own state can no
+longer be trusted, and at once when the process that started it is gone.
+"""
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+from flora.errors import FloraError, ServeError
+from flora.serve.config import EngineConfig, decode_engine_config
+from flora.serve.engine.build import build_engine
+from flora.serve.engine.engine import Engine
+from flora.serve.engine.mailroom import Gone, Mail, Mailroom
+from flora.serve.messages import Cancel, Drain, LoadAdapter, Submit, UnloadAdapter
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 0.25  # how often a stalled or idle engine looks around unasked
+
+
+def run(config_file: Path, endpoint: str) -> int:
+    """The exit code. Raises what build_engine raises."""
+    parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
+    Shell(decode_engine_config(config_file.read_bytes()), endpoint, parent).run()
+    return 0
+
+
+class Shell:
+    """Brings mail to the engine and its words back."""
+
+    def __init__(self, config: EngineConfig, endpoint: str, parent: int) -> None:
+        self._parent = parent
+        self._mailroom: Mailroom | None = None
+        self._engine = build_engine(config, on_loaded=self._wake)
+        self._mailroom = Mailroom(endpoint, self._engine.ready, self._engine.heartbeat(), self._end_with_parent)
+        self._drain_asked = False
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def run(self) -> None:
+        """Serves until drained."""
+        engine, mailroom = self._engine, self._mailroom
+        assert mailroom is not None
+        logger.info("engine ready pid=%d pages=%d", os.getpid(), engine.ready.num_pages)
+        while not (engine.is_draining and engine.is_idle):
+            for mail in mailroom.receive(_LOOK_S if engine.is_idle or engine.is_stalled else 0.0):
+                handle(engine, mail)
+            if self._drain_asked:
+                engine.drain()
+            mailroom.send(engine.step())
+            mailroom.heartbeat = engine.heartbeat()
+        logger.info("engine drained")
+        mailroom.close()
+        engine.close()
+
+    def _wake(self) -> None:
+        if self._mailroom:
+            self._mailroom.wake()
+
+    def _on_sigterm(self, *_: object) -> None:
+        self._drain_asked = True
+        self._wake()
+
+    def _end_with_parent(self) -> None:
+        if os.getppid() != self._parent:
+            logger.critical("engine ends: its parent is gone parent=%d", self._parent)
+            os._exit(1)  # from the mailroom's thread: a step may be running, and nobody waits for its result
+
+
+def handle(engine: Engine, mail: Mail) -> None:
+    """Gives one message to the engine. Whatever goes wrong in it ends that request only."""
+    client, message = mail
+    try:
+        match message:
+            case Submit():
+                engine.submit(message, client)
+            case Cancel():
+                engine.cancel(message, client)
+            case LoadAdapter():
+                engine.load_adapter(message, client)
+            case UnloadAdapter():
+                engine.unload_adapter(message, client)
+            case Drain():
+                engine.drain()
+            case Gone():
+                engine.abandon(client)
+    except Exception as error:
+        logger.exception("message failed kind=%s", type(message).__name__)
+        refusal: FloraError = ServeError("the engine failed at this request", cause=repr(error))
+        engine.refuse(client, getattr(message, "request_id", None), refusal)
