@@ -82,7 +82,7 @@ LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
 
 
 @triton.jit
-def _decode_split_kernel(
+def _decode_split_kernel(  # type: ignore[no-untyped-def]
     p_q,
     p_kv,
     p_tables,
@@ -160,7 +160,7 @@ def _decode_split_kernel(
 
 
 @triton.jit
-def _decode_combine_kernel(
+def _decode_combine_kernel(  # type: ignore[no-untyped-def]
     p_partial,
     p_lse,
     p_seq_lens,

@@ -64,7 +64,7 @@ def lora_expand(
 
 
 @triton.jit
-def _lora_expand_kernel(
+def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     p_y,
     p_v,
     p_pool,

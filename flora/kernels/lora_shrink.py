@@ -64,7 +64,7 @@ def lora_shrink(
 
 
 @triton.jit
-def _lora_shrink_kernel(
+def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     p_x,
     p_pool,
     p_cells,

@@ -61,7 +61,7 @@ def prefill_attention(
 
 
 @triton.jit
-def _prefill_kernel(
+def _prefill_kernel(  # type: ignore[no-untyped-def]
     p_q,
     p_kv,
     p_tables,

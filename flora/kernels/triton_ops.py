@@ -62,7 +62,7 @@ class TritonOps:
         *,
         max_queries: int | None = None,
     ) -> Tensor:
-        """See Ops.paged_attention. Sequences with one query go the same way in every batch, so their bits do not change."""
+        """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
         decode_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.decode)
         if max_queries != 1:

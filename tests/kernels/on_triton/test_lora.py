@@ -95,6 +95,17 @@ def test_aligned_rows_are_looked_up_by_the_cell(device, dtype):
     assert_agrees(result, run(ReferenceOps(), x, y, weights, shape, Group.QKV, work), dtype)
 
 
+def test_half_precision_weights_cost_a_float32_step_no_digits(ops, device):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=torch.float16))
+    x, y = inputs(ODD, Group.QKV, len(ROW_SLOTS), torch.float32, device)
+    work = work_for(ROW_SLOTS, device=device)
+
+    result = run(ops, x, y, weights, ODD, Group.QKV, work)
+
+    wanted = run(ReferenceOps(), x, y, weights, ODD, Group.QKV, work)
+    assert_agrees(result, wanted, torch.float32)
+
+
 def test_a_row_keeps_its_bits_whatever_its_neighbours_hold(ops, device, dtype):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, Group.QKV, 1, dtype, device)
