@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ORTHOGONAL = 2e-2  # cosine of two columns below which bf16 factors count as orthogonal (bf16 rounds to 2**-9)
+# Cosine below which two stored vectors count as orthogonal: over twice the unit roundoff (bf16: 2**-9, fp16: 2**-11).
+_ORTHOGONAL = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
+_ORTHOGONAL_FP32 = 1e-4
+_NEGLIGIBLE = 1e-7  # of the largest energy: terms so small are subnormal in fp16, and their directions are rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,10 +47,14 @@ class LowRank:
 def split_svd(U: Tensor, S: Tensor, Vh: Tensor, dtype: torch.dtype) -> LowRank:
     """Factors with sqrt(S) on either side, so that neither loses more than the other when stored in `dtype`.
 
-    U [out, r], S [r] descending, Vh [r, in]
+    U [out, r], S [r] descending, Vh [r, in].  The largest entry of each column of U is made positive: a singular
+    vector's sign is LAPACK's whim, and equal deltas shall give equal bytes.
     """
     root = S.clamp_min(0).sqrt()
-    return LowRank(A=(root[:, None] * Vh).to(dtype).contiguous(), B=(U * root).to(dtype).contiguous())
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).squeeze(0).sign()
+    return LowRank(
+        A=((signs * root)[:, None] * Vh).to(dtype).contiguous(), B=(U * (signs * root)).to(dtype).contiguous()
+    )
 
 
 def component_energies(factors: LowRank) -> Tensor:
@@ -62,14 +69,24 @@ def norm_squared(factors: LowRank) -> float:
     return float(factors.scale**2 * ((b.T @ b) * (a @ a.T)).sum())
 
 
+def difference_norm_squared(left: LowRank, right: LowRank) -> float:
+    """Squared Frobenius norm of left - right, in factor space and float64."""
+    A = torch.cat([left.A.double(), right.A.double()])
+    B = torch.cat([left.scale * left.B.double(), -right.scale * right.B.double()], dim=1)
+    return max(norm_squared(LowRank(A=A, B=B)), 0.0)
+
+
 def is_svd_ordered(factors: LowRank) -> bool:
     """Whether A's rows and B's columns are each orthogonal, within rounding, and their energies descend."""
     if factors.rank <= 1:
         return True
     energies = component_energies(factors)
-    if bool((energies[1:] > energies[:-1] * 1.01).any()):
+    floor = _NEGLIGIBLE * energies.max()
+    if bool((energies[1:] > energies[:-1] * 1.01 + floor).any()):
         return False
-    return _is_orthogonal(factors.A.double()) and _is_orthogonal(factors.B.double().T)
+    counts = energies > floor
+    tolerance = _ORTHOGONAL.get(factors.A.dtype, _ORTHOGONAL_FP32)
+    return all(_largest_cosine(rows.double()[counts]) < tolerance for rows in (factors.A, factors.B.T))
 
 
 def svd_order(factors: LowRank) -> LowRank:
@@ -103,7 +120,8 @@ def unpad(factors: LowRank) -> LowRank:
     return trim(factors, int(used.nonzero().max()) + 1 if used.any() else 0)
 
 
-def _is_orthogonal(rows: Tensor) -> bool:
+def _largest_cosine(rows: Tensor) -> float:
+    """The largest absolute cosine between two different rows; 0 for fewer than two."""
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
     gram = (unit @ unit.T).fill_diagonal_(0)
-    return float(gram.abs().max()) < _ORTHOGONAL
+    return float(gram.abs().max()) if gram.numel() else 0.0
