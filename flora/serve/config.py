@@ -34,9 +34,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     preload: tuple[str, ...] = ()  # references to make resident before the first request
     drain_s: float = 30.0  # on SIGTERM: how long running requests may take to finish
     max_body_bytes: int = 4 << 20
-    header_timeout_s: float = 10.0
+    header_timeout_s: float = 10.0  # for the head of a request
+    body_timeout_s: float = 60.0  # for its whole body
+    write_timeout_s: float = 60.0  # for a client to take anything of its answer
     keepalive_s: float = 15.0  # SSE comment while nothing else is sent
+    engine_silence_s: float = 10.0  # without a heartbeat for so long, the engine counts as dead
     api_keys: tuple[str, ...] = ()  # none: loopback only, every request has all scopes
+    insecure: bool = False  # without keys, let other machines in all the same
 
 
 def encode_engine_config(config: EngineConfig) -> bytes:

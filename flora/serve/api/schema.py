@@ -65,7 +65,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 _WITHOUT_EFFECT = frozenset(
-    [
+    {
         "cache_salt",
         "metadata",
         "parallel_tool_calls",
@@ -80,9 +80,8 @@ _WITHOUT_EFFECT = frozenset(
         "spaces_between_special_tokens",
         "store",
         "user",
-    ]
+    }
 )
-
 
 Body = TypeVar("Body", bound="_Body")
 
@@ -281,7 +280,7 @@ class Message(_Body):
     content: Annotated[list[TextPart], Field(max_length=MAX_PARTS), BeforeValidator(_parts)]
     name: str | None = Field(None, max_length=256)
 
-    def for_template(self) -> dict[str, JsonValue]:
+    def for_template(self) -> dict[str, str]:
         """As chat templates expect it: the parts of a content are lines of one string."""
         content = "\n".join(part.text for part in self.content)
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name is not None else {})
@@ -327,7 +326,7 @@ class TokenizeBody(_Body):
     model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
     prompt: str | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None  # of a prompt; a template writes its own
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
     chat_template_kwargs: TemplateKwargs | None = None
@@ -335,6 +334,10 @@ class TokenizeBody(_Body):
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestInvalid("give either prompt or messages", param="prompt")
+
+    @property
+    def adds_special_tokens(self) -> bool:
+        return self.add_special_tokens is not False
 
 
 class DetokenizeBody(_Body):
@@ -347,3 +350,8 @@ class LoadBody(_Body):
     lora_path: str | None = Field(None, min_length=1, max_length=MAX_MODEL_CHARS)  # a registry reference
     load_inplace: bool | None = None  # versions are told apart by content: there is nothing to overwrite
     pinned: bool | None = None
+
+
+class UnloadBody(_Body):
+    lora_name: str = Field(min_length=1, max_length=MAX_MODEL_CHARS)
+    lora_int_id: int | None = None  # vLLM's; adapters have digests here

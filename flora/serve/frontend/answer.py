@@ -45,7 +45,7 @@ class Choice:
         """stop_token_ids: the client's own, to be named as the reason when one of them ended the answer"""
         self.num_tokens = 0  # up to the one that completed a stop string; the model's end token is not counted
         self.cached_tokens = 0
-        self.is_finished = False
+        self.finish_reason: Literal["stop", "length"] | None = None
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = StopStrings(stop)
         self._stop_token_ids = stop_token_ids
@@ -54,7 +54,7 @@ class Choice:
 
     def push(self, event: TokenEvent) -> Piece:
         """The piece that this event adds. Raises ServeError when the engine gave the sequence up."""
-        if event.finish_reason in ("error", "cancelled"):
+        if event.finish_reason == "error" or event.finish_reason == "cancelled":
             raise ServeError(event.error or f"the engine ended the request: {event.finish_reason}")
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         text = ""
@@ -80,7 +80,7 @@ class Choice:
         return self._stop.push(text)
 
     def _finish(self, text: str, reason: Literal["stop", "length"], stop_reason: str | int | None) -> Piece:
-        self.is_finished = True
+        self.finish_reason = reason
         return Piece(text, self._take_scored(), reason, stop_reason)
 
     def _take_scored(self) -> tuple[ScoredToken, ...]:

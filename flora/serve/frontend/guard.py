@@ -11,20 +11,31 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
+from flora.errors import RequestInvalid
+
 MARK = "\ufdd0"  # a noncharacter, which Unicode reserves for a program's own use; one in a user's text is only dropped
 
 
 class Guard:
-    """Breaks one set of control tokens. Raises nothing: any text can be marked."""
+    """Breaks one set of control tokens."""
 
-    def __init__(self, tokens: Iterable[str]) -> None:
-        tokens = sorted(set(tokens), key=len, reverse=True)
+    def __init__(self, tokens: Iterable[str], unbreakable: Iterable[str] = ()) -> None:
+        """unbreakable: those that a tokenizer reads as control tokens even when they are marked"""
+        tokens = sorted(tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
         self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
         self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
+        self._unbreakable = tuple(unbreakable)
 
     def mark(self, text: str) -> str:
-        """`text` with a mark in every control token, and in every half of one at its ends."""
+        """`text` with a mark in every control token, and in every half of one at its ends. Raises RequestInvalid."""
+        for token in self._unbreakable:
+            if token in text:
+                raise RequestInvalid(
+                    f"a message contains {token!r}, which this model's tokenizer cannot tell from its control token",
+                    fix="leave it out",
+                    param="messages",
+                )
         cuts = {start + 1 for start in self._starts(text)}
         if text.endswith(self._heads):
             cuts |= {len(text) - len(head) + 1 for head in self._heads if text.endswith(head)}
@@ -42,9 +53,6 @@ class Guard:
         if isinstance(value, list | tuple):
             return [self.mark_all(item) for item in value]
         return value
-
-    def tokens_in(self, text: str) -> set[str]:
-        return {self._pattern.match(text, start)[0] for start in self._starts(text)}  # type: ignore[index]
 
     def _starts(self, text: str) -> Iterator[int]:
         """Where control tokens start; they may overlap."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from flora.errors import CheckpointError, RequestInvalid
+from flora.errors import CheckpointError
 from flora.serve.frontend.guard import MARK, Guard
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -32,7 +32,6 @@ class Tokenizer:
         self._is_byte_level = "ByteLevel" in json.dumps(spec.get("decoder"))
         self._plain = _build(spec)
         self._of_chats = _build(_for_chats(spec))
-        self._unbreakable: dict[str, bool] = {}
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -61,18 +60,12 @@ class Tokenizer:
         """Token ids of a rendered template: its control tokens are tokens, marked ones are text."""
         return self._of_chats.encode(rendered, add_special_tokens=False).ids
 
-    def check_marked(self, tokens: Iterable[str]) -> None:
-        """Raises RequestInvalid if a mark does not keep one of these from being encoded as a control token."""
-        for token in tokens:
-            if token not in self._unbreakable:
-                as_text = self._of_chats.encode(Guard([token]).mark(token), add_special_tokens=False).ids
-                self._unbreakable[token] = self.token_id(token) in as_text
-            if self._unbreakable[token]:
-                raise RequestInvalid(
-                    f"a message contains {token!r}, which this model's tokenizer cannot tell from its control token",
-                    fix="leave it out",
-                    param="messages",
-                )
+    def guard(self, tokens: frozenset[str]) -> Guard:
+        """What keeps a user's text from becoming one of these. It refuses those that a mark does not break: tokens of
+        one character, or plain words of the vocabulary.
+        """
+        mark = Guard(tokens).mark
+        return Guard(tokens, [token for token in tokens if self.token_id(token) in self.encode_chat(mark(token))])
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         return self._plain.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from flora.errors import CheckpointError, RequestInvalid
-from flora.serve.frontend.guard import MARK, Guard
+from flora.serve.frontend.guard import MARK
 from flora.serve.frontend.tokenizer import Tokenizer
 from tests.serve.frontend.vocabularies import CONTROL, byte_fallback, byte_fallback_spec, byte_level, byte_level_spec
 
 PLAIN = byte_level()
-GUARD = Guard(PLAIN.control_tokens)
+GUARD = PLAIN.guard(PLAIN.control_tokens)
 CONTROL_IDS = {PLAIN.token_id(token) for token in CONTROL}
 spelt = st.text(alphabet="<|>imstardend_of ex", max_size=40) | st.lists(st.sampled_from(CONTROL)).map("".join)
 
@@ -61,7 +61,7 @@ def test_a_user_cannot_complete_what_the_template_began(user: str, cut: int):
 @given(text=st.text(max_size=60).filter(lambda text: MARK not in text))
 def test_text_without_control_tokens_is_encoded_as_ever(text: str):
     for tokenizer in (PLAIN, byte_fallback()):
-        guard = Guard(tokenizer.control_tokens)
+        guard = tokenizer.guard(tokenizer.control_tokens)
         assert tokenizer.encode_chat(guard.mark(text)) == tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -86,11 +86,11 @@ def test_a_control_token_that_is_a_plain_word_too_is_refused():
         {"id": 3, "content": "!", "single_word": False, "lstrip": False, "rstrip": False, "special": True}
         | {"normalized": False}
     )
-    tokenizer = Tokenizer(spec)
+    guard = Tokenizer(spec).guard(frozenset(["<|im_end|>", "!"]))
 
-    tokenizer.check_marked(["<|im_end|>"])
+    guard.mark("<|im_end|>")
     with pytest.raises(RequestInvalid, match="'!'"):
-        tokenizer.check_marked(["!"])
+        guard.mark("Hello!")
 
 
 def test_token_bytes_of_an_answer_join_to_its_text():

@@ -1,0 +1,151 @@
+"""GET /v1/models, and vLLM's routes that load and unload an adapter by name."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from flora.errors import NameInvalid
+from flora.registry import Entry, Version
+from flora.serve.api.disconnect import until_disconnect
+from flora.serve.api.ignored import ignored_header
+from flora.serve.api.schema import LoadBody, UnloadBody, parse
+from flora.serve.api.state import ServerState
+
+MAX_PAGE = 1000
+
+
+def model_routes(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def models(
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+        after: Annotated[str | None, Query(max_length=512)] = None,
+    ) -> Response:
+        """The base, then adapters in the order of names; the id of the last one, as `after`, asks for the next page."""
+        starts = after is None
+        after_name = None if after is None or after == state.config.base_name else after
+        entries, has_more = await state.models.page(after=after_name, limit=limit - starts)
+        cards = [base_card(state)] * starts + [
+            adapter_card(state, entry.name, entry.version, entry) for entry in entries
+        ]
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": cards,
+                "has_more": has_more,
+                "first_id": cards[0]["id"] if cards else None,
+                "last_id": cards[-1]["id"] if cards else None,
+            }
+        )
+
+    @router.get("/v1/models/{model:path}")
+    async def model(model: str) -> Response:
+        served = await state.models.resolve(model)
+        if served.version is None:
+            return JSONResponse(base_card(state))
+        return JSONResponse(adapter_card(state, model, served.version, None))
+
+    return router
+
+
+def adapter_routes(state: ServerState) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        """Make an adapter resident. `lora_path` is a registry reference; `lora_name` then stands for it on this server."""
+        body, unknown = parse(LoadBody, await request.body())
+        try:
+            served = await state.models.nickname(body.lora_name, body.lora_path or body.lora_name)
+        except NameInvalid as error:
+            error.values.setdefault("param", "lora_path")
+            raise
+        if served.target is None or served.version is None:
+            raise NameInvalid("the base is always loaded", fix="name an adapter", param="lora_name")
+        loaded = await until_disconnect(request, state.client.load_adapter(served.target, pinned=bool(body.pinned)))
+        return JSONResponse(
+            _both_flavours(state, f"{body.lora_name} is loaded", loaded=(body.lora_name, served.version.ref))
+            | {
+                "load_ms": loaded.load_ms,
+                "flora": {"ref": served.version.ref, "serving_digest": loaded.serving_digest},
+            },
+            headers=ignored_header(unknown),
+        )
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        """Give an adapter's pages back once its running requests are done. It stays in the registry and can be asked for."""
+        body, unknown = parse(UnloadBody, await request.body())
+        served = await state.models.resolve(body.lora_name)
+        if served.target is None or served.version is None:
+            raise NameInvalid("the base cannot be unloaded", fix="name an adapter", param="lora_name")
+        state.models.forget_nickname(body.lora_name)
+        unloaded = await until_disconnect(request, state.client.unload_adapter(served.target.serving_digest))
+        return JSONResponse(
+            _both_flavours(state, f"{body.lora_name} is unloaded", unloaded=served.target.serving_digest)
+            | {"was_resident": unloaded.was_resident, "flora": {"ref": served.version.ref}},
+            headers=ignored_header(unknown),
+        )
+
+    return router
+
+
+def base_card(state: ServerState) -> dict[str, Any]:
+    return {
+        "id": state.config.base_name,
+        "object": "model",
+        "created": state.started_s,
+        "owned_by": "flora",
+        "root": state.config.base_name,
+        "parent": None,
+        "max_model_len": state.prompts.max_context,
+        "flora": {"base_id": state.models.base_id},
+    }
+
+
+def adapter_card(state: ServerState, model: str, version: Version, entry: Entry | None) -> dict[str, Any]:
+    """An adapter's card. Its root is its registry reference, never a path."""
+    details: dict[str, Any] = {
+        "version": version.number,
+        "digest": version.digest,
+        "serving_digest": version.serving_digest,
+        "rank": version.max_rank,
+        "bytes": version.num_bytes,
+        "kept_share": version.kept_share,
+        "residency": residency(state, version),
+    }
+    if entry is not None:
+        details |= {"aliases": entry.aliases, "versions": entry.num_versions}
+    return {
+        "id": model,
+        "object": "model",
+        "created": int(version.created_at.timestamp()),
+        "owned_by": "flora",
+        "root": version.ref,
+        "parent": state.config.base_name,
+        "max_model_len": state.prompts.max_context,
+        "flora": details,
+    }
+
+
+def residency(state: ServerState, version: Version) -> str:
+    """Where the adapter's numbers lie now: "gpu" or "cpu", the device of the pool, else "disk"."""
+    beat, ready = state.client.heartbeat, state.client.ready
+    if beat is None or ready is None:
+        return "disk"
+    if any(adapter.serving_digest == version.serving_digest for adapter in beat.resident):
+        return "cpu" if ready.device.startswith("cpu") else "gpu"
+    return "disk"
+
+
+def _both_flavours(
+    state: ServerState, message: str, *, loaded: tuple[str, str] | None = None, unloaded: str | None = None
+) -> dict[str, Any]:
+    """What clients of vLLM and of SGLang look for. The heartbeat is a moment old, so it is told of this change."""
+    beat = state.client.heartbeat
+    resident = [adapter for adapter in beat.resident if adapter.serving_digest != unloaded] if beat else []
+    adapters = {adapter.label: adapter.serving_digest for adapter in resident} | dict([loaded] if loaded else [])
+    return {"success": True, "message": message, "error_message": "", "loaded_adapters": adapters}

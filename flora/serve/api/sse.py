@@ -1,0 +1,84 @@
+"""An answer as server-sent events: chunks as they come, comments while nothing comes, an error or an end, `[DONE]`."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from flora.errors import FloraError
+from flora.serve.api.errors import envelope, log_failure
+from flora.serve.api.shapes import Shape, usage_object
+from flora.serve.frontend.answer import Piece
+from flora.serve.frontend.run import Run
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def stream_events(
+    run: Run,
+    shape: Shape,
+    first: tuple[int, Piece] | None,
+    *,
+    keepalive_s: float,
+    includes_usage: bool,
+    continues_usage: bool,
+) -> AsyncIterator[bytes]:
+    """The body of a streamed answer. `first`: a piece that was taken from the run already."""
+
+    def written(chunks: list[dict[str, Any]]) -> bytes:
+        if continues_usage:
+            chunks = [chunk | {"usage": usage_object(run.usage)} for chunk in chunks]
+        elif includes_usage:
+            chunks = [chunk | {"usage": None} for chunk in chunks]
+        return b"".join(map(event, chunks))
+
+    opened: set[int] = set()
+    try:
+        while True:
+            if first is not None:
+                index, piece = first
+                if index not in opened:
+                    opened.add(index)
+                    yield written(shape.opening(index))
+                if not piece.is_empty:
+                    yield written(shape.chunks(index, piece))
+            if run.is_finished:
+                break
+            first = await run.next(keepalive_s)
+            if first is None:
+                yield KEEP_ALIVE
+    except FloraError as error:  # the status line is gone: the error is the last thing in the stream
+        log_failure(error)
+        yield event(envelope(error))
+    except Exception as error:
+        log_failure(error)
+        yield event(envelope(error))
+    else:
+        if includes_usage:
+            yield event(shape.closing(run.usage))
+    yield DONE
+
+
+class EventStream(StreamingResponse):
+    """Sends the events, and tells when that is over: all sent, or the client gone."""
+
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None], headers: dict[str, str]) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"} | headers,
+        )
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
