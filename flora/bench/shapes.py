@@ -86,7 +86,7 @@ def module_names(shape: str, modules: Sequence[str]) -> Iterator[tuple[str, str]
 def random_factors(
     shape: str, modules: Sequence[str], rank: int, number: int, dtype: torch.dtype
 ) -> dict[str, LowRank]:
-    """Weights `number` of a rank: A and B ~ N(0, 0.02²), scale 1, drawn on the CPU so that every machine has the same."""
+    """Weights `number` of a rank: A and B ~ N(0, 0.02²), scale 1, drawn on the CPU: equal on all machines."""
     generator = torch.Generator().manual_seed(1000 * rank + number)
 
     def draw(*size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a model calls: four operations, each with a plain-torch and a Triton implementation."""
+"""What a model calls between its base products, each with a plain-torch and a Triton implementation."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -71,4 +71,26 @@ class Ops(Protocol):
         max_queries   no sequence has more queries than this (None: unknown). 1 spares a GPU the prefill launch.
         returns       [n, num_q_heads, head_dim] in q's dtype; zeros for rows of a sequence with seq_len 0.
         """
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """weight * x / sqrt(mean(x**2) + eps) over the last dimension; see pointwise.rms_norm for the roundings."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x += delta in place, then the norm of the sum; x, delta [n, size], contiguous."""
+        ...
+
+    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+        """Rotates q and k by their positions and stores k and v in the paged cache; returns q.
+
+        qkv        [n, (num_q_heads + 2 * num_kv_heads) * head_dim], contiguous; q may be rotated where it lies
+        positions  int64 [n];  cos, sin  float32 [max_context, head_dim / 2]
+        kv, slots  as in store_kv
+        returns    [n, num_q_heads, head_dim]
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, [n, size], for gate_up [n, 2 * size], gate first."""
         ...

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flora.kernels import reference_attention
+from flora.kernels import pointwise, reference_attention
 from flora.kernels.linear import linear
 from flora.kernels.modules import CHUNK, Group, padded
 from flora.kernels.weights import AdapterWeights
@@ -86,6 +86,29 @@ class ReferenceOps:
     ) -> Tensor:
         """See Ops.paged_attention."""
         return reference_attention.paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops.rms_norm."""
+        return pointwise.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops.add_rms_norm."""
+        x += delta
+        return pointwise.rms_norm(x, weight, eps)
+
+    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+        """See Ops.rope_store."""
+        num_kv_heads, head_dim = kv.shape[3:]
+        heads = qkv.view(len(qkv), -1, head_dim)
+        num_q_heads = heads.shape[1] - 2 * num_kv_heads
+        qk, v = heads.split((num_q_heads + num_kv_heads, num_kv_heads), dim=1)
+        q, k = pointwise.rope(qk, cos[positions], sin[positions]).split((num_q_heads, num_kv_heads), dim=1)
+        self.store_kv(k, v, kv, slots)
+        return q
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See Ops.silu_mul."""
+        return pointwise.silu_mul(gate_up)
 
 
 def _segments(work: WorkList) -> list[list[int]]:

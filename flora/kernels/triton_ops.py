@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flora.kernels import fused
 from flora.kernels.decode_attention import decode_attention
 from flora.kernels.kv_store import store_kv
 from flora.kernels.lora_expand import lora_expand
@@ -68,3 +69,19 @@ class TritonOps:
         if max_queries != 1:
             prefill_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.prefill)
         return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops.rms_norm."""
+        return fused.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See Ops.add_rms_norm."""
+        return fused.add_rms_norm(x, delta, weight, eps)
+
+    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+        """See Ops.rope_store."""
+        return fused.rope_store(qkv, positions, cos, sin, kv, slots)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """See Ops.silu_mul."""
+        return fused.silu_mul(gate_up)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.kernels import AdapterWeights, Group, Ops, PackedLinear, rms_norm, rope, silu_mul
+from flora.kernels import AdapterWeights, Group, Ops, PackedLinear
 from flora.serve.engine.batch import Batch
 from flora.serve.engine.model.config import ModelConfig
 from flora.serve.engine.model.rope import rope_tables
@@ -37,40 +37,35 @@ class LlamaModel:
 
     def forward(self, batch: Batch, pool: DevicePool, adapters: AdapterWeights) -> Tensor:
         """Logits of the rows in `batch.logits_rows`, float32 [len(logits_rows), vocab_size]; KV goes to the pool."""
-        weights, eps = self.weights, self.config.rms_norm_eps
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        weights, eps, ops = self.weights, self.config.rms_norm_eps, self.ops
         x = F.embedding(batch.token_ids, weights.embedding)
-        for index, layer in enumerate(weights.layers):
-            normed = rms_norm(x, layer.input_norm, eps)
-            x = x + self._attention(normed, index, layer, cos, sin, batch, pool, adapters)
-            normed = rms_norm(x, layer.post_norm, eps)
+        normed = ops.rms_norm(x, weights.layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
+        for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+            attended = self._attention(normed, index, layer, batch, pool, adapters)
+            normed = ops.add_rms_norm(x, attended, layer.post_norm, eps)
             gate_up = self._project(layer.gate_up, normed, index, Group.GATE_UP, batch, adapters)
-            x = x + self._project(layer.down, silu_mul(gate_up), index, Group.DOWN, batch, adapters)
-        x = x[batch.logits_rows]
-        return weights.head(rms_norm(x, weights.norm, eps)).float()
+            down = self._project(layer.down, ops.silu_mul(gate_up), index, Group.DOWN, batch, adapters)
+            normed = ops.add_rms_norm(x, down, next_norm, eps)
+        return weights.head(normed[batch.logits_rows]).float()
 
     def _attention(
         self,
         x: Tensor,
         index: int,
         layer: LayerWeights,
-        cos: Tensor,
-        sin: Tensor,
         batch: Batch,
         pool: DevicePool,
         adapters: AdapterWeights,
     ) -> Tensor:
         config, kv = self.config, pool.kv(index)
         qkv = self._project(layer.qkv, x, index, Group.QKV, batch, adapters)
-        heads = qkv.view(len(x), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        qk, v = heads.split((config.num_heads + config.num_kv_heads, config.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((config.num_heads, config.num_kv_heads), dim=1)
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        q, k = rope(qk, cos, sin).split((config.num_heads, config.num_kv_heads), dim=1)
-        self.ops.store_kv(k, v, kv, batch.slots)
+            q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=1)
+            q = self.ops.rms_norm(q.reshape(len(x), -1, config.head_dim), layer.q_norm, config.rms_norm_eps)
+            k = self.ops.rms_norm(k.reshape(len(x), -1, config.head_dim), layer.k_norm, config.rms_norm_eps)
+            qkv = torch.cat((q.flatten(1), k.flatten(1), v), dim=1)
+        q = self.ops.rope_store(qkv, batch.positions, self._cos, self._sin, kv, batch.slots)
         attended = self.ops.paged_attention(
             q,
             kv,

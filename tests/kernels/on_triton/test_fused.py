@@ -1,0 +1,71 @@
+"""The fused kernels between a layer's products, against the plain torch that they stand for."""
+
+import pytest
+import torch
+
+from flora.kernels import ReferenceOps, fused, pointwise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # an ulp or two of each
+EPS = 1e-5
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 100, 576])
+def test_the_norm_is_the_references(size, dtype):
+    x, weight = draw(7, size, dtype=dtype, seed=0), draw(size, dtype=dtype, seed=1)
+
+    torch.testing.assert_close(
+        fused.rms_norm(x, weight, EPS), pointwise.rms_norm(x, weight, EPS), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_before_the_norm_is_kept_in_place(dtype):
+    x, delta, weight = (
+        draw(5, 100, dtype=dtype, seed=0),
+        draw(5, 100, dtype=dtype, seed=1),
+        draw(100, dtype=dtype, seed=2),
+    )
+    total = x + delta
+
+    normed = fused.add_rms_norm(x, delta, weight, EPS)
+
+    assert torch.equal(x, total)
+    torch.testing.assert_close(
+        normed, pointwise.rms_norm(total, weight, EPS), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 16), (14, 2, 48)])
+def test_rotated_keys_and_plain_values_land_in_their_slots(q_heads, kv_heads, head_dim, dtype):
+    n, pages, page_tokens = 6, 5, 4
+    qkv = draw(n, (q_heads + 2 * kv_heads) * head_dim, dtype=dtype, seed=3)
+    positions = torch.tensor([0, 1, 9, 30, 7, 2], device=DEVICE)
+    slots = torch.tensor([4, 5, 19, -1, 8, 11], device=DEVICE)  # -1 is padding: stored nowhere
+    angles = torch.rand(32, head_dim // 2, generator=torch.Generator().manual_seed(4)).to(DEVICE) * 6
+    cos, sin = angles.cos(), angles.sin()
+    nan = torch.full((pages, 2, page_tokens, kv_heads, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    kv, expected_kv = nan.clone(), nan.clone()
+
+    expected_q = ReferenceOps().rope_store(qkv.clone(), positions, cos, sin, expected_kv, slots)
+    q = fused.rope_store(qkv, positions, cos, sin, kv, slots)
+
+    torch.testing.assert_close(q, expected_q, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(kv, expected_kv, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+    assert torch.equal(kv.isnan(), expected_kv.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gated_activation_is_the_references(dtype):
+    gate_up = draw(3, 2 * 1100, dtype=dtype, seed=5)
+
+    torch.testing.assert_close(
+        fused.silu_mul(gate_up), pointwise.silu_mul(gate_up), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
