@@ -1,7 +1,9 @@
 """Reading a Hugging Face checkpoint: safetensors only, memory-mapped, one tensor at a time."""
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +22,8 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16"
               "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 _MAX_JSON_BYTES = 64 << 20
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(?:/[A-Za-z0-9][\w.\-]*)?", re.ASCII)
+_HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[\w.\-]+)/snapshots/[^/]+$", re.ASCII)
 _HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -40,7 +44,7 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        return self.num_bytes // ITEM_BYTES[self.dtype]
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +70,14 @@ class Checkpoint:
 
     @cached_property
     def name(self) -> str:
-        """What the checkpoint calls itself: the Hub id its config records, or else its folder's name."""
+        """What the checkpoint calls itself: the Hub id of its config or of the Hub's cache, or its folder's name."""
         recorded = self.config.get("_name_or_path")
-        if isinstance(recorded, str) and recorded and not recorded.startswith((".", "/", "~")):
+        if isinstance(recorded, str) and _HUB_ID.fullmatch(recorded):  # and no path of the machine it was made on
             return recorded
-        return self.path.name
+        path = self.path.absolute()
+        if cached := _HUB_SNAPSHOT.search(path.as_posix()):
+            return cached["id"].replace("--", "/", 1)
+        return path.name or path.resolve().name
 
     @property
     def architecture(self) -> str:
@@ -97,7 +104,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise NotFound(
             f"{path} is not a folder", fix="give a Hugging Face checkpoint folder or a Hub id such as org/name"
         )
-    tensors = {info.name: info for file in _weight_files(path) for info in read_header(file)}
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(path):
+        for info in read_header(file):
+            if info.name in tensors:
+                raise CheckpointError(
+                    f"tensor {info.name} stands in both {tensors[info.name].file.name} and {file.name} of {path}",
+                    fix="shards of two checkpoints are mixed here: fetch the folder again",
+                )
+            tensors[info.name] = info
     _check_index(path, tensors)
     return Checkpoint(
         path=path,
@@ -229,7 +244,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES >> 20} MiB, too much for a configuration")
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON", cause=str(error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")

@@ -5,15 +5,18 @@ The CLI reads them once and hands values down; no other room looks at the enviro
 
 from functools import cache
 from pathlib import Path
+from tomllib import TOMLDecodeError
 
 import platformdirs
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from flora.errors import UsageError
 
 USER_FILE = Path(platformdirs.user_config_dir("flora")) / "flora.toml"
 PROJECT_FILE = Path("flora.toml")
@@ -57,5 +60,12 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once. Raises UsageError if a variable or a file does not fit."""
+    try:
+        return Settings()
+    except (ValidationError, TOMLDecodeError) as error:
+        raise UsageError(
+            "the settings do not fit",
+            cause=str(error),
+            fix=f"look at the FLORA_* variables, {PROJECT_FILE} in this folder and {USER_FILE}",
+        ) from error

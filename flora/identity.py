@@ -102,11 +102,14 @@ def _read_cache(path: Path) -> dict:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".hashes-")
+    """Writes the file whole or not at all; a full disk or a read-only folder costs the cache, not the run."""
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".hashes-")
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
         os.replace(temporary, path)
     except OSError:
-        Path(temporary).unlink(missing_ok=True)  # a full disk costs the cache, not the run
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)

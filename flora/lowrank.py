@@ -90,10 +90,13 @@ def is_svd_ordered(factors: LowRank) -> bool:
 
 
 def svd_order(factors: LowRank) -> LowRank:
-    """The same product in SVD order, scale folded in: two QR factorizations and an SVD of [rank, rank], in float64."""
+    """The same product in SVD order, scale folded in: two QR factorizations and an SVD of [rank, rank], in float64.
+
+    A rank over in_features or out_features falls to the smaller of them.
+    """
     q_b, r_b = torch.linalg.qr(factors.B.double())
     q_a, r_a = torch.linalg.qr(factors.A.double().T)
-    U, S, Vh = torch.linalg.svd(factors.scale * (r_b @ r_a.T))
+    U, S, Vh = torch.linalg.svd(factors.scale * (r_b @ r_a.T), full_matrices=False)
     return split_svd(q_b @ U, S, Vh @ q_a.T, factors.A.dtype)
 
 
