@@ -56,7 +56,7 @@ def adapter_routes(state: ServerState) -> APIRouter:
 
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
-        """Make an adapter resident. `lora_path` is a registry reference; `lora_name` then stands for it on this server."""
+        """Make an adapter resident. `lora_path` is a registry reference; `lora_name` stands for it on this server."""
         body, unknown = parse(LoadBody, await request.body())
         try:
             served = await state.models.nickname(body.lora_name, body.lora_path or body.lora_name)
@@ -77,7 +77,7 @@ def adapter_routes(state: ServerState) -> APIRouter:
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
-        """Give an adapter's pages back once its running requests are done. It stays in the registry and can be asked for."""
+        """Give an adapter's pages back once its running requests are done. The next request for it loads it again."""
         body, unknown = parse(UnloadBody, await request.body())
         served = await state.models.resolve(body.lora_name)
         if served.target is None or served.version is None:

@@ -46,7 +46,7 @@ def generation_routes(state: ServerState) -> APIRouter:
 
 def fingerprint(state: ServerState, served: Served) -> str:
     """Names the weights that answer: the base's, and the adapter's serving digest."""
-    base = (state.models.base_id or "").removeprefix("sha256:")[:12]
+    base = state.models.base_id.removeprefix("sha256:")[:12]
     adapter = served.target.serving_digest.removeprefix("sha256:")[:12] if served.target else "base"
     return f"fl-{base}-{adapter}"
 

@@ -1,6 +1,6 @@
 """What Prometheus reads at /metrics.
 
-Names that gateways and autoscalers look for are vLLM's, with vLLM's labels; pages, adapters and kernels are Flora's own.
+Names that gateways and autoscalers look for are vLLM's, with its labels; those of pages, adapters and kernels are ours.
 The engine's numbers are taken from its last heartbeat when someone asks, the front end's are counted as they come up.
 Label values come from small fixed sets, or are the busiest few adapters.
 """
@@ -78,8 +78,8 @@ class _EngineView(Collector):
         ready, beat = self._client.ready, self._client.heartbeat
         if ready is not None:
             yield from self._constants(ready)
-        if ready is not None and beat is not None:
-            yield from self._load(ready, beat)
+        if beat is not None:
+            yield from self._load(beat)
             yield from self._adapters(beat)
             yield from self._totals(beat)
 
@@ -95,7 +95,7 @@ class _EngineView(Collector):
         yield kernels
         yield self._gauge("flora:page_bytes", "Bytes of one page.", ready.page_bytes)
 
-    def _load(self, ready: Ready, beat: Heartbeat) -> Iterator[Metric]:
+    def _load(self, beat: Heartbeat) -> Iterator[Metric]:
         resident = {adapter.serving_digest for adapter in beat.resident}
         deferred = sum(count for digest, count in beat.waiting_by_adapter.items() if digest not in resident)
         yield self._gauge("vllm:num_requests_running", "Sequences that the engine works on.", beat.running)
@@ -108,7 +108,8 @@ class _EngineView(Collector):
         reasons.add_metric([self._base_name, "deferred"], deferred)
         reasons.add_metric([self._base_name, "capacity"], max(beat.waiting - deferred, 0))
         yield reasons
-        in_use = 1 - beat.free_pages / ready.num_pages if ready.num_pages else 0.0
+        held = beat.kv_pages + beat.adapter_pages
+        in_use = held / max(held + beat.free_pages, 1)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of the pool's pages in use, 0 to 1.", in_use)
         pages = GaugeMetricFamily("flora:pages", "Pages of the pool by use.", labels=["model_name", "use"])
         for use, count in (("free", beat.free_pages), ("kv", beat.kv_pages), ("adapter", beat.adapter_pages)):

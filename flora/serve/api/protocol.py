@@ -46,7 +46,7 @@ class TimedProtocol(H11Protocol):
         self._write_timer.stop()
 
     def _time_head(self) -> None:
-        """The clock runs from the connection or the last answer until a request's head is whole. Bytes do not reset it."""
+        """The clock runs from the connection or the last answer until a request's head is whole."""
         is_waiting = self.cycle is None or self.cycle.response_complete
         if is_waiting and not self.transport.is_closing():
             self._head_timer.start()

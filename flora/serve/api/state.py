@@ -1,5 +1,7 @@
 """What the routes of one server share."""
 
+import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -24,6 +26,23 @@ class ServerState:
     started_s: int = field(default_factory=lambda: int(time.time()))  # Unix time
     is_draining: bool = False
     num_requests: int = 0  # being answered now
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def request_begins(self) -> None:
+        self.num_requests += 1
+        self._idle.clear()
+
+    def request_ends(self) -> None:
+        self.num_requests -= 1
+        if not self.num_requests:
+            self._idle.set()
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """Whether no request is left within that time."""
+        if self.num_requests:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+        return not self.num_requests
 
     @property
     def trouble(self) -> str | None:

@@ -36,7 +36,7 @@ class Traffic:
                     headers["connection"] = "close"
             await send(message)
 
-        self._state.num_requests += 1
+        self._state.request_begins()
         try:
             if self._state.is_draining and scope["path"] not in _ALWAYS_OPEN:
                 refusal = plain_response(
@@ -49,7 +49,7 @@ class Traffic:
             else:
                 await self._app(scope, receive, counted)
         finally:
-            self._state.num_requests -= 1
+            self._state.request_ends()
             self._state.metrics.note_response(_route(scope), status)
 
 

@@ -55,7 +55,7 @@ class EngineClient:
         self._endpoint = endpoint
         self._silence_s = silence_s
         self._dead: EngineDead | None = None
-        self._ended = False
+        self._ended: FloraError | None = None
         self._last_heard = time.monotonic()
         self._is_ready = asyncio.Event()
         self._ids = itertools.count()
@@ -80,11 +80,11 @@ class EngineClient:
         """The engine's constants, once it can serve. Raises EngineDead if it ends before."""
         await self._is_ready.wait()
         if self.ready is None:
-            raise _again(self._dead or EngineDead("the engine is gone"))
+            raise self._ended or EngineDead("the engine is gone")
         return self.ready
 
     async def close(self) -> None:
-        self._fail(EngineDead("the server is shutting down"))
+        self.give_up("the server is shutting down")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -101,11 +101,18 @@ class EngineClient:
         """Seconds since the engine last said anything."""
         return time.monotonic() - self._last_heard
 
-    def engine_ended(self, how: str) -> None:
-        """The engine's process is gone for good: every waiting request gets the error, and every later one."""
-        self._ended = True
-        self._fail(EngineDead("the engine process ended", cause=how, fix="restart the server"))
+    def engine_ended(self, error: FloraError) -> None:
+        """The engine's process is gone for good: every waiting request gets an error, and every later one.
+
+        error: what it died of; `wait_ready` raises it where the engine never was ready
+        """
+        self._ended = error
+        self._fail(error if isinstance(error, EngineDead) else EngineDead(error.what, cause=error.cause, fix=error.fix))
         self._is_ready.set()
+
+    def give_up(self, why: str) -> None:
+        """Ends every waiting request with an error."""
+        self._fail(EngineDead(why))
 
     def submit(
         self,
@@ -206,7 +213,7 @@ class EngineClient:
     def _work_ended(self, task: "asyncio.Task[None]") -> None:
         if not task.cancelled() and (error := task.exception()):
             logger.error("talking to the engine failed", exc_info=error)
-            self.engine_ended(f"the front end could not read it: {type(error).__name__}")
+            self.engine_ended(EngineDead("the engine cannot be understood", cause=repr(error)))
 
     def _deliver(self, request_id: str, event: TokenEvent | FloraError) -> None:
         generation, index = self._generations.get(request_id, (None, 0))
@@ -221,11 +228,10 @@ class EngineClient:
                 continue
             await asyncio.sleep(_CHECK_S)
             if self.silent_s >= self._silence_s:
+                logger.error("engine silent silent_s=%.1f", self.silent_s)
                 self._fail(EngineDead(f"the engine has been silent for {self.silent_s:.1f} s"))
 
     def _fail(self, error: EngineDead) -> None:
-        if self._dead is None:
-            logger.error("%s", error.what)
         self._dead = error
         for request_id, (generation, index) in list(self._generations.items()):
             self.forget(request_id, cancel=True)  # the engine may only have been slow

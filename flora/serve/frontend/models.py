@@ -48,9 +48,11 @@ class _Carried:
 class Models:
     """The models of one server: its base, and every adapter of the registry that belongs to that base."""
 
-    def __init__(self, registry: Registry, *, base_name: str, base_folder: Path, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, registry: Registry, *, base_name: str, base_id: str, base_folder: Path, tokenizer: Tokenizer
+    ) -> None:
         self.base_name = base_name
-        self.base_id: str | None = None  # known once the engine is ready
+        self.base_id = base_id
         self._registry = registry
         self._base = Served(base_template(base_folder), base_end_tokens(base_folder, tokenizer))
         self._carried: OrderedDict[str, _Carried] = OrderedDict()
@@ -139,7 +141,7 @@ class Models:
         """Refuses what the engine would refuse, before anything is loaded. Another base will do if the tensors that the
         adapter touches are the same; where the registry does not know them, the engine decides.
         """
-        if self.base_id is None or version.base_id in (None, self.base_id):
+        if version.base_id in (None, self.base_id):
             return
         served = self._registry.base_record(self.base_id)
         if served is None:

@@ -1,4 +1,4 @@
-"""A refusal as it came from the engine, made an exception again: the class that its code names."""
+"""An error of the engine, made an exception again here: the class that its code names."""
 
 from collections.abc import Iterator
 
@@ -7,9 +7,13 @@ from flora.serve.messages import Rejected
 
 
 def refusal(message: Rejected) -> FloraError:
-    """The error that the engine met. One with a code that nobody here knows is a ServeError."""
-    kind = _BY_CODE.get(message.code, ServeError)
-    return kind(message.message, cause=message.cause, fix=message.fix)
+    """Why the engine did not take a request."""
+    return error_of_code(message.code, message.message, cause=message.cause, fix=message.fix)
+
+
+def error_of_code(code: str, what: str, *, cause: str | None, fix: str | None) -> FloraError:
+    """The error with that code; a ServeError where nobody here knows it."""
+    return _BY_CODE.get(code, ServeError)(what, cause=cause, fix=fix)
 
 
 def _all_kinds(kind: type[FloraError]) -> Iterator[type[FloraError]]:

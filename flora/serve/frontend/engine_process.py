@@ -1,0 +1,111 @@
+"""The engine's process: started, listened to, and ended for certain."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from flora.errors import EngineDead, FloraError, ServeError
+from flora.serve.config import EngineConfig, encode_engine_config
+from flora.serve.frontend.refusals import error_of_code
+
+_LAST_LINES = 40  # of its log, for the message when it dies
+_MAX_SOCKET_PATH = 100  # bytes; the kernel takes 107
+_LOG_LINE = re.compile(r"\S+ \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)")
+_FLORA_ERROR = re.compile(r"error\[(FL-[A-Z]+)\]: (.*)")
+
+
+class EngineProcess:
+    """One engine. Use `started_engine`, which also ends it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._process = process
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._relay = asyncio.create_task(self._relay_log())
+
+    async def ended(self) -> FloraError:
+        """Waits for its end; what it died of, as far as it said so."""
+        code = await self._process.wait()
+        await self._relay
+        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        return _last_error(list(self._last_lines)) or EngineDead(
+            f"the engine process ended: {how}", cause=_last_words(list(self._last_lines)), fix="restart the server"
+        )
+
+    async def end(self, patience_s: float = 0.0) -> None:
+        """Returns once it is gone: by itself within `patience_s`, or by force."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(self._process.wait()), patience_s)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()
+        await self._relay
+
+    async def _relay_log(self) -> None:
+        """Its stderr into this process's log, line by line."""
+        assert self._process.stderr is not None
+        level, name = logging.INFO, "flora.serve.engine"
+        while True:
+            try:
+                line = (await self._process.stderr.readline()).decode(errors="replace")
+            except ValueError:  # longer than the reader's limit, which has dropped it
+                continue
+            if not line:
+                return
+            text = line.rstrip("\n")
+            if match := _LOG_LINE.fullmatch(text):
+                level, name, text = logging.getLevelNamesMapping()[match[1]], match[2], match[3]
+            self._last_lines.append(text)
+            logging.getLogger(name).log(level, "%s", text)
+
+
+@contextlib.asynccontextmanager
+async def started_engine(config: EngineConfig, folder: Path) -> AsyncIterator[EngineProcess]:
+    """An engine with its configuration and its socket in `folder`, which only this user may enter; gone at the end."""
+    socket = folder / "engine"
+    if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
+        raise ServeError(
+            f"the path of the engine's socket is too long: {socket}",
+            cause=f"it may have {_MAX_SOCKET_PATH} bytes",
+            fix="set TMPDIR to a shorter path",
+        )
+    config_file = folder / "engine.json"
+    config_file.write_bytes(encode_engine_config(config))
+    endpoint = f"ipc://{socket}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "flora.serve.engine", "--config", str(config_file), "--endpoint", endpoint),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    engine = EngineProcess(process, endpoint)
+    try:
+        yield engine
+    finally:
+        await engine.end()
+
+
+def _last_error(lines: list[str]) -> FloraError | None:
+    """The last FloraError that was printed, made an exception again."""
+    starts = [index for index, line in enumerate(lines) if _FLORA_ERROR.match(line)]
+    if not starts:
+        return None
+    head, *rest = lines[starts[-1] :]
+    match = _FLORA_ERROR.match(head)
+    assert match is not None
+    more = {key: text for line in rest for key, _, text in [line.partition(": ")] if key in ("cause", "fix")}
+    return error_of_code(match[1], match[2], cause=more.get("cause"), fix=more.get("fix"))
+
+
+def _last_words(lines: list[str]) -> str | None:
+    """The last line that is no detail of a traceback."""
+    return next((line for line in reversed(lines) if line and not line.startswith(" ")), None)
