@@ -16,10 +16,10 @@ from flora.serve.engine.loader import Loader
 from flora.serve.engine.outbox import Outbox, Outgoing
 from flora.serve.engine.pages import PagePool, Use
 from flora.serve.engine.residency import Residency
-from flora.serve.engine.runner import Runner
+from flora.serve.engine.runner import LaunchedStep, Runner
 from flora.serve.engine.sampler import Drawn
 from flora.serve.engine.scheduler import Chunk, Limits, Plan, Scheduler
-from flora.serve.engine.sequence import Key, Sequence
+from flora.serve.engine.sequence import Key, Sequence, State
 from flora.serve.engine.supply import AdapterSupply
 from flora.serve.messages import (
     Cancel,
@@ -67,6 +67,7 @@ class Engine:
         self._arrivals = 0
         self.is_draining = False
         self.is_stalled = False  # the last step had no rows and told nothing: only a message or a load changes that
+        self._launched: LaunchedStep | None = None  # the step whose tokens are still to be collected
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -122,10 +123,14 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Nothing to compute, to load or to tell."""
-        return self.scheduler.is_empty and self.supply.is_idle and self._outbox.is_empty
+        return self.scheduler.is_empty and self.supply.is_idle and self._outbox.is_empty and self._launched is None
 
     def step(self, wait_s: float = 0.0) -> list[Outgoing]:
-        """Plan, forward and commit; what there is to tell, each message with the identity of its front end.
+        """Plan, launch and collect; what there is to tell, each message with the identity of its front end.
+
+        Where the runner overlaps, the tokens collected are those of the step before: this one runs on the device while
+        they are told and the next is planned. A sequence that turns out to have ended has then one row too many under
+        way, which is thrown away.
 
         wait_s  how long to wait for a load if there is nothing else to do
         """
@@ -133,9 +138,12 @@ class Engine:
         self.supply.fill_orders()
         self.supply.start_loads()
         plan = self.scheduler.plan(self._clock())
-        for chunk, drawn in self._run(plan):
-            self._advance(chunk.sequence, drawn)
-        self.is_stalled = not plan.chunks and self._outbox.is_empty
+        launched = self._launch(plan)
+        if self.runner.overlaps:
+            launched, self._launched = self._launched, launched
+        if launched:
+            self._collect(launched)
+        self.is_stalled = not plan.chunks and self._outbox.is_empty and self._launched is None
         if self.is_stalled and wait_s:
             self._receive(wait_s)
         return self._outbox.take()
@@ -208,18 +216,19 @@ class Engine:
         if not 0 <= min(prompt) <= max(prompt) < self.ready.vocab_size:
             raise RequestInvalid(f"the prompt has a token id outside 0 to {self.ready.vocab_size - 1}")
 
-    def _advance(self, sequence: Sequence, drawn: Drawn) -> None:
-        """Appends the drawn token, or ends the sequence."""
-        sampling = sequence.sampling
+    def _advance(self, chunk: Chunk, drawn: Drawn) -> None:
+        """Puts the drawn token in its place, or ends the sequence."""
+        sequence, sampling = chunk.sequence, chunk.sequence.sampling
+        place = chunk.start + chunk.count
         if drawn.token is None:
             error = "the model's output is not finite: weights of the base or of the adapter overflow"
             self._end(sequence, "error", error=error)
         elif drawn.token in sampling.stop_token_ids and not sampling.ignore_eos:
             self._end(sequence, "stop", stop_token=drawn.token)
         else:
-            sequence.tokens.append(drawn.token)
+            sequence.tokens[place] = drawn.token
             self._generated_tokens += 1
-            ends = len(sequence.tokens) >= sequence.max_len
+            ends = place + 1 >= sequence.max_len
             event = TokenEvent(
                 request_id=sequence.key[1],
                 token_ids=(drawn.token,),
@@ -251,8 +260,8 @@ class Engine:
 
     # --- one step ---
 
-    def _run(self, plan: Plan) -> list[tuple[Chunk, Drawn]]:
-        """Brings the device to the planned state and runs the rows. A failure ends the plan's requests, no others."""
+    def _launch(self, plan: Plan) -> LaunchedStep | None:
+        """Brings the device to the planned state and starts the rows. A failure ends the plan's requests, no others."""
         unwritten = [resident.digest for resident in plan.placed]
         try:
             self.supply.sync()
@@ -260,8 +269,8 @@ class Engine:
                 self.supply.write(resident)
                 unwritten.remove(resident.digest)
             if not plan.chunks:
-                return []
-            drawn = self.runner.run(plan.chunks, [self._slot(chunk.sequence) for chunk in plan.chunks])
+                return None
+            launched = self.runner.launch(plan.chunks, [self._slot(chunk.sequence) for chunk in plan.chunks])
         except EngineDead:
             raise
         except Exception as error:
@@ -270,11 +279,17 @@ class Engine:
                 self._end(chunk.sequence, "error", error=f"the engine failed in this request's step: {error!r}")
             for digest in unwritten:
                 self.residency.remove(digest)
-            return []
+            return None
         self._steps += 1
         self._prompt_tokens += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
         self.scheduler.commit(plan)
-        return drawn
+        return launched
+
+    def _collect(self, launched: LaunchedStep) -> None:
+        """Tells a step's tokens. Sequences that ended since it was launched get none of them."""
+        for chunk, drawn in launched.collect():
+            if chunk.sequence.state is not State.FINISHED:
+                self._advance(chunk, drawn)
 
     def _slot(self, sequence: Sequence) -> int | None:
         """The row of the sequence's adapter in the kernels' tables."""

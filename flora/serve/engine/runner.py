@@ -1,6 +1,8 @@
 """Everything of the engine that touches the device: the pool, the tables, the model, the sampler."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +18,26 @@ from flora.serve.engine.scheduler import Chunk
 from flora.serve.engine.tables import AdapterTables
 
 
+class LaunchedStep(Protocol):
+    """A step that runs, or has run, on the device."""
+
+    def collect(self) -> list[tuple[Chunk, Drawn]]:
+        """The next token of each chunk that ends its sequence's tokens; waits for the device. Raises EngineDead."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DoneStep:
+    drawn: list[tuple[Chunk, Drawn]]
+
+    def collect(self) -> list[tuple[Chunk, Drawn]]:
+        return self.drawn
+
+
 class Runner:
     """Runs planned steps. It decides nothing: pages, slots and rows come from the scheduler."""
+
+    overlaps = False  # whether a step may be launched before the last one's tokens are collected
 
     def __init__(self, model: LlamaModel, pool: DevicePool, num_slots: int) -> None:
         self.model = model
@@ -29,6 +49,10 @@ class Runner:
         """From the next step on, rows of the resident's slot meet this adapter."""
         cells = self.pool.write_adapter(resident.pages, packed.cells)
         self.tables.publish(resident.slot, packed.layout, cells)
+
+    def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> LaunchedStep:
+        """Starts a step. adapter_slots  of each chunk: its adapter's row in the tables, None for the base"""
+        return DoneStep(self.run(chunks, adapter_slots))
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> list[tuple[Chunk, Drawn]]:

@@ -20,7 +20,7 @@ from enum import Enum
 from flora.errors import OutOfPages, Overloaded
 from flora.serve.engine.pages import PagePool, Use
 from flora.serve.engine.residency import Residency, Resident
-from flora.serve.engine.sequence import Key, Sequence, State
+from flora.serve.engine.sequence import PENDING, Key, Sequence, State
 from flora.serve.request import AdapterTarget
 
 
@@ -173,7 +173,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         budget = self.limits.max_batch_tokens
         preemptions = self.num_preemptions
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1]
+        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1 and not sequence.is_full]
         for sequence in decoding[:budget]:
             if sequence.state is State.RUNNING and self._grow(sequence):
                 chunks.append(self._chunk(sequence, 1))
@@ -188,9 +188,11 @@ class Scheduler:
         return Plan(tuple(chunks), tuple(placed))
 
     def commit(self, plan: Plan) -> None:
-        """The plan's rows have run: their keys and values are in the pages."""
+        """The plan's rows are launched: whatever is launched later finds their keys and values in place."""
         for chunk in plan.chunks:
             chunk.sequence.num_computed += chunk.count
+            if chunk.samples:
+                chunk.sequence.tokens.append(PENDING)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
         count = min(sequence.num_uncomputed, budget)

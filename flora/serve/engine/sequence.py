@@ -6,6 +6,8 @@ from flora.serve.request import AdapterTarget, SamplingParams
 
 Key = tuple[bytes, str]  # front end's identity, its request id
 
+PENDING = -1  # stands in `tokens` for one that a launched step is still drawing; no token id is negative
+
 
 class State(Enum):
     WAITING = "waiting"
@@ -57,6 +59,11 @@ class Sequence:
     def digest(self) -> str | None:
         """The adapter's serving digest; None for the base."""
         return self.adapter.serving_digest if self.adapter else None
+
+    @property
+    def is_full(self) -> bool:
+        """No token can follow: the last is drawn, or being drawn."""
+        return len(self.tokens) >= self.max_len
 
     @property
     def num_generated(self) -> int:
