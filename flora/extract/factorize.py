@@ -18,6 +18,7 @@ MIN_BLOCK = 8  # columns; thinner products waste the reading of D
 ENERGY_BLOCK = 64  # columns by which the basis grows where an energy, not a rank, says when to stop
 OVERSHOOT = 1.3  # how much further the basis grows once it holds the energy, so that the trimmed rank is near the best
 EXHAUSTED = 1e-7  # share of the energy left outside a basis that float32 cannot tell from none
+DEPENDENT = 1e-6  # ratio of Cholesky's pivots beyond which two rounds in float64 may not be orthonormal in float32
 FLOOR = 1e-7  # of the largest singular value: what lies below is rounding of float32
 
 
@@ -48,6 +49,8 @@ def factorize(
         vectors, values = _gram(D)
     else:
         vectors, values = _krylov(D, norm_squared, max_rank, energy, generator) or _gram(D)
+    if values[0] == 0:  # elements below 1e-19, whose squares float32 cannot hold; LAPACK scales them first
+        vectors, values = _svd(D)
     rank = min(max_rank, int((values > FLOOR * values[0]).sum()))
     return Basis(_fix_signs(vectors[:rank]), values[:rank])
 
@@ -121,7 +124,21 @@ def _orthonormal_rows(X: Tensor, Q: Tensor) -> Tensor:
 
 
 def _qr_rows(X: Tensor) -> Tensor:
+    """Householder's QR; on a GPU, where that is slow, two rounds of Cholesky's in float64 unless X lacks rank."""
+    if X.is_cuda and (rows := cholesky_rows(X)) is not None:
+        return rows
     return torch.linalg.qr(X.T).Q.T
+
+
+def cholesky_rows(X: Tensor) -> Tensor | None:
+    """Orthonormal rows that span X's, or None if X's are nearly dependent. Cholesky-QR, twice, in float64."""
+    rows = X.double()
+    for _ in range(2):
+        L, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+        if failed or L.diagonal().min() < DEPENDENT * L.diagonal().max():
+            return None
+        rows = torch.linalg.solve_triangular(L, rows, upper=False)
+    return rows.float()
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:

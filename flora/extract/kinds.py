@@ -4,7 +4,7 @@ from collections.abc import Set
 
 from flora.checkpoint import FLOAT_DTYPES
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 HEADS = ("lm_head", "embed_out", "output")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
@@ -23,7 +23,7 @@ def reason_against(name: str, shape: tuple[int, ...], dtypes: Set[str], model_ty
         return "the token embedding" + (", tied to the output head" if tied else "") + ": a table, not a linear layer"
     if is_head(name):
         return "the output head: only the linear layers of the body are extracted"
-    if "embed" in leaf or leaf == "wpe":
+    if "embed" in leaf or leaf in ("wpe", "relative_attention_bias"):
         return "an embedding: a table, not a linear layer"
     if name.endswith(".bias"):
         return "a bias: a vector has no low rank"

@@ -45,7 +45,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     ranks = _possible_ranks(modules, config.rule, item_bytes)
     held_bytes = sum(ranks[pair.name] * sum(pair.shape) * item_bytes for pair in modules)
     worker_bytes = max(_working_bytes(pair.shape, ranks[pair.name], config) for pair in modules)
-    crew = choose_crew(worker_bytes)
+    crew = choose_crew(worker_bytes, fewest=1 if config.exact else 2)  # a full SVD needs much more memory
     return ExtractionPlan(
         pairs=tuple(pairs),
         ranks=ranks,

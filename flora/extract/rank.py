@@ -23,17 +23,19 @@ def smallest_rank(kept: Tensor, norm_squared: float, energy: float | None) -> in
     return int((kept >= kept.max() - NEGLIGIBLE * norm_squared).nonzero()[0]) + 1
 
 
-def shortfall(rank: int, share: float, rule: RankRule, *, cut: bool, side: int, dtype: str) -> str | None:
+def shortfall(
+    kept_share: float, rule: RankRule, *, rank: int, cap: int, side: int, cut: bool, dtype: str
+) -> str | None:
     """Why a module keeps less than the rule's energy, in words for the report; None if it does not, or none is asked.
 
-    share  kept of the module's squared norm;  cut  whether the budget took terms that the energy wanted
-    side   the smaller side of the module: no delta has a higher rank
+    rank  kept;  cap  the most that the rule allowed it;  side  its smaller side, no delta has a higher rank
+    cut   whether the budget took terms from it
     """
-    if rule.energy is None or share >= rule.energy:
+    if rule.energy is None or kept_share >= rule.energy:
         return None
-    missed = f"keeps {share:.4f} of its energy, not {rule.energy:g}: "
-    if cut:
+    missed = f"keeps {kept_share:.4f} of its energy, not {rule.energy:g}: "
+    if cut or (rank == cap < side and cap != rule.max_rank):
         return missed + "the budget ends here"
-    if rule.max_rank is not None and rank >= min(rule.max_rank, side) and rule.max_rank < side:
-        return missed + f"capped at rank {rule.max_rank}"
+    if rank == cap < side:
+        return missed + f"capped at rank {cap}"
     return missed + f"every term is kept, and rounding to {dtype} takes the rest"

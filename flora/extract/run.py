@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Literal
 
-from flora.adapter import Adapter, BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter
+from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
 from flora.checkpoint import Checkpoint
-from flora.errors import CheckFailed, CheckpointError, UsageError
 from flora.extract.change import Change, PairWorker
 from flora.extract.config import ExtractConfig
 from flora.extract.plan import ExtractionPlan, plan_extraction
-from flora.extract.rank import shortfall
+from flora.extract.report import check_report, make_report
 from flora.extract.sidecars import changed_extras
 from flora.extract.workers import in_order
 from flora.identity import BaseRecord, base_record
@@ -64,8 +62,8 @@ def extract(
         changes = list(_work_through(base, tuned, plan, config, progress))
         base_is, tuned_is = records()
     changes, cut = _cut_to_budget(changes, config)
-    report = ChangeReport(tensors=tuple(_describe(change, change.pair.module in cut, config) for change in changes))
-    _check(report, base, tuned, config)
+    report = make_report(changes, cut, plan.ranks, config)
+    check_report(report, base, tuned, config)
     adapter = make_adapter(
         {change.pair.module: change.fit.factors for change in changes if change.fit},
         base=_bind(base, base_is, changes),
@@ -126,75 +124,6 @@ def _cut_to_budget(changes: list[Change], config: ExtractConfig) -> tuple[list[C
     return [
         replace(change, fit=change.fit.trim(ranks[change.pair.module])) if change.fit else change for change in changes
     ], cut
-
-
-def _describe(change: Change, cut: bool, config: ExtractConfig) -> TensorChange:
-    pair = change.pair
-    if change.fit is not None:
-        rank = change.fit.factors.rank
-        kept = float(change.fit.kept[-1]) if rank else 0.0
-        share = kept / change.norm_squared
-        missed = shortfall(rank, share, config.rule, cut=cut, side=min(pair.shape), dtype=config.factor_dtype)
-        nothing = "the budget leaves it no terms" if rank == 0 else None
-        return _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
-    if change.tied:
-        assert pair.twin is not None
-        return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
-    if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
-        return _tensor_change(change, "unchanged")
-    return _tensor_change(change, pair.status, reason=pair.reason)
-
-
-def _tensor_change(
-    change: Change,
-    status: Literal["extracted", "unchanged", "not_extractable", "excluded"],
-    *,
-    kept: float = 0.0,
-    rank: int | None = None,
-    reason: str | None = None,
-) -> TensorChange:
-    return TensorChange(
-        name=change.pair.name,
-        shape=change.pair.shape,
-        status=status,
-        norm_squared=change.norm_squared,
-        kept=kept,
-        rank=rank,
-        noise=change.noise,
-        reason=reason,
-    )
-
-
-def _check(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) -> None:
-    """Raises CheckpointError if there is nothing to make an adapter of, CheckFailed if `strict` does not hold."""
-    extracted = [tensor for tensor in report.tensors if tensor.status == "extracted"]
-    if report.norm_squared == 0:
-        raise CheckpointError(
-            f"{tuned.path} holds the same weights as {base.path}",
-            cause="nothing was tuned, or one of the two is a copy of the other",
-            fix="give the checkpoint that the tuning wrote",
-        )
-    if not extracted:
-        changed = max(report.tensors, key=lambda tensor: tensor.norm_squared)
-        raise CheckpointError(
-            f"nothing that can be extracted differs between {base.path} and {tuned.path}",
-            cause=f"the change lies in other tensors; {changed.name} holds {report.share(changed):.0%} of it "
-            f"({changed.reason})",
-        )
-    if not any(tensor.rank for tensor in extracted):
-        raise UsageError(
-            f"a budget of {config.rule.budget_bytes} bytes is less than the smallest module takes at rank 1",
-            fix="give a larger --budget",
-        )
-    missed = [tensor for tensor in extracted if tensor.kept < (config.rule.energy or 0.0) * tensor.norm_squared]
-    if config.strict and missed:
-        worst = min(missed, key=lambda tensor: tensor.kept / tensor.norm_squared)
-        raise CheckFailed(
-            f"{len(missed)} of {len(extracted)} modules keep less than the asked energy {config.rule.energy:g}",
-            cause=f"{worst.name} {worst.reason}",
-            fix="raise --rank or --budget, lower --energy, or leave out --strict",
-            tensors=[tensor.name for tensor in missed],
-        )
 
 
 def _bind(base: Checkpoint, record: BaseRecord, changes: Sequence[Change]) -> BaseBinding:

@@ -1,4 +1,8 @@
-"""Several matrices at once, each on few threads: faster than all threads on one, and the same bits on 1 or 2 cores."""
+"""Several matrices at once, each on few threads, which is faster than all threads on one.
+
+Where each worker has one thread (1 or 2 threads in all, or matrices small enough for one worker per thread), results
+do not depend on the number of threads. With more threads each, BLAS may sum in another order, and last bits differ.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,19 +19,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """How the threads are shared out. Two workers at least: one reads the next pair while another computes."""
+    """How the threads are shared out. Of two workers one reads the next pair while the other computes."""
 
     num_workers: int
     threads_each: int
 
 
-def choose_crew(largest_bytes: int, memory_bytes: int = 512 << 20) -> Crew:
-    """As many workers as fit into `memory_bytes`, two where even they do not, with the process's threads between them.
+def choose_crew(largest_bytes: int, *, fewest: int = 2, memory_bytes: int = 512 << 20) -> Crew:
+    """As many workers as fit into `memory_bytes`, or else `fewest`, and the process's threads shared out.
 
     largest_bytes  what one worker holds at most
     """
     num_threads = torch.get_num_threads()
-    num_workers = max(2, min(num_threads, memory_bytes // max(1, largest_bytes)))
+    num_workers = max(fewest, min(num_threads, memory_bytes // max(1, largest_bytes)))
     return Crew(num_workers, max(1, num_threads // num_workers))
 
 

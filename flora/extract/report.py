@@ -1,0 +1,97 @@
+"""What became of every tensor of the pair, in numbers and in words; and whether that is an adapter at all."""
+
+from collections.abc import Mapping, Sequence, Set
+from typing import Literal
+
+from flora.adapter import ChangeReport, TensorChange
+from flora.checkpoint import Checkpoint
+from flora.errors import CheckFailed, CheckpointError, UsageError
+from flora.extract.change import Change
+from flora.extract.config import ExtractConfig
+from flora.extract.rank import shortfall
+
+
+def make_report(
+    changes: Sequence[Change], cut: Set[str], caps: Mapping[str, int], config: ExtractConfig
+) -> ChangeReport:
+    """One line for each change, in their order.
+
+    cut  modules that the budget took terms from;  caps  the most terms that each could get, by its tensor's name
+    """
+    return ChangeReport(tensors=tuple(_describe(change, cut, caps, config) for change in changes))
+
+
+def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: ExtractConfig) -> TensorChange:
+    pair = change.pair
+    if change.fit is not None:
+        rank = change.fit.factors.rank
+        kept = float(change.fit.kept[-1]) if rank else 0.0
+        missed = shortfall(
+            kept / change.norm_squared,
+            config.rule,
+            rank=rank,
+            cap=caps[pair.name],
+            side=min(pair.shape),
+            cut=pair.module in cut,
+            dtype=config.factor_dtype,
+        )
+        nothing = "the budget leaves it no terms" if rank == 0 else None
+        return _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
+    if change.tied:
+        assert pair.twin is not None
+        return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
+    if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
+        return _tensor_change(change, "unchanged")
+    return _tensor_change(change, pair.status, reason=pair.reason)
+
+
+def _tensor_change(
+    change: Change,
+    status: Literal["extracted", "unchanged", "not_extractable", "excluded"],
+    *,
+    kept: float = 0.0,
+    rank: int | None = None,
+    reason: str | None = None,
+) -> TensorChange:
+    return TensorChange(
+        name=change.pair.name,
+        shape=change.pair.shape,
+        status=status,
+        norm_squared=change.norm_squared,
+        kept=kept,
+        rank=rank,
+        noise=change.noise,
+        reason=reason,
+    )
+
+
+def check_report(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) -> None:
+    """Raises CheckpointError if there is nothing to make an adapter of, CheckFailed if `strict` does not hold."""
+    extracted = [tensor for tensor in report.tensors if tensor.status == "extracted"]
+    if report.norm_squared == 0:
+        raise CheckpointError(
+            f"{tuned.path} holds the same weights as {base.path}",
+            cause="nothing was tuned, or one of the two is a copy of the other",
+            fix="give the checkpoint that the tuning wrote",
+        )
+    if not extracted:
+        changed = max(report.tensors, key=lambda tensor: tensor.norm_squared)
+        raise CheckpointError(
+            f"nothing that can be extracted differs between {base.path} and {tuned.path}",
+            cause=f"the change lies in other tensors; {changed.name} holds {report.share(changed):.0%} of it "
+            f"({changed.reason})",
+        )
+    if not any(tensor.rank for tensor in extracted):
+        raise UsageError(
+            f"a budget of {config.rule.budget_bytes} bytes is less than the smallest module takes at rank 1",
+            fix="give a larger --budget",
+        )
+    missed = [tensor for tensor in extracted if tensor.kept < (config.rule.energy or 0.0) * tensor.norm_squared]
+    if config.strict and missed:
+        worst = min(missed, key=lambda tensor: tensor.kept / tensor.norm_squared)
+        raise CheckFailed(
+            f"{len(missed)} of {len(extracted)} modules keep less than the asked energy {config.rule.energy:g}",
+            cause=f"{worst.name} {worst.reason}",
+            fix="raise --rank or --budget, lower --energy, or leave out --strict",
+            tensors=[tensor.name for tensor in missed],
+        )

@@ -1,0 +1,124 @@
+"""Every method against numpy's full SVD in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from flora.extract.factorize import cholesky_rows, factorize, wide
+from tests.extract.models import best_share
+
+
+def matrix(shape, decay: float, seed: int = 0, noise: float = 0.0, rank: int | None = None) -> torch.Tensor:
+    """Singular values 1/i^decay up to `rank`, and white noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = rank or min(shape)
+    U = torch.linalg.qr(torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(shape[1], rank, generator=generator, dtype=torch.float64)).Q
+    S = torch.arange(1, rank + 1, dtype=torch.float64) ** -decay
+    return ((U * S) @ V.T + noise * torch.randn(shape, generator=generator)).float()
+
+
+def factorized(D: torch.Tensor, max_rank: int, energy: float | None = None, *, exact: bool = False, seed: int = 0):
+    norm_squared = float(D.double().square().sum())
+    generator = torch.Generator().manual_seed(seed)
+    return factorize(D, norm_squared, max_rank=max_rank, energy=energy, exact=exact, generator=generator)
+
+
+def held_share(D: torch.Tensor, vectors: torch.Tensor) -> float:
+    """Energy within the rows of `vectors`."""
+    D = D.double().numpy()
+    return float(np.square(vectors.double().numpy() @ D).sum() / np.square(D).sum())
+
+
+@pytest.mark.parametrize("shape", [(63, 100), (100, 100)])
+def test_gram_and_exact_find_the_singular_vectors(shape):
+    D = matrix(shape, decay=0.5)
+    S = np.linalg.svd(D.double().numpy(), compute_uv=False)
+
+    for basis in (factorized(D, 32), factorized(D, 32, exact=True)):
+        np.testing.assert_allclose(basis.values.numpy(), S[:32], rtol=1e-4)
+        assert held_share(D, basis.vectors) == pytest.approx(best_share(D.double().numpy(), 32), abs=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+@pytest.mark.parametrize("rank", [4, 16, 32])
+def test_krylov_holds_within_3e_4_of_what_any_columns_can(rank, decay):
+    D = matrix((400, 500), decay, seed=rank, noise=1e-3)
+
+    basis = factorized(D, rank)
+
+    assert len(basis.values) == rank
+    assert best_share(D.double().numpy(), rank) - held_share(D, basis.vectors) < 3e-4
+
+
+@pytest.mark.parametrize("max_rank", [16, 150])  # Krylov, Gram
+def test_vectors_are_orthonormal_and_values_descend(max_rank):
+    basis = factorized(matrix((400, 500), 0.5), max_rank)
+
+    gram = basis.vectors.double() @ basis.vectors.double().T
+    torch.testing.assert_close(gram, torch.eye(max_rank, dtype=torch.float64), atol=1e-5, rtol=0)
+    assert bool((basis.values[1:] <= basis.values[:-1]).all())
+
+
+def test_a_krylov_basis_grows_until_it_holds_the_energy_and_its_rank_is_near_the_best():
+    D = matrix((1100, 1200), decay=0.5, rank=200)
+    S = np.linalg.svd(D.double().numpy(), compute_uv=False)
+    shares = np.cumsum(S**2) / np.sum(S**2)
+
+    basis = factorized(D, 1100, energy=0.8)
+
+    held = np.cumsum(basis.values.numpy() ** 2) / np.sum(S**2)
+    assert len(basis.values) < 550
+    assert int(np.argmax(held >= 0.8)) <= 1.05 * int(np.argmax(shares >= 0.8))
+
+
+def test_a_delta_near_full_rank_outgrows_krylov_and_gets_its_whole_spectrum():
+    D = matrix((1100, 1100), decay=0.0)
+
+    basis = factorized(D, 1100, energy=0.9)
+
+    assert len(basis.values) == 1100
+    assert held_share(D, basis.vectors[:991]) > 0.9
+
+
+def test_a_delta_of_low_rank_is_found_whole_and_no_further():
+    D = matrix((400, 500), decay=1.0, rank=16)
+
+    basis = factorized(D, 32)
+
+    assert held_share(D, basis.vectors[:16]) > 1 - 1e-6
+    assert float(basis.values[16:].square().sum() / basis.values.square().sum()) < 1e-8
+
+
+def test_deltas_too_small_to_square_in_float32_are_factorized_all_the_same():
+    D = matrix((63, 100), decay=1.0)
+
+    tiny = factorized(D * 2.0**-80, 8)
+
+    np.testing.assert_allclose(tiny.values.numpy() * 2.0**80, factorized(D, 8).values.numpy(), rtol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_the_same_numbers():
+    D = matrix((400, 500), decay=1.0)
+
+    first, again, other = (factorized(D, 16, seed=seed) for seed in (7, 7, 8))
+
+    assert torch.equal(first.vectors, again.vectors)
+    assert torch.equal(first.values, again.values)
+    assert not torch.equal(first.vectors, other.vectors)
+    torch.testing.assert_close(first.vectors, other.vectors, atol=2e-2, rtol=0)  # signs included
+
+
+def test_cholesky_rows_are_orthonormal_and_refuse_dependent_ones():
+    X = torch.randn(8, 60, generator=torch.Generator().manual_seed(0))
+
+    rows = cholesky_rows(X)
+
+    torch.testing.assert_close(rows @ rows.T, torch.eye(8), atol=1e-6, rtol=0)
+    torch.testing.assert_close((X @ rows.T) @ rows, X, atol=1e-5, rtol=0)  # the same space
+    assert cholesky_rows(torch.cat([X, X[:1]])) is None
+
+
+def test_wide_puts_the_smaller_side_first():
+    assert wide(torch.zeros(3, 5)).shape == (3, 5)
+    assert wide(torch.zeros(5, 3)).shape == (3, 5)
