@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from flora.kernels.modules import CHUNK, MODULES, Group
 from flora.kernels.tuning import ExpandTuning, grid_size
@@ -22,9 +23,13 @@ def lora_expand(
     out_sizes: Sequence[int],
     work: WorkList,
     tuning: ExpandTuning,
+    *,
     num_sms: int,
+    overlap: bool,
 ) -> None:
     """See Ops.lora_expand. In fp16 the shrunk values must lie within fp16's range.
+
+    overlap  may start while the launch before it on the stream ends, which must then be the lora_shrink that made v
 
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """
@@ -58,8 +63,10 @@ def lora_expand(
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
         BLOCK_N=block_n,
+        OVERLAP=overlap,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 
@@ -91,6 +98,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
     tiles_0 = tl.cdiv(size_0, BLOCK_N)
     tiles_1 = tl.cdiv(size_1, BLOCK_N)
@@ -121,6 +129,8 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
         o_n = tl.arange(0, BLOCK_N)
         m_n = n + o_n < size
         b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+        if OVERLAP:
+            gdc_wait()
         for j in range(0, rank, BLOCK_RANK):
             o_j = j + tl.arange(0, BLOCK_RANK)
             m_j = o_j < rank

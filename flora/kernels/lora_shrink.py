@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from flora.kernels.modules import CHUNK, MODULES, Group, padded
 from flora.kernels.tuning import ShrinkTuning, grid_size
@@ -18,7 +19,9 @@ def lora_shrink(
     group: Group,
     work: WorkList,
     tuning: ShrinkTuning,
+    *,
     num_sms: int,
+    overlap: bool,
 ) -> Tensor:
     """float32 partials [splits, n, width] of Ops.lora_shrink; splits depends on in_features alone.
 
@@ -57,6 +60,7 @@ def lora_shrink(
         BLOCK_RANK=tuning.block_rank,
         RANK_LANES=tuning.rank_lanes,
         SAME_DTYPE=x.dtype == weights.pool.dtype,
+        OVERLAP=overlap,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
@@ -90,7 +94,10 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_RANK: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
     SAME_DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()  # expand may start now; it waits for these results where it first needs them
     num_items = tl.load(p_num_segments) * (NUM_SLICES * RANK_LANES * SPLITS)
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         i_split = item % SPLITS

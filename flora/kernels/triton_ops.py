@@ -22,17 +22,21 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, num_sms: int, tuning: Tuning | None = None) -> None:
+    def __init__(self, num_sms: int, tuning: Tuning | None = None, *, overlap: bool = False) -> None:
         self.num_sms = num_sms  # multiprocessors
         self.tuning = tuning or Tuning()
+        self.overlap = overlap  # start expand while shrink ends; Hopper and later can
 
     @classmethod
     def for_device(cls, device: torch.device, tuning: Tuning | None = None) -> "TritonOps":
-        return cls(torch.cuda.get_device_properties(device).multi_processor_count, tuning)
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, tuning, overlap=properties.major >= 9)
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
-        return lora_shrink(x, weights, layer, group, work, self.tuning.shrink, self.num_sms)
+        return lora_shrink(
+            x, weights, layer, group, work, self.tuning.shrink, num_sms=self.num_sms, overlap=self.overlap
+        )
 
     def lora_expand(
         self,
@@ -46,7 +50,19 @@ class TritonOps:
         work: WorkList,
     ) -> None:
         """See Ops.lora_expand."""
-        lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, self.tuning.expand, self.num_sms)
+        lora_expand(
+            y,
+            v,
+            weights,
+            layer,
+            group,
+            out_starts,
+            out_sizes,
+            work,
+            self.tuning.expand,
+            num_sms=self.num_sms,
+            overlap=self.overlap,
+        )
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""

@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True)
 class ShrinkTuning:
     split_elements: int = 1024  # of the input per partial sum; part of the result's rounding, so never by batch
-    block_k: int = 256
+    block_k: int = 128
     block_rank: int = 16
     rank_lanes: int = 4  # a rank-64 slice is then as parallel as four rank-16 ones
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 5
     programs_per_sm: int = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ExpandTuning:
     block_n: int = 256
-    block_rank: int = 32
-    num_warps: int = 4
-    num_stages: int = 2
+    block_rank: int = 16
+    num_warps: int = 8
+    num_stages: int = 3
     programs_per_sm: int = 32
 
 
@@ -33,7 +33,7 @@ class DecodeTuning:
     block_tokens: int = 64
     split_lanes: int = 16  # programs per (sequence, KV head); each takes every 16th split
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 5
 
 
 @dataclass(frozen=True, slots=True)

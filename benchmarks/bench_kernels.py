@@ -1,0 +1,493 @@
+"""How close do the Triton kernels come to the rate at which this GPU reads memory?
+
+    python benchmarks/bench_kernels.py [--out FILE.jsonl] [--sweep [--shard 0/8]]
+
+Decoding is bound by bytes: every step reads each running adapter once and each sequence's keys and values once. So the
+figure of merit is bytes that must be read (true ranks, true lengths) over the time of a CUDA-graph replay. Errors
+against float32 arithmetic on the same numbers come before any timing, and a wrong result ends the run. Baselines beside
+ours: a plain copy, adapters padded to one rank under torch.bmm, torch's attention over contiguous keys and values.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, padded
+from flora.kernels.triton_ops import TritonOps
+from flora.kernels.tuning import DecodeTuning, ExpandTuning, PrefillTuning, ShrinkTuning, Tuning
+
+SEED = 20261121
+RANKS = (8, 16, 32, 64)
+CELL_BYTES = 64 * 1024
+MAX_ERROR = 8e-3  # relative; bf16 keeps 8 bits
+Step = Callable[[], object]
+QKVO, ALL = (Group.QKV, Group.OUT), tuple(Group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    hidden: int = 4096
+    kv: int = 1024
+    ff: int = 14336
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    alignment: int = 1024
+
+    @property
+    def inputs(self) -> list[int]:
+        return [self.hidden] * 6 + [self.ff]
+
+    @property
+    def outputs(self) -> list[int]:
+        return [self.hidden, self.kv, self.kv, self.hidden, self.ff, self.ff, self.hidden]
+
+    def outs(self, group: Group) -> tuple[list[int], list[int]]:
+        sizes = [self.outputs[m] for m in group.value]
+        return [sum(sizes[:s]) for s in range(len(sizes))], sizes
+
+
+LLAMA_8B = Model()
+TINY = Model(hidden=256, kv=64, ff=512, q_heads=4, kv_heads=2, head_dim=16, alignment=64)
+
+
+@dataclasses.dataclass
+class Bench:
+    """One run: where it runs, what it found."""
+
+    device: torch.device
+    model: Model
+    rows: list[dict]
+    repeats: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def record(self, **row: object) -> None:
+        self.rows.append(row)
+        print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    def check(self, *, error: float, **row: object) -> None:
+        """Records an error and ends the run if it is no rounding error."""
+        self.record(**row, error=error)
+        if not error < MAX_ERROR:
+            raise SystemExit(f"error {error:.3g} against float32 is above {MAX_ERROR}: nothing was timed")
+
+    def seconds(self, step: Step) -> float:
+        """Median time of one step, as a replayed CUDA graph."""
+        step()
+        if self.device.type != "cuda":
+            return self._wall(step)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(3):
+            graph.replay()
+        times = []
+        for _ in range(self.repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            times.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in times) / 1e3
+
+    def _wall(self, step: Step) -> float:
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+
+def build_adapters(bench: Bench, num_adapters: int, layers: int) -> tuple[AdapterWeights, list[int]]:
+    """Random adapters of mixed ranks over random cells of one pool, and the rank of each."""
+    model, cell_elements = bench.model, CELL_BYTES // 2
+    shuffle = random.Random(SEED)
+    ranks = [RANKS[i % len(RANKS)] for i in range(num_adapters)]
+    shuffle.shuffle(ranks)
+    records, cells_of = [], []
+    for rank in ranks:
+        table, chunk = torch.zeros(layers, len(MODULES), 3, dtype=torch.int32), 0
+        for layer in range(layers):
+            for part, sizes in ((1, model.inputs), (2, model.outputs)):
+                for module, size in enumerate(sizes):
+                    table[layer, module, 0], table[layer, module, part] = rank, chunk
+                    chunk += rank * padded(size) // CHUNK
+        records.append(table)
+        cells_of.append(-(-chunk * CHUNK // cell_elements))
+    order = torch.randperm(sum(cells_of) * 9 // 8, generator=torch.Generator().manual_seed(SEED)).int()
+    cells = torch.full((num_adapters, max(cells_of)), -1, dtype=torch.int32)
+    taken = 0
+    for slot, count in enumerate(cells_of):
+        cells[slot, :count] = order[taken : taken + count]
+        taken += count
+    pool = torch.empty(len(order), cell_elements, dtype=bench.dtype, device=bench.device)
+    for part in pool.split(8192):
+        part.normal_(std=0.02)
+    scales = torch.full((num_adapters, layers, len(MODULES)), 2.0)
+    cells, modules, scales = (t.to(bench.device) for t in (cells, torch.stack(records), scales))
+    return AdapterWeights(pool, cells, modules, scales, alignment=model.alignment), ranks
+
+
+def work_list(bench: Bench, slots: list[int], block_rows: int, rows_each: int, max_rank: int) -> WorkList:
+    segments = [
+        (slot, i * rows_each + first, min(block_rows, rows_each - first))
+        for i, slot in enumerate(slots)
+        for first in range(0, rows_each, block_rows)
+    ]
+    return WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, device=bench.device)
+
+
+Inputs = dict[Group, tuple[Tensor, Tensor]]  # x and y
+
+
+def lora_inputs(bench: Bench, n: int, groups: tuple[Group, ...]) -> Inputs:
+    def randn(columns: int) -> Tensor:
+        return torch.randn(n, columns, device=bench.device).to(bench.dtype)
+
+    return {g: (randn(bench.model.inputs[g.value[0]]), randn(sum(bench.model.outs(g)[1]))) for g in groups}
+
+
+def shrink_step(bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor) -> Step:
+    def step() -> None:
+        for layer in range(weights.modules.shape[1]):
+            ops.lora_shrink(x, weights, layer, group, work)
+
+    return step
+
+
+def expand_step(
+    bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor, y: Tensor
+) -> Step:
+    shrunk = [ops.lora_shrink(x, weights, layer, group, work) for layer in range(weights.modules.shape[1])]
+
+    def step() -> None:
+        for layer, v in enumerate(shrunk):
+            ops.lora_expand(y, v, weights, layer, group, *bench.model.outs(group), work)
+
+    return step
+
+
+def lora_step(
+    bench: Bench, ops: Ops, weights: AdapterWeights, groups: tuple[Group, ...], work: WorkList, data: Inputs
+) -> Step:
+    def step() -> None:
+        for layer in range(weights.modules.shape[1]):
+            for group in groups:
+                x, y = data[group]
+                v = ops.lora_shrink(x, weights, layer, group, work)
+                ops.lora_expand(y, v, weights, layer, group, *bench.model.outs(group), work)
+
+    return step
+
+
+def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1) -> None:
+    """Relative error of one layer's update against float32, and the same for torch's own rounding of it to bf16."""
+    slots = list(range(0, len(ranks), max(1, len(ranks) // 16)))
+    work = work_list(bench, slots, 16, rows_each, max(ranks))
+    for group, (x, y) in lora_inputs(bench, len(slots) * rows_each, ALL).items():
+        result, wanted = y.clone(), y.float()
+        starts, sizes = bench.model.outs(group)
+        ops.lora_expand(result, ops.lora_shrink(x, weights, 0, group, work), weights, 0, group, starts, sizes, work)
+        v = ReferenceOps().lora_shrink(x.float(), weights, 0, group, work)
+        ReferenceOps().lora_expand(wanted, v, weights, 0, group, starts, sizes, work)
+        bench.check(
+            check="lora",
+            group=group.name,
+            rows_each=rows_each,
+            error=relative(result.float(), wanted),
+            rounding=relative(wanted.to(bench.dtype).float(), wanted),
+        )
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    return float((value - wanted).norm() / wanted.norm())
+
+
+def lora_bytes(model: Model, ranks: list[int], groups: tuple[Group, ...], layers: int) -> tuple[int, int]:
+    """Bytes of A and of B that one pass over all adapters must read."""
+    modules = [m for g in groups for m in g.value]
+    total = sum(ranks) * layers * 2
+    return total * sum(model.inputs[m] for m in modules), total * sum(model.outputs[m] for m in modules)
+
+
+def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int]) -> None:
+    layers, n = weights.modules.shape[1], len(ranks)
+    work = work_list(bench, list(range(n)), 16, 1, max(ranks))
+    data = lora_inputs(bench, n, ALL)
+    for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
+        read = sum(lora_bytes(bench.model, ranks, groups, layers))
+        for overlap in {ops.overlap, False}:
+            chosen = TritonOps(ops.num_sms, ops.tuning, overlap=overlap)
+            seconds = bench.seconds(lora_step(bench, chosen, weights, groups, work, data))
+            us, rate = seconds / layers * 1e6, read / seconds / 1e12
+            bench.record(op="lora", modules=name, adapters=n, overlap=overlap, us_per_layer=us, tb_s=rate)
+    for group in ALL:
+        x, y = data[group]
+        steps = (
+            ("shrink", shrink_step(bench, ops, weights, group, work, x)),
+            ("expand", expand_step(bench, ops, weights, group, work, x, y)),
+        )
+        for (name, step), read in zip(steps, lora_bytes(bench.model, ranks, (group,), layers), strict=True):
+            seconds = bench.seconds(step)
+            bench.record(op=name, group=group.name, adapters=n, us=seconds / layers * 1e6, tb_s=read / seconds / 1e12)
+    padded_baseline(bench, n, max(ranks))
+
+
+def padded_baseline(bench: Bench, n: int, rank: int) -> None:
+    """q, k, v, o with every adapter padded to the highest rank in its own slot: torch.bmm, at its best layout."""
+    model = bench.model
+    modules = [m for g in QKVO for m in g.value]
+    factors = [
+        (
+            torch.randn(n, model.inputs[m], rank, device=bench.device).to(bench.dtype),
+            torch.randn(n, rank, model.outputs[m], device=bench.device).to(bench.dtype),
+        )
+        for m in modules
+    ]
+    x = torch.randn(n, 1, model.hidden, device=bench.device).to(bench.dtype)
+    ys = [torch.zeros(n, 1, model.outputs[m], device=bench.device).to(bench.dtype) for m in modules]
+
+    def step() -> None:
+        for y, (a, b) in zip(ys, factors, strict=True):
+            y.baddbmm_(torch.bmm(x, a), b)
+
+    seconds = bench.seconds(step)
+    read = sum(a.numel() + b.numel() for a, b in factors) * 2
+    bench.record(
+        op="padded torch.bmm", modules="q,k,v,o", adapters=n, us_per_layer=seconds * 1e6, tb_s=read / seconds / 1e12
+    )
+
+
+def bench_shared(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]) -> None:
+    """Decode rows that share adapters, a batch without any, and a prefill of one adapter."""
+    layers, n = weights.modules.shape[1], len(ranks)
+    cases: tuple[tuple[str, list[int], int, int], ...] = (
+        ("4 adapters, 32 rows each", [0, 1, 2, 3], 16, n // 4),
+        ("no adapter", [], 16, 0),
+        ("prefill 2048, 1 adapter", [ranks.index(64)], 64, 2048),
+    )
+    for name, slots, block_rows, rows_each in cases:
+        work = work_list(bench, slots, block_rows, rows_each, max(ranks))
+        if not slots:
+            work = work_list(bench, list(range(n)), 16, 1, max(ranks))
+            work.num_segments.zero_()
+        data = lora_inputs(bench, max(n, len(slots) * rows_each), ALL)
+        seconds = bench.seconds(lora_step(bench, ops, weights, ALL, work, data))
+        bench.record(op="lora", case=name, modules="all seven", us_per_layer=seconds / layers * 1e6)
+
+
+def caches(bench: Bench, batch: int, context: int, page_tokens: int = 16) -> tuple[list[Tensor], Tensor]:
+    """Two planes of random keys and values on shuffled pages, and the block tables."""
+    pages = batch * context // page_tokens
+    shape = (pages, 2, page_tokens, bench.model.kv_heads, bench.model.head_dim)
+    planes = [torch.randn(shape, device=bench.device, dtype=bench.dtype) for _ in range(2)]
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(SEED)).int().view(batch, -1)
+    return planes, order.to(bench.device)
+
+
+def attention_step(bench: Bench, ops: Ops, batch: int, context: int, queries: int) -> tuple[Step, float | None]:
+    """Attention of `batch` sequences over two planes in turn; and, for a small batch, its error against float32."""
+    planes, tables = caches(bench, batch, context)
+    model = bench.model
+    q = torch.randn(batch * queries, model.q_heads, model.head_dim, device=bench.device, dtype=bench.dtype)
+    lens = torch.full((batch,), context, dtype=torch.int32, device=bench.device)
+    starts = (torch.arange(batch + 1) * queries).int().to(bench.device)
+    scale = model.head_dim**-0.5
+    most = 1 if queries == 1 else None
+
+    def attend(ops: Ops, q: Tensor, plane: Tensor) -> Tensor:
+        return ops.paged_attention(q, plane, tables, lens, starts, scale, max_queries=most)
+
+    def step() -> None:
+        for plane in planes:
+            attend(ops, q, plane)
+
+    if batch > 4:
+        return step, None
+    return step, relative(attend(ops, q, planes[0]).float(), attend(ReferenceOps(), q.float(), planes[0]))
+
+
+def check_attention(bench: Bench, ops: Ops) -> None:
+    for kind, context, queries in (("decode", 496, 1), ("decode", 2000, 1), ("prefill", 704, 300)):
+        _, error = attention_step(bench, ops, 4, context, queries)
+        assert error is not None
+        bench.check(check="attention", kind=kind, context=context, queries=queries, error=error)
+
+
+def bench_attention(bench: Bench, ops: Ops) -> None:
+    model = bench.model
+    for batch in (128, 256):
+        for context in (512, 2048):
+            step, _ = attention_step(bench, ops, batch, context, 1)
+            seconds = bench.seconds(step) / 2
+            read = batch * context * model.kv_heads * model.head_dim * 2 * 2
+            bench.record(
+                op="decode attention", batch=batch, context=context, us=seconds * 1e6, tb_s=read / seconds / 1e12
+            )
+    for batch, context, queries in ((1, 2048, 2048), (4, 2048, 512)):
+        step, _ = attention_step(bench, ops, batch, context, queries)
+        seconds = bench.seconds(step) / 2
+        pairs = batch * queries * (context - (queries - 1) / 2)
+        flops = 4 * pairs * model.q_heads * model.head_dim
+        bench.record(
+            op="prefill attention",
+            batch=batch,
+            context=context,
+            queries=queries,
+            us=seconds * 1e6,
+            tflop_s=flops / seconds / 1e12,
+        )
+    contiguous_baseline(bench, 128, 512)
+
+
+def contiguous_baseline(bench: Bench, batch: int, context: int) -> None:
+    """torch's attention over keys and values that lie contiguous, which a paged server's do not."""
+    model = bench.model
+    q = torch.randn(batch, model.q_heads, 1, model.head_dim, device=bench.device, dtype=bench.dtype)
+    kv = [
+        torch.randn(2, batch, model.kv_heads, context, model.head_dim, device=bench.device).to(bench.dtype)
+        for _ in range(2)
+    ]
+
+    def step() -> None:
+        for k, v in kv:
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    seconds = bench.seconds(step) / 2
+    read = kv[0].numel() * 2
+    bench.record(
+        op="torch sdpa, contiguous", batch=batch, context=context, us=seconds * 1e6, tb_s=read / seconds / 1e12
+    )
+
+
+def copy_rate(bench: Bench) -> None:
+    source = torch.randn(2**28 if bench.device.type == "cuda" else 2**16, device=bench.device)
+    target = torch.empty_like(source)
+    seconds = bench.seconds(lambda: target.copy_(source))
+    bench.record(op="copy", tb_s=2 * source.numel() * 4 / seconds / 1e12)
+
+
+def variants() -> Iterator[tuple[str, Tuning]]:
+    """The tilings that were tried; the defaults in flora/kernels/tuning.py are the winners."""
+    for split, block_k, lanes, warps, stages, programs in (
+        (1024, 128, 4, 4, 5, 32), (1024, 128, 4, 4, 5, 16), (1024, 128, 4, 4, 5, 128), (1024, 128, 2, 4, 5, 32),
+        (1024, 128, 1, 4, 5, 32), (512, 128, 4, 4, 4, 32), (512, 128, 2, 4, 5, 32), (512, 128, 1, 4, 5, 32),
+        (1024, 256, 4, 4, 4, 32), (1024, 256, 2, 8, 4, 32), (2048, 128, 4, 4, 5, 32), (1024, 128, 4, 2, 5, 32),
+        (1024, 64, 4, 4, 6, 32), (256, 128, 1, 4, 3, 32),
+    ):  # fmt: skip
+        tuning = ShrinkTuning(split, block_k, 16, lanes, warps, stages, programs)
+        yield "shrink", Tuning(shrink=tuning)
+    for block_n, block_rank, warps, stages, programs in (
+        (256, 16, 8, 3, 32), (256, 16, 8, 3, 8), (256, 16, 8, 3, 128), (256, 16, 8, 1, 32), (256, 16, 4, 3, 32),
+        (256, 16, 4, 1, 32), (128, 16, 4, 3, 32), (128, 16, 4, 1, 32), (128, 32, 4, 1, 32), (128, 32, 4, 3, 32),
+        (512, 16, 8, 3, 32), (256, 32, 8, 3, 32), (256, 32, 8, 1, 32), (128, 64, 8, 1, 32), (512, 16, 8, 1, 32),
+    ):  # fmt: skip
+        yield "expand", Tuning(expand=ExpandTuning(block_n, block_rank, warps, stages, programs_per_sm=programs))
+    for split, block, warps, stages in (
+        (512, 64, 4, 5), (512, 64, 4, 3), (256, 64, 4, 5), (1024, 64, 4, 5), (512, 32, 4, 5), (512, 128, 4, 5),
+        (512, 128, 8, 3), (256, 32, 4, 5), (512, 32, 2, 5), (256, 32, 2, 5), (512, 32, 4, 7),
+    ):  # fmt: skip
+        yield "decode", Tuning(decode=DecodeTuning(split, block, 16, warps, stages))
+    for rows, block, warps, stages in (
+        (128, 64, 8, 3),
+        (128, 64, 8, 5),
+        (128, 128, 8, 3),
+        (64, 64, 4, 3),
+        (64, 64, 4, 5),
+    ):
+        yield "prefill", Tuning(prefill=PrefillTuning(rows, block, warps, stages))
+
+
+def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> None:
+    """Microseconds of every tiling, or of each `shard[1]`-th from `shard[0]` on (to compile them in parallel first)."""
+    work = work_list(bench, list(range(len(ranks))), 16, 1, max(ranks))
+    data = lora_inputs(bench, len(ranks), ALL)
+    for kind, tuning in list(variants())[shard[0] :: shard[1]]:
+        tiles = str(list(dataclasses.asdict(getattr(tuning, kind)).values()))
+        try:
+            found = time_variant(bench, TritonOps(ops.num_sms, tuning, overlap=ops.overlap), kind, weights, work, data)
+        except (RuntimeError, triton.runtime.errors.TritonError) as error:  # a tiling that does not fit the device
+            bench.record(sweep=kind, tuning=tiles, failed=type(error).__name__)
+        else:
+            bench.record(sweep=kind, tuning=tiles, **found)
+
+
+def time_variant(
+    bench: Bench, ops: Ops, kind: str, weights: AdapterWeights, work: WorkList, data: Inputs
+) -> dict[str, float]:
+    layers = weights.modules.shape[1]
+    if kind == "shrink":
+        steps = {g.name: shrink_step(bench, ops, weights, g, work, data[g][0]) for g in ALL}
+        return {name: bench.seconds(step) / layers * 1e6 for name, step in steps.items()}
+    if kind == "expand":
+        steps = {g.name: expand_step(bench, ops, weights, g, work, *data[g]) for g in ALL}
+        return {name: bench.seconds(step) / layers * 1e6 for name, step in steps.items()}
+    shapes = ((128, 512, 1), (128, 2048, 1)) if kind == "decode" else ((1, 2048, 2048), (4, 2048, 512))
+    found = {}
+    for batch, context, queries in shapes:
+        step, _ = attention_step(bench, ops, batch, context, queries)
+        found[f"{batch}x{context}"] = bench.seconds(step) / 2 * 1e6
+    return found
+
+
+def environment(bench: Bench) -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
+    return {
+        "bench": "kernels",
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit or os.environ.get("FLORA_COMMIT", "unknown"),
+        "seed": SEED,
+        "kernels": TritonOps.name,
+        "tuning": dataclasses.asdict(Tuning()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="append one JSON line to this file")
+    parser.add_argument("--sweep", action="store_true", help="time every tiling of `variants` instead")
+    parser.add_argument("--shard", default="0/1", help="with --sweep: only each N-th tiling from the I-th on, as I/N")
+    parser.add_argument("--adapters", type=int, default=128)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on this machine's CPU, under TRITON_INTERPRET=1")
+    args = parser.parse_args()
+    torch.manual_seed(SEED)
+    device = torch.device("cpu" if args.dry else "cuda")
+    bench = Bench(
+        device, TINY if args.dry else LLAMA_8B, [], repeats=20, dtype=torch.float16 if args.dry else torch.bfloat16
+    )
+    ops = TritonOps(num_sms=2) if args.dry else TritonOps.for_device(device)
+    weights, ranks = build_adapters(bench, 8 if args.dry else args.adapters, layers=1 if args.dry else 4)
+    check_lora(bench, ops, weights, ranks)
+    check_lora(bench, ops, weights, ranks, rows_each=20)
+    if args.sweep:
+        shard, shards = args.shard.split("/")
+        sweep(bench, ops, weights, ranks, (int(shard), int(shards)))
+    else:
+        check_attention(bench, ops)
+        copy_rate(bench)
+        bench_lora(bench, ops, weights, ranks)
+        bench_shared(bench, ops, weights, ranks)
+        if not args.dry:
+            bench_attention(bench, ops)
+    if args.out:
+        with args.out.open("a") as file:
+            file.write(json.dumps(environment(bench) | {"rows": bench.rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
