@@ -35,8 +35,8 @@ def check(connection: sa.Connection, store: BlobStore, journal: Journal) -> list
     keep = index.blobs_in_use(connection)
     for digest in sorted(set(found) - keep):
         problems.append(Problem("orphan", digest, "a blob that nothing refers to", "flora gc"))
-    for path in store.leftovers():
-        problems.append(Problem("leftover", path.name, "a write that was not finished", "flora gc"))
+    for leftover in store.leftovers():
+        problems.append(Problem("leftover", leftover.name, "a write that was not finished", "flora gc"))
     return problems
 
 
@@ -98,8 +98,8 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
 
 
 def _check_journal(connection: sa.Connection, journal: Journal) -> Iterator[Problem]:
-    lines, _ = journal.read()  # a torn line is a write that nobody was told of; a lost one shows here
-    known = {(line.name, line.number): line.digest for line in live_versions(lines)}
+    live = live_versions([*journal.read(), *journal.pending(connection)])
+    known = {(added.name, added.number): added.digest for added in live}
     for version in index.every_version(connection):
         if known.get((version.name, version.number)) != version.digest:
             yield Problem(

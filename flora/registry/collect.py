@@ -31,9 +31,7 @@ def collect(connection: sa.Connection, store: BlobStore, *, dry_run: bool, grace
             raise store_error(f"blob {blob.digest} cannot be deleted", error) from error
         removed.append(str(blob.digest))
         num_bytes += blob.size
-    for path in store.leftovers(older_than_s=grace_s):
-        num_bytes += path.stat().st_size
-        removed.append(path.name)
-        if not dry_run:
-            path.unlink(missing_ok=True)
+    for leftover in store.leftovers(older_than_s=grace_s, take=not dry_run):
+        removed.append(leftover.name)
+        num_bytes += leftover.size
     return GcReport(tuple(removed), num_bytes, kept_young, dry_run)

@@ -5,7 +5,7 @@ anything, and two of them never deadlock.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ BUSY_TIMEOUT_MS = 30_000  # a bulk import holds the write lock for about a secon
 class Database:
     """The index file, brought up to date when it is opened."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, fill: Callable[[sa.Connection], object]) -> None:
+        """`fill` is called on a new index, in the transaction that makes its tables."""
         self.file = file
+        self._fill = fill
         self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(file)))
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin)
-        self.is_new = self._migrate()  # True: there were no tables before
+        self._migrate()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
@@ -46,16 +48,16 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
-    def _migrate(self) -> bool:
+    def _migrate(self) -> None:
         with self.reading() as connection:
-            revision = _revision(connection)
-        if revision == HEAD:
-            return False
+            if _revision(connection) == HEAD:
+                return
         with self.writing() as connection:
             revision = _revision(connection)  # again: another process may have been first
             if revision != HEAD:
                 _upgrade(connection, self.file)
-            return revision is None
+            if revision is None:
+                self._fill(connection)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

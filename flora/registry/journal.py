@@ -1,18 +1,20 @@
 """The journal: which names, versions and aliases were given, one JSON line each, only ever appended to.
 
-Manifests know no names, so an index rebuilt from them alone would be nameless. A line is on the disk before its row is
-committed: what the index knows, the journal knows too. A crash between the two leaves a line without a row, which
-nobody was told of; a later line for the same number then takes its place.
+Manifests know no names, so an index rebuilt from them alone would be nameless. A line is first a row of the index,
+committed together with the change that it tells of, and is written to the file right after. So the file never says what
+did not happen; what a crash keeps from it, the next change writes. A line written twice counts once, by its number.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import sqlalchemy as sa
 
-from flora.registry.store import store_error
+from flora.registry.store import store_error, sync_folder
+from flora.registry.tables import journal_lines
 
 
 class Added(msgspec.Struct, frozen=True, tag="add", tag_field="op"):
@@ -38,47 +40,71 @@ class Removed(msgspec.Struct, frozen=True, tag="remove", tag_field="op"):
     number: int
 
 
-Line = Added | Moved | Removed
+Change = Added | Moved | Removed
+
+
+class _Line(msgspec.Struct, frozen=True):
+    id: int
+    change: Change
 
 
 class Journal:
-    """The lines of one registry. Appending is for the holder of the index's write lock alone."""
+    """The journal of one registry. All but `read` is for the holder of the index's write lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, lines: Sequence[Line]) -> None:
-        """Writes the lines durably. Raises StoreError; part of a line may then be left, which `read` passes over."""
+    def note(self, connection: sa.Connection, changes: Sequence[Change]) -> None:
+        """Makes the changes part of the caller's transaction; `flush` writes them to the file once it is committed."""
+        texts = [{"change": msgspec.json.encode(change).decode()} for change in changes]
+        connection.execute(journal_lines.insert(), texts)
+
+    def flush(self, connection: sa.Connection) -> None:
+        """Writes noted changes to the file, durably. Raises StoreError: the changes hold, and stay noted."""
+        rows = connection.execute(sa.select(journal_lines).order_by(journal_lines.c.id)).all()
+        if rows:
+            self._append(b"".join(b'{"id":%d,"change":%s}\n' % (row.id, row.change.encode()) for row in rows))
+            connection.execute(journal_lines.delete().where(journal_lines.c.id <= rows[-1].id))
+
+    def resume(self, connection: sa.Connection) -> None:
+        """Lets a new index number its lines after those of the file."""
+        connection.execute(journal_lines.insert().values(id=max(self._lines(), default=1), change=""))
+        connection.execute(journal_lines.delete())
+
+    def read(self) -> list[Change]:
+        """Every change in the file, in order. What a crash tore is passed over: the next flush wrote it again."""
+        return list(self._lines().values())
+
+    def pending(self, connection: sa.Connection) -> list[Change]:
+        """Changes that are committed and not in the file yet, because a crash came between."""
+        rows = connection.execute(sa.select(journal_lines.c.change).order_by(journal_lines.c.id))
+        return [msgspec.json.decode(row.change, type=Change) for row in rows]
+
+    def _append(self, data: bytes) -> None:
         try:
             is_new = not self.path.exists()
             with self.path.open("ab") as file:
-                torn = b"" if is_new or self._ends_whole() else b"\n"
-                file.write(torn + b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+                file.write(data if is_new or self._ends_whole() else b"\n" + data)
                 file.flush()
                 os.fsync(file.fileno())
             if is_new:
-                descriptor = os.open(self.path.parent, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                sync_folder(self.path.parent)
         except OSError as error:
             raise store_error(f"{self.path} cannot be written", error) from error
 
-    def read(self) -> tuple[list[Line], int]:
-        """Every whole line in order, and the number of those that cannot be read: torn by a crash, or damaged."""
-        lines: list[Line] = []
-        num_torn = 0
+    def _lines(self) -> dict[int, Change]:
         if not self.path.exists():
-            return lines, num_torn
-        decoder = msgspec.json.Decoder(Line)
+            return {}
+        decoder = msgspec.json.Decoder(_Line)
+        lines: dict[int, Change] = {}
         with self.path.open("rb") as file:
             for text in file:
                 try:
-                    lines.append(decoder.decode(text))
+                    line = decoder.decode(text)
                 except (msgspec.DecodeError, UnicodeDecodeError):
-                    num_torn += 1
-        return lines, num_torn
+                    continue
+                lines.setdefault(line.id, line.change)
+        return lines
 
     def _ends_whole(self) -> bool:
         with self.path.open("rb") as file:
@@ -88,12 +114,12 @@ class Journal:
             return file.read(1) == b"\n"
 
 
-def live_versions(lines: list[Line]) -> list[Added]:
-    """What was added and not removed; of two lines for one number the later one holds."""
+def live_versions(changes: Iterable[Change]) -> list[Added]:
+    """What was added and not removed."""
     live: dict[tuple[str, int], Added] = {}
-    for line in lines:
-        if isinstance(line, Added):
-            live[line.name, line.number] = line
-        elif not isinstance(line, Moved):
-            live.pop((line.name, line.number), None)
+    for change in changes:
+        if isinstance(change, Added):
+            live[change.name, change.number] = change
+        elif isinstance(change, Removed):
+            live.pop((change.name, change.number), None)
     return list(live.values())

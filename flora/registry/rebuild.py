@@ -18,36 +18,44 @@ from flora.registry.store import BlobStore
 @dataclass(frozen=True, slots=True)
 class RebuildReport:
     num_versions: int
-    skipped: tuple[str, ...]  # name@vN of the journal whose manifest is missing or damaged
-    num_torn_lines: int
+    skipped: tuple[str, ...]  # name@vN of the journal whose manifest or report is missing or damaged
 
 
 def rebuild(connection: sa.Connection, store: BlobStore, journal: Journal) -> RebuildReport:
-    """Fills the emptied tables from the journal; bases keep their places."""
-    lines, num_torn = journal.read()
-    added, skipped = live_versions(lines), []
+    """Fills the emptied tables from the journal; bases keep their places. The caller holds the write lock."""
+    journal.flush(connection)
+    history = journal.read()
     changes.clear(connection)
-    digests: set[tuple[str, str]] = set()
-    for addition in added:
-        digest = Digest(addition.digest)
+    found, skipped = set(), []
+    for added in live_versions(history):
         try:
-            manifest = parse_manifest(store.read(digest), digest)
-            report = get_report(store, manifest)
+            _insert(connection, store, added)
+            found.add((added.name, added.digest))
         except StoreError:
-            skipped.append(f"{addition.name}@v{addition.number}")
-            continue
-        created_at = datetime.fromisoformat(addition.created_at)
-        version = describe_version(
-            manifest, report, name=addition.name, number=addition.number, digest=addition.digest, created_at=created_at
-        )
-        changes.insert_version(connection, version, manifest, addition.provenance)
-        digests.add((addition.name, addition.digest))
-    for line in lines:
-        if isinstance(line, Added):
-            changes.reserve_number(connection, line.name, line.number)
-        elif isinstance(line, Moved):
-            target = line.digest if (line.name, line.digest) in digests else None
-            moved_at = datetime.fromisoformat(line.moved_at)
-            move = AliasMove(line.name, line.alias, line.digest, line.previous, line.actor, line.reason, moved_at)
+            skipped.append(f"{added.name}@v{added.number}")
+    for change in history:
+        if isinstance(change, Added):
+            changes.reserve_number(connection, change.name, change.number)
+        elif isinstance(change, Moved):
+            moved_at = datetime.fromisoformat(change.moved_at)
+            move = AliasMove(
+                change.name, change.alias, change.digest, change.previous, change.actor, change.reason, moved_at
+            )
+            target = change.digest if (change.name, change.digest) in found else None
             changes.move_alias(connection, move, target=target)
-    return RebuildReport(len(digests), tuple(skipped), num_torn)
+    journal.resume(connection)
+    return RebuildReport(len(found), tuple(skipped))
+
+
+def _insert(connection: sa.Connection, store: BlobStore, added: Added) -> None:
+    digest = Digest(added.digest)
+    manifest = parse_manifest(store.read(digest), digest)
+    version = describe_version(
+        manifest,
+        get_report(store, manifest),
+        name=added.name,
+        number=added.number,
+        digest=added.digest,
+        created_at=datetime.fromisoformat(added.created_at),
+    )
+    changes.insert_version(connection, version, manifest, added.provenance)

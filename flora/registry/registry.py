@@ -1,13 +1,14 @@
 """The registry's door: adapters in, versions and aliases over them, adapters out.
 
-A write is first blobs, then a line in the journal, then the rows, committed at once. A crash at any point leaves the
+A write is first blobs, then the rows, committed at once, then a line in the journal. A crash at any point leaves the
 index as it was before or as it is after; what it may leave besides are blobs without a row, which `gc` takes.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -28,6 +29,7 @@ from flora.registry.journal import Added, Journal, Moved, Removed
 from flora.registry.manifest import Manifest, parse_manifest
 from flora.registry.packing import describe_version, get_adapter, get_report, put_adapter
 from flora.registry.place import current_user, locate
+from flora.registry.rebuild import RebuildReport, rebuild
 from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Unset, Version
 from flora.registry.refusals import check_binding, not_found
 from flora.registry.store import BlobStore, store_error
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from flora.adapter import Adapter
-    from flora.registry.rebuild import RebuildReport
 
 _BATCH = 256  # adapters per transaction of a bulk import
 
@@ -58,9 +59,8 @@ class Registry:
         self.root = root
         self._store = BlobStore(root)
         self._journal = Journal(root / "journal.jsonl")
-        self._database = Database(index_file)
-        if self._database.is_new and self._journal.path.exists():
-            self.reindex()  # the index was lost
+        # a new index beside an old journal is one that was lost: it is rebuilt
+        self._database = Database(index_file, fill=lambda connection: rebuild(connection, self._store, self._journal))
 
     @classmethod
     def open(cls, url: str | Path | None = None, *, create: bool = True) -> Registry:
@@ -114,7 +114,7 @@ class Registry:
         pairs = iter(items)
         added: list[Version] = []
         while batch := [self._store_adapter(adapter, name) for adapter, name in islice(pairs, _BATCH)]:
-            with self._database.writing() as connection:
+            with self._changing() as connection:
                 for stored in batch:
                     added.append(self._add_row(connection, stored, alias, dict(provenance or {})))
         return added
@@ -142,9 +142,8 @@ class Registry:
                 created_at=datetime.now(UTC),
             )
             provenance = {"flora": flora.__version__, "host": socket.gethostname()} | provenance
-            self._journal.append(
-                [Added(name, version.number, version.digest, version.created_at.isoformat(), provenance)]
-            )
+            added = Added(name, version.number, version.digest, version.created_at.isoformat(), provenance)
+            self._journal.note(connection, [added])
             changes.insert_version(connection, version, stored.manifest, provenance)
         if alias is not None:
             self._point(connection, name, alias, version.digest, reason=header.recipe.operation)
@@ -244,7 +243,7 @@ class Registry:
         check_alias(alias)
         if version.name != name:
             raise UsageError(f"{version.ref} is no version of {name}", fix=f"give one of `flora show {name}`")
-        with self._database.writing() as connection:
+        with self._changing() as connection:
             if index.find(connection, Reference(name, digest=Digest(version.digest))) is None:
                 raise not_found(connection, Reference(name, version=version.number))
             current = index.find(connection, Reference(name, alias=alias))
@@ -270,7 +269,7 @@ class Registry:
                 f"{reference} is an alias, and removal is of versions",
                 fix=f"name the version, as `flora show {reference.name}` lists it",
             )
-        with self._database.writing() as connection:
+        with self._changing() as connection:
             everything = index.versions_of(connection, reference.name)
             is_whole = reference.version is None and reference.digest is None
             version = None if is_whole else index.find(connection, reference)
@@ -290,7 +289,7 @@ class Registry:
             for alias in aliases:
                 successor = left[-1].digest if left and alias == "latest" else None
                 self._point(connection, reference.name, alias, successor, reason="removal of its version")
-            self._journal.append([Removed(version.name, version.number) for version in doomed])
+            self._journal.note(connection, [Removed(version.name, version.number) for version in doomed])
             for version in doomed:
                 changes.delete_version(connection, version)
         return doomed
@@ -301,8 +300,17 @@ class Registry:
         if previous == digest:
             return
         move = AliasMove(name, alias, digest, previous, current_user(), reason, datetime.now(UTC))
-        self._journal.append([Moved(name, alias, digest, previous, move.actor, reason, move.moved_at.isoformat())])
+        moved = Moved(name, alias, digest, previous, move.actor, reason, move.moved_at.isoformat())
+        self._journal.note(connection, [moved])
         changes.move_alias(connection, move, target=digest)
+
+    @contextmanager
+    def _changing(self) -> Iterator[sa.Connection]:
+        """A transaction whose changes the journal tells of, once they are committed."""
+        with self._database.writing() as connection:
+            yield connection
+        with self._database.writing() as connection:
+            self._journal.flush(connection)
 
     # Bases
 
@@ -341,7 +349,5 @@ class Registry:
 
     def reindex(self) -> RebuildReport:
         """Makes the index anew from the journal and the manifests, all or nothing."""
-        from flora.registry.rebuild import rebuild
-
         with self._database.writing() as connection:
             return rebuild(connection, self._store, self._journal)

@@ -8,6 +8,7 @@ This is the only file that makes a path from a digest.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import time
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from flora.errors import StoreError
 from flora.names import Digest
@@ -50,6 +52,14 @@ class BlobFile:
     modified_at: float  # seconds since the epoch
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A file under tmp/ whose writer is gone."""
+
+    name: str
+    size: int  # bytes
+
+
 class BlobStore:
     """Blobs under one folder. Writing the same bytes twice is the same as once."""
 
@@ -65,16 +75,24 @@ class BlobStore:
         temporary = self._tmp / uuid.uuid4().hex
         try:
             self._make_folder(self._tmp)
-            blob = _write(temporary, pieces)
-            path = self._path(Digest(blob.digest))
-            self._make_folder(path.parent)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-            return blob
+            with _create_locked(temporary) as file:
+                sha256, size = hashlib.sha256(), 0
+                for piece in pieces:
+                    sha256.update(piece)
+                    size += file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+                digest = Digest(f"sha256:{sha256.hexdigest()}")
+                path = self._path(digest)
+                self._make_folder(path.parent)
+                os.replace(temporary, path)
+            sync_folder(path.parent)
+            return Blob(str(digest), size)
         except OSError as error:
+            raise store_error(f"a blob cannot be written to {self._blobs}", error) from error
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise store_error(f"a blob cannot be written to {self._blobs}", error) from error
 
     def read(self, digest: Digest) -> bytes:
         """The blob's bytes, checked against `digest`. Raises StoreError if it is missing or damaged."""
@@ -120,14 +138,18 @@ class BlobStore:
             with contextlib.suppress(Exception):
                 yield BlobFile(Digest(f"sha256:{path.name}"), stat.st_size, stat.st_mtime)
 
-    def leftovers(self, older_than_s: float = 0.0) -> list[Path]:
-        """Files under tmp/ that no write has touched for that long."""
+    def leftovers(self, *, older_than_s: float = 0.0, take: bool = False) -> list[Leftover]:
+        """Files under tmp/ that no living writer holds and that are as old; with `take` they are deleted."""
         limit = time.time() - older_than_s
         found = []
         for path in sorted(self._tmp.glob("*")):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime <= limit:
-                    found.append(path)
+            with contextlib.suppress(OSError), path.open("rb") as file:  # OSError: held, or renamed at this moment
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stat = os.fstat(file.fileno())
+                if stat.st_mtime <= limit:
+                    if take:
+                        path.unlink()
+                    found.append(Leftover(path.name, stat.st_size))
         return found
 
     def _path(self, digest: Digest) -> Path:
@@ -139,7 +161,7 @@ class BlobStore:
             return
         self._make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
 def store_error(what: str, error: OSError) -> StoreError:
@@ -148,24 +170,23 @@ def store_error(what: str, error: OSError) -> StoreError:
     return StoreError(what, cause=cause, fix=fix, errno=error.errno)
 
 
-def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> Blob:
-    sha256, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)  # a blob never changes after this
-    with os.fdopen(descriptor, "wb") as file:
-        for piece in pieces:
-            sha256.update(piece)
-            size += file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return Blob(digest=f"sha256:{sha256.hexdigest()}", size=size)
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes durable which entries the folder has."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    """A new file, held by a lock that ends with its writer: what `leftovers` finds unlocked, a crash has left."""
+    while True:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)  # a blob never changes after this
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return os.fdopen(descriptor, "wb")
+        os.close(descriptor)  # a gc came between creating and locking, and took it
 
 
 def _unreadable(digest: Digest, error: OSError) -> StoreError:

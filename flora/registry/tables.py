@@ -82,6 +82,15 @@ alias_moves = sa.Table(  # by name and not by id: the history outlives what it t
     sqlite_strict=True,
 )
 
+journal_lines = sa.Table(  # changes on their way to the journal file
+    "journal_lines",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("change", sa.Text, nullable=False),  # JSON
+    sqlite_strict=True,
+    sqlite_autoincrement=True,  # a number is not given again after its row is gone
+)
+
 bases = sa.Table(
     "bases",
     metadata,

@@ -1,4 +1,4 @@
-"""The first index: names, versions, their blobs, aliases with their history, bases."""
+"""The first index: names, versions, their blobs, aliases with their history, lines of the journal, bases."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -74,6 +74,13 @@ def upgrade() -> None:
         sqlite_strict=True,
     )
     op.create_index("moves_of_alias", "alias_moves", ["name", "alias"])
+    op.create_table(
+        "journal_lines",
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("change", sa.Text, nullable=False),
+        sqlite_strict=True,
+        sqlite_autoincrement=True,
+    )
     op.create_table(
         "bases",
         sa.Column("base_id", sa.Text, primary_key=True),

@@ -1,0 +1,86 @@
+"""Writers that are cut off, run out of disk, or meet each other."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MEMORY = Path("/dev/shm")  # what is proved here is order, and not that fsync waits for a disk
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as path:
+        yield Path(path)
+
+
+def run(*arguments: str) -> list[dict]:
+    """The JSON lines that one of this folder's scripts prints; its processes fork, so it runs in one of its own."""
+    finished = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "Traceback" not in finished.stderr, finished.stderr
+    return [json.loads(line) for line in finished.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("fault", "ending"),
+    [("kill", "killed"), ("full", "refused"), pytest.param("broken", "refused", marks=pytest.mark.long)],
+)
+def test_a_change_cut_off_at_any_point_leaves_a_sound_registry(folder, fault, ending):
+    changes = run("tests.registry.crash_points", fault, str(folder))
+
+    assert len(changes) == 7
+    assert sum(sum(change["endings"].values()) for change in changes) > 150
+    for change in changes:
+        assert change["violations"] == [], change["change"]
+        assert change["endings"].pop("done") == 1
+        assert change["endings"].pop("in spite", 0) <= 6
+        assert set(change["endings"]) == {ending}
+        assert change["endings"][ending] >= 9
+
+
+def test_writers_at_the_same_time_lose_nothing(folder):
+    (result,) = run("tests.registry.writers", str(folder))
+
+    assert result["failed"] == 0
+    assert result["told"] == 40
+    assert result["lost"] == []
+    assert result["problems"] == []
+    assert result["shared"] == list(range(1, 21))
+    assert (result["moves"], result["chain"]) == (20, True)
+    assert result["names"] == ["own-0", "own-1", "own-2", "own-3", "shared"]
+    assert result["rebuilt"]
+
+
+def test_a_limit_of_the_system_is_an_error_and_leaves_nothing_half_written(folder):
+    script = f"""
+import resource
+from pathlib import Path
+from flora.errors import StoreError
+from flora.registry import Registry
+from tests.registry.adapters import Q_PROJ, random_adapter
+
+registry = Registry.open(Path({str(folder)!r}) / "registry")
+before = registry.add(random_adapter(), "sql")
+large = random_adapter(ranks={{Q_PROJ: 2000}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))  # the weights have 256 kB
+try:
+    registry.add(large, "sql")
+except StoreError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert registry.fsck() == [], registry.fsck()
+assert registry.resolve("sql") == before
+registry.add(large, "sql")
+assert registry.load(registry.resolve("sql")).header == large.header
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+    assert finished.returncode == 0, finished.stderr
+    assert "error[FL-STORE]" in finished.stdout
+    assert "the file is larger than this system lets it be" in finished.stdout
