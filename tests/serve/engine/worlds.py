@@ -40,6 +40,7 @@ class World:
             "cache_dir": self.home / "cache",
             "pool_bytes": 48 << 20,
             "poison": True,
+            "num_threads": 1,  # small models, and other tests beside them
         }
         return build_engine(EngineConfig(**defaults | settings))
 
