@@ -22,6 +22,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 4096  # requests in the queue before new ones are refused
     max_adapters: int = 256  # resident at once: rows of the kernels' tables
     host_cache_bytes: int = 4 << 30  # packed adapters kept in host memory
+    num_loaders: int = 0  # processes that load adapters; 0: a thread of the engine's process
+    dummy_weights: bool = False  # benchmarks: a base drawn at random from config.json alone
     num_threads: int | None = None  # of torch on a CPU; None: its own choice
     poison: bool = False  # tests: refill freed pages with NaN
 

@@ -1,5 +1,6 @@
 """An engine from its configuration: opens the base, sizes the pool, and puts the parts together."""
 
+import json
 import logging
 import os
 from collections.abc import Callable
@@ -7,20 +8,22 @@ from dataclasses import replace
 
 import torch
 
-from flora.checkpoint import open_checkpoint
+from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
 from flora.identity import base_record
 from flora.kernels import Ops, ReferenceOps
 from flora.serve.config import EngineConfig
+from flora.serve.engine.arena import Arena
 from flora.serve.engine.engine import Engine
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loader import Loader, ThreadLoader
 from flora.serve.engine.model.config import ModelConfig, parse_model_config, resolve_max_context
 from flora.serve.engine.model.llama import LlamaModel
-from flora.serve.engine.model.weights import load_weights
+from flora.serve.engine.model.weights import draw_weights, load_weights
 from flora.serve.engine.pages import PagePool
 from flora.serve.engine.pool import DevicePool
-from flora.serve.engine.runner import Runner
+from flora.serve.engine.process_loader import ProcessLoader
+from flora.serve.engine.runner import Runner, SerialRunner
 from flora.serve.engine.scheduler import Limits
 from flora.serve.engine.source import RegistrySource
 from flora.serve.messages import Ready
@@ -28,7 +31,8 @@ from flora.serve.messages import Ready
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_OPS = ("lora_shrink", "lora_expand", "store_kv", "paged_attention")
+_OPS = ("lora_shrink", "lora_expand", "paged_attention", "rms_norm", "rope_store", "silu_mul")
+_MAX_CELLS = 8192  # of an adapter on a GPU, before graphs are captured anew: 512 MiB of 64 KiB cells
 
 
 def build_engine(
@@ -43,16 +47,21 @@ def build_engine(
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     dtype, device = _dtype(config.dtype), torch.device(config.device)
-    checkpoint = open_checkpoint(config.base)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    checkpoint = _open_base(config)
     model_config = parse_model_config(checkpoint.config)
     geometry = pool_geometry(model_config, config, dtype.itemsize)
     pool_tokens = (geometry.num_pages - 1) * geometry.page_tokens
     max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
-    weights = load_weights(checkpoint, model_config, dtype, device)
-    base = base_record(checkpoint, config.cache_dir)
+    if config.dummy_weights:
+        weights = draw_weights(model_config, dtype, device)
+    else:
+        weights = load_weights(checkpoint, model_config, dtype, device)
     ops = choose_ops(device)
     ready = Ready(
-        base_id=str(base.base_id),
+        base_id=str(base_record(checkpoint, config.cache_dir).base_id),
         max_context=max_context,
         vocab_size=model_config.vocab_size,
         num_pages=geometry.num_pages,
@@ -64,21 +73,61 @@ def build_engine(
         engine_pid=os.getpid(),
     )
     if loader is None:
-        source = RegistrySource(config.registry, model_config, base, geometry, dtype)
-        loader = ThreadLoader(source, on_loaded)
+        loader = _make_loader(config, geometry, dtype, device, on_loaded)
+    limits = Limits(config.page_tokens, config.max_sequences, config.max_batch_tokens, config.max_waiting)
+    model = LlamaModel(model_config, weights, max_context, ops)
+    pool = DevicePool(geometry, dtype, device)
     return Engine(
         ready,
-        Runner(
-            LlamaModel(model_config, weights, max_context, ops),
-            DevicePool(geometry, dtype, device),
-            config.max_adapters,
-        ),
+        _make_runner(config, model, pool, limits, max_context),
         PagePool(geometry.num_pages, remember_freed=config.poison),
-        Limits(config.page_tokens, config.max_sequences, config.max_batch_tokens, config.max_waiting),
+        limits,
         loader,
         num_slots=config.max_adapters,
         host_cache_bytes=config.host_cache_bytes,
     )
+
+
+def adapter_source(config: EngineConfig) -> RegistrySource:
+    """Where an engine of this configuration reads its adapters; the same in every process."""
+    checkpoint = _open_base(config)
+    model_config, dtype = parse_model_config(checkpoint.config), _dtype(config.dtype)
+    return RegistrySource(
+        config.registry,
+        model_config,
+        base_record(checkpoint, config.cache_dir),
+        pool_geometry(model_config, config, dtype.itemsize),
+        dtype,
+    )
+
+
+def _open_base(config: EngineConfig) -> Checkpoint:
+    if config.dummy_weights:
+        return Checkpoint(config.base, json.loads((config.base / "config.json").read_bytes()), {})
+    return open_checkpoint(config.base)
+
+
+def _make_loader(
+    config: EngineConfig,
+    geometry: PoolGeometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_loaded: Callable[[], None],
+) -> Loader:
+    if not config.num_loaders:
+        return ThreadLoader(adapter_source(config), on_loaded)
+    arena = Arena(config.host_cache_bytes, pinned=device.type == "cuda")
+    return ProcessLoader(config, geometry, dtype, arena, config.num_loaders, on_loaded)
+
+
+def _make_runner(config: EngineConfig, model: LlamaModel, pool: DevicePool, limits: Limits, max_context: int) -> Runner:
+    if pool.cells.device.type != "cuda":
+        return SerialRunner(model, pool, config.max_adapters)
+    from flora.serve.engine.cuda.runner import CudaRunner
+
+    runner = CudaRunner(model, pool, config.max_adapters, limits, max_context, max_cells=_MAX_CELLS)
+    runner.capture()
+    return runner
 
 
 def pool_geometry(model: ModelConfig, config: EngineConfig, itemsize: int) -> PoolGeometry:
@@ -106,7 +155,7 @@ def choose_ops(device: torch.device) -> Ops:
         return ReferenceOps()
     from flora.kernels import TritonOps  # needs Triton
 
-    return TritonOps()
+    return TritonOps.for_device(device)
 
 
 def _dtype(name: str) -> torch.dtype:

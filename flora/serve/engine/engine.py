@@ -56,7 +56,7 @@ class Engine:
         self.pages = pages
         self.runner = runner
         self.residency = Residency(pages, num_slots)
-        self.host = HostCache(host_cache_bytes)
+        self.host = HostCache(host_cache_bytes, runner.settle)
         self.scheduler = Scheduler(limits, pages, self.residency, self.host.num_pages)
         self._outbox = Outbox()
         self.supply = AdapterSupply(

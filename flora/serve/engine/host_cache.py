@@ -9,9 +9,11 @@ from flora.serve.engine.packing import PackedAdapter
 class HostCache:
     """At most `capacity_bytes`, or what is waited for if that is more."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, settle: Callable[[str], None] = lambda _: None) -> None:
+        """settle  returns when no copy to the device reads the adapter's host memory any more"""
         self.capacity_bytes = capacity_bytes
         self.num_bytes = 0
+        self._settle = settle
         self._packed: OrderedDict[str, PackedAdapter] = OrderedDict()  # least recently used first
 
     def get(self, digest: str) -> PackedAdapter | None:
@@ -34,6 +36,18 @@ class HostCache:
         packed = self._packed.pop(digest, None)
         if packed:
             self.num_bytes -= packed.num_bytes
+            if packed.release:
+                self._settle(digest)
+                packed.release()
+
+    def free(self, num_bytes: int, is_wanted: Callable[[str], bool]) -> bool:
+        """Forgets the oldest that are not wanted, until that many bytes are given back; whether any are."""
+        target = self.num_bytes - num_bytes
+        for digest in [digest for digest in self._packed if not is_wanted(digest)]:
+            self.discard(digest)
+            if self.num_bytes <= target:
+                return True
+        return self.num_bytes < target + num_bytes
 
     def trim(self, is_wanted: Callable[[str], bool]) -> bool:
         """Forgets the oldest that is not wanted until the rest fits; whether it does."""

@@ -26,6 +26,12 @@ Finished = PackedAdapter | LoadFailed
 class Loader(Protocol):
     """Loads run elsewhere and finish in any order; the engine asks between steps."""
 
+    max_loading: int  # asked for at once: what is asked for later can still be cancelled
+
+    def use_cache(self, make_room: Callable[[int], bool]) -> None:
+        """make_room  forgets packed adapters, at best as many bytes as asked; whether it forgot any"""
+        ...
+
     def start(self, target: AdapterTarget) -> None: ...
 
     def finished(self, timeout_s: float = 0.0) -> list[Finished]:
@@ -36,7 +42,9 @@ class Loader(Protocol):
 
 
 class ThreadLoader:
-    """One thread, one load at a time, in the order they were asked for."""
+    """One thread, one load at a time, in the order they were asked for, into memory of its own."""
+
+    max_loading = 2  # one being read, one behind it
 
     def __init__(self, load: Callable[[AdapterTarget], PackedAdapter], on_finished: Callable[[], None]) -> None:
         """on_finished  is called from the thread after each load: it wakes whoever waits"""
@@ -46,6 +54,9 @@ class ThreadLoader:
         self._finished: SimpleQueue[Finished] = SimpleQueue()
         self._thread = Thread(target=self._run, name="adapter-loader", daemon=True)
         self._thread.start()
+
+    def use_cache(self, make_room: Callable[[int], bool]) -> None:
+        """Memory is the process's own: nothing to ask the cache for."""
 
     def start(self, target: AdapterTarget) -> None:
         self._asked.put(target)

@@ -1,5 +1,7 @@
 """An adapter in the device's own layout: one contiguous host buffer, copied to its pages as it is."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 from flora.adapter import Adapter
 from flora.errors import NotFinite
 from flora.kernels import CHUNK, padded
-from flora.serve.engine.layout import AdapterLayout, PlacedModule, PoolGeometry
+from flora.serve.engine.layout import AdapterLayout, PlacedModule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,25 +19,26 @@ class PackedAdapter:
 
     digest: str
     layout: AdapterLayout
-    cells: Tensor  # [num_cells, cell_elements] in the pool's dtype; padding is zero and never read
+    cells: Tensor  # [num_cells, cell_elements] in the pool's dtype; padding is never read
     num_pages: int
     load_s: float
+    release: Callable[[], None] | None = None  # gives the cells' memory back, where it is the arena's
 
     @property
     def num_bytes(self) -> int:
         return self.cells.numel() * self.cells.element_size()
 
 
-def pack_cells(adapter: Adapter, layout: AdapterLayout, geometry: PoolGeometry, dtype: torch.dtype) -> Tensor:
-    """The adapter's stream, [num_cells, cell_elements]. Raises NotFinite for NaN, infinity, or overflow of `dtype`."""
-    num_cells = geometry.cells_for_elements(layout.num_elements)
-    cells = torch.zeros(num_cells, geometry.cell_elements, dtype=dtype)
+def pack_cells(adapter: Adapter, layout: AdapterLayout, cells: Tensor) -> None:
+    """Fills `cells`, [num_cells, cell_elements], with the adapter's stream. What pads rows and cells stays as it was.
+
+    Raises NotFinite for NaN, infinity, or overflow of the cells' dtype.
+    """
     stream = cells.view(-1)
     for placed in layout.modules:
         factors = adapter.factors[placed.name]
         _write(stream, placed.a_chunk, factors.A, placed)
         _write(stream, placed.b_chunk, factors.B.T, placed)
-    return cells
 
 
 def _write(stream: Tensor, chunk: int, rows: Tensor, placed: PlacedModule) -> None:
@@ -44,7 +47,7 @@ def _write(stream: Tensor, chunk: int, rows: Tensor, placed: PlacedModule) -> No
     start = chunk * CHUNK
     place = stream[start : start + rank * padded(features)].view(rank, padded(features))[:, :features]
     place.copy_(rows)
-    if not place.isfinite().all():
+    if rank and not all(map(math.isfinite, torch.stack(place.aminmax()).tolist())):  # they carry NaN; isfinite is slow
         raise NotFinite(
             f"{placed.name} has NaN or infinite factors as {str(stream.dtype).removeprefix('torch.')}",
             cause="training diverged, the file is damaged, or a value is too large for the pool's dtype",

@@ -34,10 +34,30 @@ class DoneStep:
         return self.drawn
 
 
-class Runner:
+class Runner(Protocol):
     """Runs planned steps. It decides nothing: pages, slots and rows come from the scheduler."""
 
-    overlaps = False  # whether a step may be launched before the last one's tokens are collected
+    overlaps: bool  # whether a step may be launched before the last one's tokens are collected
+    pool: DevicePool
+    tables: AdapterTables
+
+    def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
+        """From the next step on, rows of the resident's slot meet this adapter."""
+        ...
+
+    def settle(self, digest: str) -> None:
+        """Returns when no copy to the device reads this adapter's host memory any more."""
+        ...
+
+    def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> LaunchedStep:
+        """Starts a step. adapter_slots  of each chunk: its adapter's row in the tables, None for the base"""
+        ...
+
+
+class SerialRunner:
+    """One step at a time, in plain torch calls: the CPU's runner."""
+
+    overlaps = False
 
     def __init__(self, model: LlamaModel, pool: DevicePool, num_slots: int) -> None:
         self.model = model
@@ -46,12 +66,15 @@ class Runner:
         self.device = pool.cells.device
 
     def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
-        """From the next step on, rows of the resident's slot meet this adapter."""
+        """See Runner.write_adapter."""
         cells = self.pool.write_adapter(resident.pages, packed.cells)
         self.tables.publish(resident.slot, packed.layout, cells)
 
+    def settle(self, digest: str) -> None:
+        """Copies are done when write_adapter returns."""
+
     def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> LaunchedStep:
-        """Starts a step. adapter_slots  of each chunk: its adapter's row in the tables, None for the base"""
+        """See Runner.launch."""
         return DoneStep(self.run(chunks, adapter_slots))
 
     @torch.inference_mode()

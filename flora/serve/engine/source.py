@@ -1,21 +1,33 @@
 """From the registry to packed host memory: one adapter version, read, checked and laid out for the device."""
 
 import time
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from flora.errors import AdapterInvalid, OutOfPages
 from flora.identity import BaseRecord
-from flora.registry import Registry
+from flora.registry import Registry, Version
 from flora.serve.engine.binding import check_base
-from flora.serve.engine.layout import PoolGeometry, adapter_layout
+from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout
 from flora.serve.engine.model.config import ModelConfig
 from flora.serve.engine.packing import PackedAdapter, pack_cells
 from flora.serve.request import AdapterTarget
 
 
+@dataclass(frozen=True, slots=True)
+class FoundAdapter:
+    """An adapter that exists and may be served; its weights are not read yet."""
+
+    version: Version
+    layout: AdapterLayout
+    num_cells: int
+    num_pages: int
+
+
 class RegistrySource:
-    """Reads, checks and packs one adapter version."""
+    """Finds, checks and packs adapter versions. It belongs to the thread that first uses it."""
 
     def __init__(
         self,
@@ -25,21 +37,28 @@ class RegistrySource:
         geometry: PoolGeometry,
         dtype: torch.dtype,
     ) -> None:
+        self.geometry = geometry
+        self.dtype = dtype
         self._registry_url = registry
-        self._registry: Registry | None = None
+        self._opened: Registry | None = None
         self._config = config
         self._base = base
-        self._geometry = geometry
-        self._dtype = dtype
 
     def __call__(self, target: AdapterTarget) -> PackedAdapter:
-        """The packed adapter. What its header tells is checked before its weights are read.
-
-        Raises AdapterNotFound, StoreError, BaseMismatch, Unsupported, ShapeMismatch, OutOfPages, NotFinite.
-        """
+        """The adapter, packed into memory of its own. Raises what find and pack raise."""
         started_s = time.perf_counter()
-        if self._registry is None:  # opened by the thread that uses it
-            self._registry = Registry.open(self._registry_url)
+        found = self.find(target)
+        cells = torch.empty(found.num_cells, self.geometry.cell_elements, dtype=self.dtype)
+        self.pack(found, cells)
+        return PackedAdapter(
+            target.serving_digest, found.layout, cells, found.num_pages, load_s=time.perf_counter() - started_s
+        )
+
+    def find(self, target: AdapterTarget) -> FoundAdapter:
+        """What the header tells, checked before any weight is read.
+
+        Raises AdapterNotFound, StoreError, BaseMismatch, Unsupported, ShapeMismatch, OutOfPages.
+        """
         version = self._registry.by_digest(target.version_digest)
         if version.serving_digest != target.serving_digest:
             raise AdapterInvalid(
@@ -50,12 +69,24 @@ class RegistrySource:
         header = self._registry.header(version)
         check_base(header.base, self._base, target.label)
         layout = adapter_layout(self._config, header, report=self._registry.report(version))
-        num_pages = self._geometry.pages_for_elements(layout.num_elements)
-        if num_pages >= self._geometry.num_pages:
+        num_pages = self.geometry.pages_for_elements(layout.num_elements)
+        if num_pages >= self.geometry.num_pages:
             raise OutOfPages(
-                f"adapter {target.label} needs {num_pages} pages and the pool has {self._geometry.num_pages}",
+                f"adapter {target.label} needs {num_pages} pages and the pool has {self.geometry.num_pages}",
                 fix="give the server a larger pool, or prune the adapter with `flora prune`",
                 needed=num_pages,
             )
-        cells = pack_cells(self._registry.load(version), layout, self._geometry, self._dtype)
-        return PackedAdapter(target.serving_digest, layout, cells, num_pages, load_s=time.perf_counter() - started_s)
+        return FoundAdapter(version, layout, self.geometry.cells_for_elements(layout.num_elements), num_pages)
+
+    def pack(self, found: FoundAdapter, cells: Tensor) -> None:
+        """Reads the weights, checks them against their digests, and fills `cells` [num_cells, cell_elements].
+
+        Raises StoreError, NotFinite.
+        """
+        pack_cells(self._registry.load(found.version), found.layout, cells)
+
+    @property
+    def _registry(self) -> Registry:
+        if self._opened is None:  # by the thread that uses it
+            self._opened = Registry.open(self._registry_url)
+        return self._opened

@@ -18,8 +18,6 @@ from flora.serve.messages import AdapterLoaded, AdapterUnloaded, LoadAdapter, Un
 
 logger = logging.getLogger(__name__)
 
-_MAX_LOADING = 2  # one being read, one behind it: what is asked for later can still be cancelled
-
 
 @dataclass(frozen=True, slots=True)
 class _Order:
@@ -60,6 +58,7 @@ class AdapterSupply:
         self._clock = clock
         self._loading: set[str] = set()
         self._orders: list[_Order] = []
+        loader.use_cache(lambda num_bytes: host.free(num_bytes, self._is_wanted))
 
     @property
     def is_idle(self) -> bool:
@@ -110,7 +109,7 @@ class AdapterSupply:
         """Asks for what is wanted and neither here nor on its way, in order of arrival."""
         room = self._host.trim(self._is_wanted)
         for target in [*self._scheduler.wanted_adapters(), *(order.message.adapter for order in self._orders)]:
-            if not room or len(self._loading) >= _MAX_LOADING:
+            if not room or len(self._loading) >= self._loader.max_loading:
                 return
             digest = target.serving_digest
             here = self._residency.get(digest) or self._host.num_pages(digest) is not None

@@ -11,10 +11,11 @@ from flora.serve.engine.layout import AdapterLayout
 class AdapterTables:
     """Which cells a slot's adapter lies in, and where in its stream each factor starts."""
 
-    def __init__(self, num_slots: int, num_layers: int, pool_cells: Tensor) -> None:
+    def __init__(self, num_slots: int, num_layers: int, pool_cells: Tensor, max_cells: int = 64) -> None:
+        """max_cells  of an adapter, at first: a larger one makes the table wider, and it then lies elsewhere"""
         self._pool_cells = pool_cells
         device = pool_cells.device
-        self._cells = torch.zeros(num_slots, 64, dtype=torch.int32, device=device)
+        self._cells = torch.zeros(num_slots, max_cells, dtype=torch.int32, device=device)
         self._modules = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int32, device=device)
         self._scales = torch.zeros(num_slots, num_layers, len(MODULES), dtype=torch.float32, device=device)
         self._max_ranks = [0] * num_slots
@@ -31,19 +32,25 @@ class AdapterTables:
     def publish(self, slot: int, layout: AdapterLayout, cells: list[int]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""
         self._make_room(len(cells))
-        self._cells[slot, : len(cells)] = torch.tensor(cells, dtype=torch.int32)
+        self._fill(self._cells[slot, : len(cells)], np.array(cells, dtype=np.int32))
         modules = np.zeros(self._modules.shape[1:], dtype=np.int32)
         scales = np.zeros(self._scales.shape[1:], dtype=np.float32)
         for placed in layout.modules:
             modules[placed.layer, placed.module] = (placed.rank, placed.a_chunk, placed.b_chunk)
             scales[placed.layer, placed.module] = placed.scale
-        self._modules[slot], self._scales[slot] = torch.from_numpy(modules), torch.from_numpy(scales)
+        self._fill(self._modules[slot], modules)
+        self._fill(self._scales[slot], scales)
         self._max_ranks[slot] = layout.max_rank
 
     def clear(self, slot: int) -> None:
         """The slot's adapter has left the device."""
         self._modules[slot] = 0
         self._max_ranks[slot] = 0
+
+    def _fill(self, place: Tensor, values: np.ndarray) -> None:
+        """In stream order, without a wait: from pinned memory, which torch keeps until the copy is done."""
+        host = torch.from_numpy(values)
+        place.copy_(host.pin_memory() if place.is_cuda else host, non_blocking=True)
 
     def _make_room(self, num_cells: int) -> None:
         """Widens the cell table: no bound on an adapter's size is known when the server starts."""

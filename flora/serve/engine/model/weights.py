@@ -70,6 +70,42 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype
     )
 
 
+def draw_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ModelWeights:
+    """A base of this shape drawn at random on `device`: for speed, which does not depend on the weights."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02, generator=generator)
+
+    def ones(size: int) -> Tensor:
+        return torch.ones(size, dtype=dtype, device=device)
+
+    def linear(*modules: str, has_bias: bool = False) -> PackedLinear:
+        shapes = [config.module_shape(module) for module in modules]
+        out_features = sum(out for _, out in shapes)
+        return PackedLinear(draw(out_features, shapes[0][0]), draw(out_features) if has_bias else None)
+
+    embedding = draw(config.vocab_size, config.hidden_size)
+    return ModelWeights(
+        embedding=embedding,
+        layers=tuple(
+            LayerWeights(
+                input_norm=ones(config.hidden_size),
+                qkv=linear("q", "k", "v", has_bias=config.qkv_bias),
+                q_norm=ones(config.head_dim) if config.qk_norm else None,
+                k_norm=ones(config.head_dim) if config.qk_norm else None,
+                o=linear("o", has_bias=config.o_bias),
+                post_norm=ones(config.hidden_size),
+                gate_up=linear("gate", "up", has_bias=config.mlp_bias),
+                down=linear("down", has_bias=config.mlp_bias),
+            )
+            for _ in range(config.num_layers)
+        ),
+        norm=ones(config.hidden_size),
+        head=PackedLinear(embedding if config.tied else draw(config.vocab_size, config.hidden_size)),
+    )
+
+
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """Every tensor has its place and its shape, by the headers alone. Raises CheckpointError, ShapeMismatch."""
     expected = dict(expected_shapes(config))

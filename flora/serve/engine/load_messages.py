@@ -1,0 +1,40 @@
+"""What the engine and a loader process say to each other: MessagePack over a socket pair, one load at a time.
+
+engine ── Read ──► loader ── Found ──► engine ── Pack ──► loader ── Packed ──► engine
+                      └───── Failed ──────────────────────────┘
+"""
+
+import msgspec
+
+from flora.serve.engine.layout import AdapterLayout
+from flora.serve.request import AdapterTarget
+
+
+class Read(msgspec.Struct, frozen=True, tag=True):
+    target: AdapterTarget
+
+
+class Found(msgspec.Struct, frozen=True, tag=True):
+    """The adapter exists, belongs to the base, and needs this much room."""
+
+    layout: AdapterLayout
+    num_cells: int
+
+
+class Pack(msgspec.Struct, frozen=True, tag=True):
+    start: int  # byte of the arena
+
+
+class Packed(msgspec.Struct, frozen=True, tag=True):
+    load_s: float  # without the wait for room
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    code: str
+    what: str
+    cause: str | None
+    fix: str | None
+
+
+ToLoader = Read | Pack
+FromLoader = Found | Packed | Failed

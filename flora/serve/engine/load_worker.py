@@ -1,0 +1,64 @@
+"""A loader process: reads adapters from the registry, checks them, and packs them into the shared arena.
+
+It lives as long as its socket: when the engine's process ends, however it ends, the next read finds the end of file.
+"""
+
+import logging
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import msgspec
+import torch
+
+from flora.errors import FloraError, ServeError
+from flora.serve.config import decode_engine_config
+from flora.serve.engine.arena import cells_of, map_arena
+from flora.serve.engine.build import adapter_source
+from flora.serve.engine.load_messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """`python -m flora.serve.engine.load_worker SOCKET_FD ARENA_FD ARENA_BYTES`; the first frame is the EngineConfig."""
+    socket_fd, arena_fd, arena_bytes = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    connection = Connection(socket_fd)
+    source = adapter_source(decode_engine_config(connection.recv_bytes()))
+    memory = map_arena(arena_fd, arena_bytes)
+    decoder, encoder = msgspec.msgpack.Decoder(ToLoader), msgspec.msgpack.Encoder()
+
+    def answer(message: FromLoader) -> None:
+        connection.send_bytes(encoder.encode(message))
+
+    while True:
+        try:
+            asked = decoder.decode(connection.recv_bytes())
+            assert isinstance(asked, Read)
+            try:
+                started_s = time.perf_counter()
+                found = source.find(asked.target)
+                read_s = time.perf_counter() - started_s
+                answer(Found(found.layout, found.num_cells))
+                room = decoder.decode(connection.recv_bytes())
+                assert isinstance(room, Pack)
+                started_s = time.perf_counter()
+                geometry = source.geometry
+                cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
+                source.pack(found, cells)
+                answer(Packed(read_s + time.perf_counter() - started_s))
+            except FloraError as error:
+                answer(Failed(error.code, error.what, error.cause, error.fix))
+            except (EOFError, OSError):
+                raise
+            except Exception as error:  # whatever it is, it concerns this adapter's requests and nobody else
+                logger.exception("adapter load failed label=%s", asked.target.label)
+                refusal = ServeError(f"adapter {asked.target.label} could not be loaded", cause=repr(error))
+                answer(Failed(refusal.code, refusal.what, refusal.cause, refusal.fix))
+        except (EOFError, OSError):
+            return
+
+
+if __name__ == "__main__":
+    main()
