@@ -14,7 +14,7 @@ from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
 from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits
-from flora.extract.factorize import factorize, wide
+from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pairs import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
@@ -76,35 +76,44 @@ class PairWorker:
         return delta
 
     def _factorize(self, pair: TensorPair, delta: Delta, values: Tensor, seconds: dict[str, float]) -> Change:
-        rule, cap = self._config.rule, self._ranks[pair.name]
         start = time.perf_counter()
         basis = factorize(
             wide(values),
             delta.norm_squared,
-            max_rank=cap,
-            energy=rule.energy,
+            max_rank=self._ranks[pair.name],
+            energy=self._config.rule.energy,
             exact=self._config.exact,
             generator=_generator(self._config.seed, pair.name),
         )
         seconds["factorize"] = time.perf_counter() - start
         start = time.perf_counter()
-        dtype = getattr(torch, self._config.factor_dtype)
-        rank = len(basis.values)
-        if rule.energy is not None:
-            rank = terms_to_fit(rank_for_energy(basis.values, delta.norm_squared, rule.energy), rank)
-        fitted = fit(values, basis, rank, dtype)
-        if rule.energy is not None and fitted.kept[-1] < rule.energy * delta.norm_squared and rank < len(basis.values):
-            fitted = fit(values, basis, len(basis.values), dtype)
-        if not bool(torch.isfinite(fitted.kept).all()):
-            raise CheckpointError(
-                f"the factors of {pair.module} do not fit into {self._config.factor_dtype}",
-                fix="store them with --dtype bfloat16 or float32",
-                tensor=pair.name,
-            )
-        fitted = fitted.trim(smallest_rank(fitted.kept, delta.norm_squared, rule.energy))
+        fitted = self._fit_rank(pair, delta.norm_squared, values, basis)
         seconds["fit"] = time.perf_counter() - start
         energies = basis.values[: fitted.factors.rank].square().cpu()
         return Change(pair, delta.norm_squared, delta.noise, fitted, energies, seconds=seconds)
+
+    def _fit_rank(self, pair: TensorPair, norm_squared: float, values: Tensor, basis: Basis) -> Fit:
+        """The smallest rank whose stored factors keep the asked energy, fitting no more terms than that takes."""
+        energy, available = self._config.rule.energy, len(basis.values)
+        rank = available
+        if energy is not None:
+            rank = terms_to_fit(rank_for_energy(basis.values, norm_squared, energy), available)
+        fitted = self._fit(pair, values, basis, rank)
+        if energy is not None and rank < available and fitted.kept[-1] < energy * norm_squared:
+            fitted = self._fit(pair, values, basis, available)
+        return fitted.trim(smallest_rank(fitted.kept, norm_squared, energy))
+
+    def _fit(self, pair: TensorPair, values: Tensor, basis: Basis, rank: int) -> Fit:
+        dtype = self._config.factor_dtype
+        fitted = fit(values, basis, rank, getattr(torch, dtype))
+        if fitted.factors.rank == 0 or not bool(torch.isfinite(fitted.kept).all()):
+            raise CheckpointError(
+                f"the factors of {pair.module} do not fit into {dtype}",
+                cause="its change is too large or too small for that number format",
+                fix="store them with --dtype bfloat16 or float32",
+                tensor=pair.name,
+            )
+        return fitted
 
     def _workspace(self) -> Workspace:
         if not hasattr(self._threads, "workspace"):

@@ -26,12 +26,15 @@ def fit(delta: Tensor, basis: Basis, rank: int, dtype: torch.dtype) -> Fit:
 
     The small side is sqrt(S) times its singular vectors, rounded to `dtype`; the large side is the least-squares
     partner of that rounded one, so rounding the small side costs nothing that the large one can make good. The product
-    with D that this takes is the one that the certificate needs.
+    with D that this takes is the one that the certificate needs. Terms end, at none perhaps, where the rounded small
+    side overflows or loses its rank.
     """
     small = (basis.values[:rank].sqrt()[:, None] * basis.vectors[:rank]).to(dtype)
+    L, first_bad = torch.linalg.cholesky_ex(small.double() @ small.double().T)
+    rank = int(first_bad) - 1 if first_bad else rank
+    small, inverse = small[:rank], torch.cholesky_inverse(L[:rank, :rank]).float()
     product = small.float() @ wide(delta)
-    gram = small.double() @ small.double().T
-    large = (torch.cholesky_inverse(torch.linalg.cholesky(gram)).float() @ product).to(dtype)
+    large = (inverse @ product).to(dtype)
     kept = kept_by_rank(product, small, large).cpu()
     A, B = (large, small.T) if delta.shape[0] <= delta.shape[1] else (small, large.T)
     return Fit(LowRank(A=A.cpu().contiguous(), B=B.cpu().contiguous()), kept)

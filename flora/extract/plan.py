@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from flora.checkpoint import Checkpoint
 from flora.errors import UsageError
 from flora.extract.config import FACTOR_BYTES, ExtractConfig
@@ -38,6 +40,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     """
     if base.path.resolve() == tuned.path.resolve():
         raise UsageError(f"{base.path} is given as base and as tuned checkpoint", fix="give two different checkpoints")
+    _check_device(config.device)
     pairs, notes = pair_tensors(base, tuned, config.include, config.exclude)
     check_vocabulary(base, tuned)
     modules = [pair for pair in pairs if pair.status == "extractable"]
@@ -55,6 +58,15 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
         crew=crew,
         notes=tuple(notes),
     )
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"{name!r} is no device of this machine", cause=str(error).partition("\n")[0], fix="give cpu, or cuda"
+        ) from error
 
 
 def _possible_ranks(modules: Sequence[TensorPair], rule: RankRule, item_bytes: int) -> dict[str, int]:

@@ -83,3 +83,15 @@ def test_rounding_the_factors_costs_little(dtype, loss):
 def test_fitted_factors_are_in_svd_order(shape, dtype):
     """So that pruning may cut them without another SVD."""
     assert is_svd_ordered(fitted(matrix(shape, decay=0.7, noise=1e-4), 16, dtype).factors)
+
+
+def test_terms_that_the_dtype_cannot_hold_are_left_out():
+    """float16 has nothing below 6e-8: the weak terms' rows would be zero."""
+    delta = 1e-11 * matrix((63, 100), decay=3.0)
+
+    result = fitted(delta, 16, torch.float16)
+
+    norm_squared = float(delta.double().square().sum())
+    direct = 1 - residual_share(delta.double().numpy(), result.factors)
+    assert 0 < result.factors.rank < 16
+    assert float(result.kept[-1]) / norm_squared == pytest.approx(direct, rel=1e-6)

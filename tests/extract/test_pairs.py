@@ -1,0 +1,153 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from flora.checkpoint import Checkpoint, open_checkpoint
+from flora.errors import UsageError
+from flora.extract.pairs import TensorPair, pair_tensors
+from tests.extract.models import SIZES, build, rewrite, save, tune
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def paired(base: Checkpoint, tuned: Checkpoint, **globs: list[str]) -> dict[str, TensorPair]:
+    return {pair.name: pair for pair in pair_tensors(base, tuned, **globs)[0]}
+
+
+def extractable(pairs: dict[str, TensorPair]) -> set[str]:
+    return {name for name, pair in pairs.items() if pair.status == "extractable"}
+
+
+def test_every_tensor_has_its_place_and_exactly_the_linear_layers_are_extractable(pair):
+    base, tuned = pair
+
+    pairs = paired(base, tuned)
+
+    assert list(pairs) == sorted(base.tensors) == list(tuned.tensors)
+    assert extractable(pairs) == {f"{name}.weight" for name in _modules(base) if name.endswith(LINEAR)}
+    assert "tied to the output head" in pairs["model.embed_tokens.weight"].reason
+    assert "norm" in pairs["model.norm.weight"].reason
+
+
+def test_biases_and_head_norms_are_not_extractable(tmp_path):
+    qwen2, qwen3 = build("qwen2"), build("qwen3")
+    biased = paired(save(qwen2, tmp_path / "qwen2"), save(tune(qwen2), tmp_path / "qwen2-tuned"))
+    normed = paired(save(qwen3, tmp_path / "qwen3"), save(tune(qwen3), tmp_path / "qwen3-tuned"))
+
+    assert "bias" in biased["model.layers.0.self_attn.q_proj.bias"].reason
+    assert biased["model.layers.0.self_attn.q_proj.weight"].status == "extractable"
+    assert "norm" in normed["model.layers.0.self_attn.q_norm.weight"].reason
+
+
+def test_an_untied_head_is_told_apart_from_the_embedding(tmp_path):
+    model = build(tied=False)
+
+    pairs = paired(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+
+    assert "output head" in pairs["lm_head.weight"].reason
+    assert "tied" not in pairs["model.embed_tokens.weight"].reason
+
+
+@pytest.mark.parametrize("bare", ["base", "tuned"])
+def test_a_model_prefix_on_one_side_only_is_matched_and_noted(tmp_path, bare):
+    model = build()
+    sides = {"base": save(model, tmp_path / "base"), "tuned": save(tune(model), tmp_path / "tuned")}
+
+    def without_prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    full = sorted(sides["base"].tensors)
+    sides[bare] = rewrite(sides[bare], without_prefix)
+
+    pairs, notes = pair_tensors(sides["base"], sides["tuned"])
+
+    assert [pair.name for pair in pairs] == full
+    assert all(pair.base and pair.tuned for pair in pairs)
+    assert notes == [
+        f"tensor names of the {'base' if bare == 'base' else 'tuned checkpoint'} lack 'model.', "
+        "which the other checkpoint's have"
+    ]
+
+
+def test_a_new_tensor_is_kept_in_sight(tmp_path):
+    model = build()
+    tuned = rewrite(
+        save(tune(model), tmp_path / "tuned"), lambda tensors: tensors.update({"value_head.weight": torch.ones(1, 64)})
+    )
+
+    new = paired(save(model, tmp_path / "base"), tuned)["value_head.weight"]
+
+    assert (new.status, new.base) == ("not_extractable", None)
+    assert "no base tensor" in new.reason
+
+
+def test_buffers_that_only_the_base_stores_are_kept_in_sight(tmp_path):
+    model = build()
+    buffer = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    base = rewrite(save(model, tmp_path / "base"), lambda tensors: tensors.update({buffer: torch.ones(8)}))
+
+    assert "buffer" in paired(base, save(tune(model), tmp_path / "tuned"))[buffer].reason
+
+
+def test_globs_include_and_exclude_whole_names(pair):
+    attention = paired(*pair, include=["*.self_attn.*"])
+    first = paired(*pair, exclude=["model.layers.1.*"])
+    both = paired(*pair, include=["*.mlp.*"], exclude=["*.down_proj"])
+
+    assert {name.split(".")[3] for name in extractable(attention)} == {"self_attn"}
+    assert {name.split(".")[2] for name in extractable(first)} == {"0"}
+    assert {name.split(".")[4] for name in extractable(both)} == {"gate_proj", "up_proj"}
+    assert "model.layers.1.*" in first["model.layers.1.mlp.up_proj.weight"].reason
+    assert "--include" in attention["model.layers.0.mlp.up_proj.weight"].reason
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_glob_that_matches_nothing_is_an_error(pair, option):
+    with pytest.raises(UsageError, match=rf"--{option} 'q_porj' matches no tensor"):
+        paired(*pair, **{option: ["q_porj"]})
+
+
+def test_globs_that_leave_nothing_are_an_error(pair):
+    with pytest.raises(UsageError, match=r"nothing of .* can be extracted"):
+        paired(*pair, exclude=["*"])
+
+
+def test_conv1d_layers_are_refused_with_their_name(tmp_path):
+    """GPT-2 keeps [in, out]: factors of that delta would be the wrong way round."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+
+    with pytest.raises(UsageError, match=r"nothing of .* can be extracted"):
+        pair_tensors(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+
+
+def test_experts_and_their_router_are_named_and_attention_is_extracted(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    model = Qwen3MoeForCausalLM(config)
+
+    pairs = paired(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+
+    experts = [pair for name, pair in pairs.items() if ".experts." in name]
+    assert experts
+    assert all("expert" in pair.reason for pair in experts)
+    assert "router" in pairs["model.layers.0.mlp.gate.weight"].reason
+    assert pairs["model.layers.0.self_attn.q_proj.weight"].status == "extractable"
+
+
+def test_whole_number_buffers_are_no_weights(tmp_path):
+    folders = []
+    for name in ("base", "tuned"):
+        folder = tmp_path / name
+        folder.mkdir()
+        tensors = {"layer.weight": torch.randn(8, 8), "position_ids": torch.arange(4)}
+        save_file(tensors, folder / "model.safetensors")
+        folders.append(open_checkpoint(folder))
+
+    assert "whole numbers" in paired(*folders)["position_ids"].reason
+
+
+def _modules(checkpoint: Checkpoint) -> list[str]:
+    return [name.removesuffix(".weight") for name in checkpoint.tensors]
