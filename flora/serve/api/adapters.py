@@ -58,11 +58,8 @@ def adapter_routes(state: ServerState) -> APIRouter:
     async def load(request: Request) -> Response:
         """Make an adapter resident. `lora_path` is a registry reference; `lora_name` stands for it on this server."""
         body, unknown = parse(LoadBody, await request.body())
-        try:
-            served = await state.models.nickname(body.lora_name, body.lora_path or body.lora_name)
-        except NameInvalid as error:
-            error.values.setdefault("param", "lora_path")
-            raise
+        reference = body.lora_name if body.lora_path is None else body.lora_path
+        served = await state.models.nickname(body.lora_name, reference)
         if served.target is None or served.version is None:
             raise NameInvalid("the base is always loaded", fix="name an adapter", param="lora_name")
         loaded = await until_disconnect(request, state.client.load_adapter(served.target, pinned=bool(body.pinned)))

@@ -1,4 +1,4 @@
-"""How much a request may send, in which form, and how long it may take. uvicorn itself bounds none of it."""
+"""How much a request may send, in which form, and how long it may take. uvicorn itself bounds little of it."""
 
 import asyncio
 
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flora.serve.api.errors import plain_response
 from flora.serve.config import ServeConfig
 
+_MAX_HEADERS = 200
 _CLOSE = {"connection": "close"}  # what is left of the body is not read
 
 
@@ -30,6 +31,10 @@ class BodyLimits:
         await self._app(scope, self._bounded(receive), send)
 
     def _refusal(self, method: str, headers: Headers) -> tuple[int, str, str] | None:
+        if len(headers) > _MAX_HEADERS:
+            return 431, f"a request may have {_MAX_HEADERS} headers", "too_many_headers"
+        if "content-length" in headers and "transfer-encoding" in headers:
+            return 400, "Content-Length and Transfer-Encoding exclude each other", "ambiguous_length"
         length = headers.get("content-length", "0")
         if len(length) > 12 or (length.isdigit() and int(length) > self._max_bytes):
             return 413, f"the body may have {self._max_bytes} bytes", "body_too_large"

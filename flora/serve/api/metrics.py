@@ -75,6 +75,7 @@ class _EngineView(Collector):
     def collect(self) -> Iterator[Metric]:
         yield self._gauge("flora:engine_up", "1 while the engine answers.", 0 if self._client.error else 1)
         yield self._gauge("flora:engine_silent_seconds", "Since the engine last spoke.", self._client.silent_s)
+        yield self._total("flora:engine_heartbeats", "Heard from the engine.", self._client.num_heartbeats)
         ready, beat = self._client.ready, self._client.heartbeat
         if ready is not None:
             yield from self._constants(ready)
@@ -149,9 +150,12 @@ class _EngineView(Collector):
             ("flora:adapter_load_seconds", "Time that took.", beat.adapter_load_seconds),
             ("flora:adapter_evictions", "Adapters that gave their pages back.", beat.adapter_evictions),
         ):
-            family = CounterMetricFamily(name, documentation, labels=["model_name"])
-            family.add_metric([self._base_name], total)
-            yield family
+            yield self._total(name, documentation, total)
+
+    def _total(self, name: str, documentation: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, documentation, labels=["model_name"])
+        family.add_metric([self._base_name], value)
+        return family
 
     def _gauge(self, name: str, documentation: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, documentation, labels=["model_name"])

@@ -52,6 +52,7 @@ class EngineClient:
         """silence_s: without a heartbeat for this long, the engine counts as dead until the next one"""
         self.ready: Ready | None = None
         self.heartbeat: Heartbeat | None = None
+        self.num_heartbeats = 0
         self._endpoint = endpoint
         self._silence_s = silence_s
         self._dead: EngineDead | None = None
@@ -206,6 +207,7 @@ class EngineClient:
                 self._is_ready.set()
             case Heartbeat():
                 self.heartbeat = message
+                self.num_heartbeats += 1
                 if self._dead and not self._ended:
                     logger.warning("engine is heard again")
                     self._dead = None

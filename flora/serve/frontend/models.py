@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG
 from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInvalid
-from flora.names import Reference, check_name, parse_reference
+from flora.names import Reference, parse_reference
 from flora.registry import Entry, Registry, Version
 from flora.serve.frontend.template import base_template, decode_template
 from flora.serve.frontend.tokenizer import Tokenizer, read_json
@@ -75,16 +75,23 @@ class Models:
 
         Raises NameInvalid, and what `resolve` raises.
         """
-        wanted = parse_reference(reference)
-        if name == reference or check_name(name) == wanted.name:
-            return await self.resolve(reference)
-        if name == self.base_name:
-            raise NameInvalid(f"{name} is the base's name", fix="choose another lora_name", param="lora_name")
-        served = await self._call(lambda: self._serve(wanted, label=name))
-        if await self._call(lambda: self._exists(name)):
+        if name == reference:
+            return await self.resolve(name)
+        if not (_is_reference(name) and _is_reference(reference)):
             raise NameInvalid(
-                f"the registry has another adapter called {name}",
-                fix="use that name for that adapter; for this one choose another lora_name",
+                "lora_path takes an adapter of the registry, and lora_name is a name like one",
+                fix="import a folder with `flora import` first, then give NAME, NAME:ALIAS or NAME@vN",
+                param="lora_path",
+            )
+        wanted = parse_reference(reference)
+        served = await self._call(lambda: self._serve(wanted, label=name))
+        known = await self._call(lambda: self._find(name))
+        if served.version == known:
+            return served
+        if known is not None or name == self.base_name:
+            raise NameInvalid(
+                f"{name} is {known.ref if known else 'the base'} already",
+                fix="choose another lora_name, or move the registry's alias with `flora tag`",
                 param="lora_name",
             )
         if len(self._nicknames) >= _MAX_NICKNAMES:
@@ -130,12 +137,11 @@ class Models:
             ),
         )
 
-    def _exists(self, name: str) -> bool:
+    def _find(self, name: str) -> Version | None:
         try:
-            self._registry.resolve(name)
+            return self._registry.resolve(name)
         except AdapterNotFound:
-            return False
-        return True
+            return None
 
     def _check_base(self, version: Version) -> None:
         """Refuses what the engine would refuse, before anything is loaded. Another base will do if the tensors that the
@@ -203,6 +209,14 @@ class Models:
     def _is_before_end(self, offset: int, name: str) -> bool:
         entries = self._registry.names(limit=1, offset=offset)
         return bool(entries) and entries[0].name <= name
+
+
+def _is_reference(text: str) -> bool:
+    try:
+        parse_reference(text)
+    except NameInvalid:
+        return False
+    return True
 
 
 def base_end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -27,6 +27,9 @@ class Prompts:
 
     async def of_texts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """Token ids of each prompt. Raises RequestInvalid, PromptTooLong."""
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
         encoded = await self._call(
             lambda: [self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         )
@@ -49,6 +52,7 @@ class Prompts:
             )
         variables = await self._call(lambda: self._guarded(messages, template, template_kwargs or {}))
         rendered = await self._renderer.render(template, variables | {"add_generation_prompt": add_generation_prompt})
+        self._check_length(rendered, "messages")
         token_ids = await self._call(lambda: self._tokenizer.encode_chat(rendered))
         self._check(token_ids, "messages")
         return token_ids
@@ -86,15 +90,24 @@ class Prompts:
             "documents": None,
         }
 
+    def _check_length(self, text: str, param: str) -> None:
+        """Spares the encoding of what must be too long."""
+        at_least = len(text) // self._tokenizer.longest_token
+        if at_least >= self.max_context:
+            raise self._too_long(f"at least {at_least}", param)
+
+    def _too_long(self, num_tokens: str, param: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"the prompt has {num_tokens} tokens and the context is {self.max_context}",
+            cause="prompt and answer share the context, and an answer has at least one token",
+            fix="send a shorter prompt",
+            param=param,
+        )
+
     def _check(self, token_ids: list[int], param: str) -> None:
         if not token_ids:
             raise RequestInvalid("the prompt has no tokens", param=param)
         if len(token_ids) >= self.max_context:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids)} tokens and the context is {self.max_context}",
-                cause="prompt and answer share the context, and an answer has at least one token",
-                fix="send a shorter prompt",
-                param=param,
-            )
+            raise self._too_long(str(len(token_ids)), param)
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
             raise RequestInvalid(f"the prompt has a token id outside [0, {self.vocab_size})", param=param)

@@ -7,6 +7,7 @@ in the text as it stands, and its first normalizer then drops the marks.
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self._plain.get_vocab_size()
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token, so a text has at least its length divided by this many tokens."""
+        return max(map(len, self._plain.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, as transformers' tokenizer gives them."""

@@ -7,25 +7,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import msgspec
 import openai
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flora.adapter import Adapter
+from flora.adapter import Adapter, make_adapter
 from flora.checkpoint import open_checkpoint
 from flora.identity import base_record
 from flora.registry import Registry, Version
-from flora.serve import EngineConfig, ServeConfig, serve
-from flora.serve.config import encode_engine_config
+from flora.serve import EngineConfig, ServeConfig
 from flora.serve.engine.model.config import parse_model_config
+from tests.serve.api.serve_main import encode
 from tests.serve.engine.adapters import random_adapter
 from tests.serve.frontend.vocabularies import byte_level_spec
 
@@ -34,6 +34,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+PATIENCE_S = 60.0  # for what happens in another process
 _READY = re.compile(r"serving at (http://\S+)")
 
 
@@ -51,11 +52,15 @@ class World:
     def adapter(self, seed: int, **options: Any) -> Adapter:
         checkpoint = open_checkpoint(self.base)
         base_id = options.pop("base_id", str(base_record(checkpoint, self.home / "cache").base_id))
-        return random_adapter(parse_model_config(checkpoint.config), seed, ranks=range(1, 9), base_id=base_id, **options)
+        defaults: dict[str, Any] = {"ranks": range(1, 9), "gain": 6.0, "base_id": base_id}
+        return random_adapter(parse_model_config(checkpoint.config), seed, **defaults | options)
 
     def add(self, adapter: Adapter, name: str, **options: Any) -> Version:
         with self.registry as registry:
             return registry.add(adapter, name, **options)
+
+    def blobs(self) -> list[Path]:
+        return [path for path in (self.home / "registry" / "blobs").rglob("*") if path.is_file()]
 
     def config(self, *, engine: dict[str, Any] | None = None, **settings: Any) -> ServeConfig:
         defaults: dict[str, Any] = {"pool_bytes": 8 << 20, "max_batch_tokens": 64, "num_threads": 1, "poison": True}
@@ -70,11 +75,16 @@ class World:
         )
 
 
+def with_extras(adapter: Adapter, extras: dict[str, bytes]) -> Adapter:
+    """The same factors from a tuned checkpoint that had these files."""
+    return make_adapter(adapter.factors, adapter.header.base, adapter.header.recipe, extras=extras)
+
+
 def make_world(folder: Path) -> World:
     """A base of two layers, its tokenizer and chat template, and a registry with nothing in it yet."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=352,
+        vocab_size=321,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -99,6 +109,7 @@ class Server:
     url: str
     process: subprocess.Popen[str]
     log: list[str]
+    http: httpx2.Client
 
     def client(self, **options: Any) -> openai.OpenAI:
         return openai.OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options)
@@ -107,10 +118,10 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(f"{self.url}{path}", **options)
+        return self.http.get(f"{self.url}{path}", **options)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx2.Response:
-        return httpx2.post(f"{self.url}{path}", json=body, timeout=60, **options)
+        return self.http.post(f"{self.url}{path}", json=body, **options)
 
     def metric(self, name: str, **labels: str) -> float:
         """A value of /metrics."""
@@ -118,6 +129,16 @@ class Server:
             if line.startswith((f"{name}{{", f"{name} ")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
                 return float(line.rpartition(" ")[2])
         raise AssertionError(f"no metric {name} {labels}")
+
+    def aborts(self) -> float:
+        """Sequences that nobody wanted any more; a metric only from the first one on."""
+        found = re.findall(r'^vllm:request_success_total\{.*"abort".*\} (\S+)$', self.get("/metrics").text, re.M)
+        return sum(map(float, found))
+
+    def settle(self) -> None:
+        """Returns once the metrics tell of everything that the engine did until now."""
+        heard = self.metric("flora:engine_heartbeats_total")
+        eventually(lambda: self.metric("flora:engine_heartbeats_total") >= heard + 2)
 
     @property
     def engine_pid(self) -> int:
@@ -129,11 +150,19 @@ class Server:
         return self.process.wait(60)
 
 
+def eventually(holds: Callable[[], bool]) -> None:
+    """Returns once it holds, in a process that this one can only look at."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s"
+        time.sleep(0.02)
+
+
 @contextmanager
 def running(config: ServeConfig, env: dict[str, str] | None = None) -> Iterator[Server]:
     """A server that is ready; killed at the end if the test has not stopped it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serve.api.servers"],
+        [sys.executable, "-m", "tests.serve.api.serve_main"],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,20 +175,14 @@ def running(config: ServeConfig, env: dict[str, str] | None = None) -> Iterator[
     try:
         url = _read_until_ready(process, log)
         threading.Thread(target=_keep_reading, args=(process, log), daemon=True).start()
-        yield Server(url, process, log)
+        with httpx2.Client(timeout=PATIENCE_S) as http:
+            yield Server(url, process, log, http)
     except BaseException:
         sys.stderr.write("".join(log[-60:]))
         raise
     finally:
         process.kill()
         process.wait()
-
-
-def encode(config: ServeConfig) -> str:
-    """On two lines, because each part has its own paths."""
-    engine = encode_engine_config(config.engine).decode()
-    rest = {name: getattr(config, name) for name in config.__struct_fields__ if name != "engine"}
-    return f"{engine}\n{msgspec.json.encode(rest).decode()}"
 
 
 def _read_until_ready(process: subprocess.Popen[str], log: list[str]) -> str:
@@ -174,22 +197,3 @@ def _read_until_ready(process: subprocess.Popen[str], log: list[str]) -> str:
 def _keep_reading(process: subprocess.Popen[str], log: list[str]) -> None:
     assert process.stderr is not None
     log.extend(process.stderr)
-
-
-def main() -> None:
-    import logging
-
-    from flora.errors import FloraError
-    from flora.serve.config import decode_engine_config
-
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    engine, rest = sys.stdin.read().split("\n")
-    try:
-        serve(msgspec.convert({"engine": decode_engine_config(engine.encode())} | json.loads(rest), ServeConfig))
-    except FloraError as error:
-        logging.error("%s", error)
-        sys.exit(error.exit_code)
-
-
-if __name__ == "__main__":
-    main()
