@@ -162,10 +162,15 @@ def _download(repo_id: str) -> Path:
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise offline from error
-    except Exception as error:  # the HTTP client's own connection errors have no common base with the above
-        if type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}:
+    except Exception as error:
+        if is_connection_error(error):
             raise offline from error
         raise
+
+
+def is_connection_error(error: Exception) -> bool:
+    """Whether `error` is the Hub client's word for no connection: which HTTP library's it is depends on its version."""
+    return type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
 
 
 def read_header(file: Path) -> Iterator[TensorInfo]:

@@ -50,7 +50,7 @@ Profile = Literal["compact", "portable"]
 
 RECORD_FILE = "flora.json"
 CARD_FILE = "README.md"
-_OURS = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CARD_FILE, *EXTRAS}
+OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CARD_FILE, *EXTRAS}
 _KIND = "flora.peft"
 _SCHEMA_VERSION = 1
 _MAX_EXTRA_BYTES = 1 << 20
@@ -88,7 +88,7 @@ def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> l
         raise store_error(f"{folder} cannot be written", error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return sorted(path for path in folder.iterdir() if path.name in _OURS)
+    return sorted(path for path in folder.iterdir() if path.name in OUR_FILES)
 
 
 def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes | memoryview]]:
@@ -209,8 +209,8 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file", fix="give --out a new folder")
     names = {path.name for path in folder.iterdir()}
-    if names and (RECORD_FILE not in names or not names <= _OURS):
-        stranger = min(names - _OURS, default=min(names))
+    if names and (RECORD_FILE not in names or not names <= OUR_FILES):
+        stranger = min(names - OUR_FILES, default=min(names))
         raise UsageError(f"{folder} holds {stranger}, which Flora did not write there", fix="give --out a new folder")
 
 

@@ -1,0 +1,185 @@
+"""A Hugging Face Hub for one machine: the endpoints that pushing and pulling a model use, over real HTTP.
+
+It keeps repositories in memory, checks tokens, verifies the sha256 of every LFS object that is uploaded to it, and
+refuses a commit whose parent is not the newest. What it answers follows the requests of huggingface_hub's client.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+TOKEN = "hf_" + "t" * 34
+
+
+@dataclass
+class Repo:
+    is_private: bool = False
+    files: dict[str, bytes] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=lambda: ["0" * 40])
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Hub:
+    address: str = ""
+    repos: dict[str, Repo] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)  # LFS, by sha256
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    before_commit: Callable[[Repo], None] = lambda repo: None  # what someone else does meanwhile
+    broken: dict[str, int] = field(default_factory=dict)  # status to answer with, by a pattern in the path
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._route("GET")
+
+    def do_POST(self) -> None:
+        self._route("POST")
+
+    def do_PUT(self) -> None:
+        self._route("PUT")
+
+    def _route(self, method: str) -> None:
+        path = self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) if method != "GET" else b""
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            body = b"".join(self._chunks())
+        self.hub.requests.append((method, path))
+        for part, status in self.hub.broken.items():
+            if re.search(part, path):
+                return self._answer(status, {"error": "broken on purpose"})
+        if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer(401, {"error": "Invalid username or password."})
+        for pattern, handle in _ROUTES:
+            if method == pattern[0] and (match := re.fullmatch(pattern[1], path)):
+                return handle(self, body, **match.groupdict())
+        return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def create(self, body: bytes) -> None:
+        request = json.loads(body)
+        repo_id = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
+        if repo_id in self.hub.repos:
+            return self._answer(
+                409, {"error": "You already created this model repo", "url": f"{self.hub.address}/{repo_id}"}
+            )
+        is_private = bool(request.get("private")) or request.get("visibility") == "private"
+        self.hub.repos[repo_id] = Repo(is_private)
+        return self._answer(200, {"url": f"{self.hub.address}/{repo_id}"})
+
+    def info(self, body: bytes, repo: str) -> None:
+        if repo not in self.hub.repos:
+            return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        siblings = [{"rfilename": name} for name in sorted(self.hub.repos[repo].files)]
+        return self._answer(
+            200, {"id": repo, "sha": self.hub.repos[repo].commits[-1], "siblings": siblings, "tags": []}
+        )
+
+    def validate_yaml(self, body: bytes) -> None:
+        content = json.loads(body)["content"]
+        if not content.startswith("---\n"):
+            return self._answer(400, {"errors": [{"message": "no metadata"}], "warnings": []})
+        return self._answer(200, {"errors": [], "warnings": []})
+
+    def preupload(self, body: bytes, repo: str) -> None:
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self._answer(200, {"files": files})
+
+    def batch(self, body: bytes, repo: str) -> None:
+        objects = []
+        for wanted in json.loads(body)["objects"]:
+            entry: dict[str, Any] = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.address}/lfs/{wanted['oid']}", "header": {}}}
+            objects.append(entry)
+        self._answer(200, {"transfer": "basic", "objects": objects})
+
+    def upload(self, body: bytes, oid: str) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            return self._answer(400, {"error": "another sha256"})
+        self.hub.objects[oid] = body
+        return self._answer(200, {})
+
+    def commit(self, body: bytes, repo: str) -> None:
+        target = self.hub.repos[repo]
+        self.hub.before_commit(target)
+        lines = [json.loads(line) for line in body.splitlines()]
+        header = lines[0]["value"]
+        if header.get("parentCommit") not in (None, target.commits[-1]):
+            return self._answer(412, {"error": "A commit has happened since. Please refresh and try again."})
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                target.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                target.files[value["path"]] = self.hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del target.files[value["path"]]
+            else:
+                return self._answer(400, {"error": f"unknown operation {line['key']}"})
+        target.messages.append(header["summary"])
+        target.commits.append(hashlib.sha1(body).hexdigest())
+        url = f"{self.hub.address}/{repo}/commit/{target.commits[-1]}"
+        return self._answer(200, {"commitUrl": url, "commitOid": target.commits[-1], "success": True})
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+_REPO = r"(?P<repo>[\w.\-]+/[\w.\-]+)"
+_ROUTES = [
+    (("POST", "/api/repos/create"), _Handler.create),
+    (("POST", "/api/validate-yaml"), _Handler.validate_yaml),
+    (("GET", f"/api/models/{_REPO}"), _Handler.info),
+    (("POST", f"/api/models/{_REPO}/preupload/main"), _Handler.preupload),
+    (("POST", f"/{_REPO}\\.git/info/lfs/objects/batch"), _Handler.batch),
+    (("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"), _Handler.upload),
+    (("POST", f"/api/models/{_REPO}/commit/main"), _Handler.commit),
+]
+
+
+@contextmanager
+def serve_hub() -> Iterator[Hub]:
+    """A Hub on a free port of this machine."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
