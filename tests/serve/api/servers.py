@@ -63,12 +63,17 @@ class World:
         return [path for path in (self.home / "registry" / "blobs").rglob("*") if path.is_file()]
 
     def config(self, *, engine: dict[str, Any] | None = None, **settings: Any) -> ServeConfig:
-        defaults: dict[str, Any] = {"pool_bytes": 8 << 20, "max_batch_tokens": 64, "num_threads": 1, "poison": True}
+        defaults: dict[str, Any] = {
+            "base": self.base,
+            "registry": str(self.home / "registry"),
+            "cache_dir": self.home / "cache",
+            "pool_bytes": 8 << 20,
+            "max_batch_tokens": 64,
+            "num_threads": 1,
+            "poison": True,
+        }
         return ServeConfig(
             engine=EngineConfig(
-                base=self.base,
-                registry=str(self.home / "registry"),
-                cache_dir=self.home / "cache",
                 **defaults | (engine or {}),
             ),
             **{"base_name": BASE, "port": 0} | settings,
