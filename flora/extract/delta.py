@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 26}  # elements at once; on a CPU 1 MiB of float32, which stays in the cache
-_SAMPLE = 1 << 16  # elements that the noise estimate looks at, in evenly spaced rows
+_SAMPLE = 1 << 14  # elements that the noise estimate looks at, in evenly spaced rows
 _EXPONENT = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}  # the bits that hold it
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

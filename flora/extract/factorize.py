@@ -96,7 +96,7 @@ def _krylov(
     while True:
         Q[k : k + block] = _orthonormal_rows(X, Q[:k])
         torch.matmul(Q[k : k + block], D, out=QD[k : k + block])
-        held += float(torch.linalg.vector_norm(QD[k : k + block], dtype=torch.float64)) ** 2
+        held += float(torch.linalg.vector_norm(QD[k : k + block], dim=1).double().square().sum())
         k += block
         if energy is not None and held >= energy * norm_squared:
             limit, energy = min(limit, max(int(OVERSHOOT * k), k + block)), None
@@ -106,7 +106,7 @@ def _krylov(
             return None
         X = QD[k - block : k] @ D.T
     W, values = _leading((QD[:k] @ QD[:k].T).double())
-    return W @ Q[:k], values
+    return W[:max_rank] @ Q[:k], values[:max_rank]
 
 
 def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:

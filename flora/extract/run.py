@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
+import torch
+
 from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
 from flora.checkpoint import Checkpoint
 from flora.extract.change import Change, PairWorker
@@ -58,7 +60,7 @@ def extract(
     plan = plan_extraction(base, tuned, config)
     for note in plan.notes:
         log.info(note)
-    with _hashing(base, tuned, config.cache_dir) as records:
+    with _hashing(base, tuned, config.cache_dir) as records, _full_float32():
         changes = list(_work_through(base, tuned, plan, config, progress))
         base_is, tuned_is = records()
     changes, cut = _cut_to_budget(changes, config)
@@ -91,6 +93,17 @@ def _hashing(
             yield future.result
         finally:
             stop.set()
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """float32 products in float32, whatever faster formats (TF32, bf16) this process otherwise allows for them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _work_through(
