@@ -121,7 +121,13 @@ def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoi
 
 
 def _check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
-    missing = [pair.name for pair in pairs if pair.tuned is None and not pair.name.endswith(BUFFERS)]
+    untied = tuned.config.get("tie_word_embeddings") is False  # and so it should have a head of its own
+    missing = [
+        pair.name
+        for pair in pairs
+        if (pair.tuned is None and not pair.name.endswith(BUFFERS))
+        or (untied and pair.twin is not None and pair.tuned is pair.twin[1])
+    ]
     new = [pair.name for pair in pairs if pair.base is None]
     if not missing and (not new or base.architecture == tuned.architecture):
         return

@@ -59,7 +59,7 @@ def extract(
     start = time.perf_counter()
     plan = plan_extraction(base, tuned, config)
     for note in plan.notes:
-        log.info(note)
+        log.info("%s", note)
     with _hashing(base, tuned, config.cache_dir) as records, _full_float32():
         changes = list(_work_through(base, tuned, plan, config, progress))
         base_is, tuned_is = records()

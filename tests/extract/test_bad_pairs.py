@@ -80,6 +80,16 @@ def test_a_tuned_checkpoint_that_lacks_a_tensor(tmp_path, unread):
         extract(save(model, tmp_path / "base"), tuned, RANK_8)
 
 
+def test_an_untied_checkpoint_without_its_head(tmp_path, unread):
+    model = build(tied=False)
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: tensors.pop("lm_head.weight"))
+    config = json.loads((tuned.path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tuned.path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the base's tensors, lm_head\.weight"):
+        extract(save(model, tmp_path / "base"), open_checkpoint(tuned.path), RANK_8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_quantized_weights(tmp_path, unread, dtype):
     model = build()
