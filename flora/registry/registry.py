@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from flora.adapter import Adapter
 
 _BATCH = 256  # adapters per transaction of a bulk import
+_WRITERS = 8  # threads of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +110,23 @@ class Registry:
         alias: str | None = "latest",
         provenance: Mapping[str, Any] | None = None,
     ) -> list[Version]:
-        """`add` for many (adapter, name) pairs, with one transaction for every 256 of them."""
+        """`add` for many (adapter, name) pairs, with one transaction for every 256 of them.
+
+        Blobs are written by several threads: each waits for the disk most of the time.
+        """
         if alias is not None:
             check_alias(alias)
         pairs = iter(items)
         added: list[Version] = []
-        while batch := [self._store_adapter(adapter, name) for adapter, name in islice(pairs, _BATCH)]:
-            with self._changing() as connection:
-                for stored in batch:
-                    added.append(self._add_row(connection, stored, alias, dict(provenance or {})))
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            while batch := list(writers.map(self._store_adapter, islice(pairs, _BATCH))):
+                with self._changing() as connection:
+                    for stored in batch:
+                        added.append(self._add_row(connection, stored, alias, dict(provenance or {})))
         return added
 
-    def _store_adapter(self, adapter: Adapter, name: str) -> _Stored:
+    def _store_adapter(self, item: tuple[Adapter, str]) -> _Stored:
+        adapter, name = item
         check_name(name)
         with self._database.reading() as connection:  # early, before megabytes are written; again under the lock
             check_binding(connection, name, adapter.header.base)

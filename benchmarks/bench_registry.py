@@ -1,0 +1,197 @@
+"""How long do listing and resolving take in a registry of 10,000 adapters?
+
+    python benchmarks/bench_registry.py [--adapters 10000] [--out benchmarks/results/bench_registry.jsonl]
+
+The adapters go in through `Registry.add_many`, each under a name of its own. Measured: a whole process that opens the
+registry and prints the first 50 names or all of them (interpreter, imports and all; wall time, and the CPU time that a
+busy machine does not stretch), `resolve` inside a process that has the registry open, and loading one adapter. Beside
+it the plain way: a folder of PEFT folders, whose adapter_config.json each listing must open. Results are checked before
+they are timed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import sqlalchemy
+import torch
+
+from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter, report_of_factors
+from flora.lowrank import LowRank
+from flora.registry import Registry
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BASE = BaseBinding(name="org/base", base_id="sha256:" + "b" * 64)
+MODULES = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(4) for kind in "qkvo"]
+LISTING = """
+import sys
+from flora.registry import Registry
+with Registry.open(sys.argv[1]) as registry:
+    for entry in registry.names(limit=int(sys.argv[2]) or None):
+        version = entry.version
+        print(entry.name, version.number, *entry.aliases, version.max_rank, version.num_bytes, sep="\\t")
+"""
+SCAN = """
+import json, sys
+from pathlib import Path
+names = sorted(path.name for path in Path(sys.argv[1]).iterdir())
+for name in names[: int(sys.argv[2]) or None]:
+    config = json.loads((Path(sys.argv[1]) / name / "adapter_config.json").read_bytes())
+    print(name, config["r"], config["base_model_name_or_path"], sep="\\t")
+"""
+
+
+def make_one(number: int, seed: int) -> Adapter:
+    """A small adapter of 16 modules; `bench_salt` makes each a different one without 10,000 sets of weights to draw."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {
+        name: LowRank(
+            A=torch.randn(2, 64, generator=generator).bfloat16(), B=torch.randn(64, 2, generator=generator).bfloat16()
+        )
+        for name in MODULES
+    }
+    report, recipe = report_of_factors(factors), Recipe(operation="extract")
+    return make_adapter(factors, BASE, recipe, report, bench_salt=str(number))
+
+
+def name_of(number: int) -> str:
+    return f"team-{number % 40:02}/adapter-{number:05}"
+
+
+def median_ms(action: Callable[[], object], repeats: int) -> float:
+    """The median of the action's wall times, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[1:])
+
+
+def median_cpu_ms(action: Callable[[], object], repeats: int) -> float:
+    """The median of the CPU time that the processes started by `action` take, user and system."""
+    times = []
+    for _ in range(repeats + 1):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        action()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append((after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) * 1e3)
+    return statistics.median(times[1:])
+
+
+def listing_process(script: str, folder: Path, limit: int) -> str:
+    command = [sys.executable, "-c", script, str(folder), str(limit)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+
+def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
+    folder, plain = scratch / "registry", scratch / "plain"
+    for number in range(num_adapters):
+        path = plain / name_of(number).replace("/", "--")
+        path.mkdir(parents=True)
+        (path / "adapter_config.json").write_text(json.dumps({"r": 2, "base_model_name_or_path": BASE.name}))
+
+    with Registry.open(folder) as registry:
+        start = time.perf_counter()
+        registry.add_many((make_one(number, seed), name_of(number)) for number in range(num_adapters))
+        add_s = time.perf_counter() - start
+
+        refs = [name_of(number) for number in random.Random(seed).sample(range(num_adapters), min(2000, num_adapters))]
+        assert all(registry.resolve(ref).ref == f"{ref}@v1" for ref in refs)
+        resolve_ms = []
+        for ref in refs:
+            start = time.perf_counter()
+            registry.resolve(ref)
+            resolve_ms.append((time.perf_counter() - start) * 1e3)
+        load_ms = median_ms(lambda: registry.load(registry.resolve(refs[0])), repeats=20)
+
+    assert len(listing_process(LISTING, folder, 0).splitlines()) == num_adapters
+    assert len(listing_process(SCAN, plain, 0).splitlines()) == num_adapters
+    first = listing_process(LISTING, folder, 50).splitlines()
+    assert [line.split("\t")[0] for line in first] == sorted(map(name_of, range(num_adapters)))[:50]
+    return {
+        "add_ms_each": add_s / num_adapters * 1e3,
+        "resolve_p50_ms": statistics.median(resolve_ms),
+        "resolve_p99_ms": statistics.quantiles(resolve_ms, n=100)[98],
+        "load_ms": load_ms,
+        "list_50_process_ms": median_ms(lambda: listing_process(LISTING, folder, 50), repeats=9),
+        "list_50_process_cpu_ms": median_cpu_ms(lambda: listing_process(LISTING, folder, 50), repeats=9),
+        "list_all_process_ms": median_ms(lambda: listing_process(LISTING, folder, 0), repeats=9),
+        "list_all_process_cpu_ms": median_cpu_ms(lambda: listing_process(LISTING, folder, 0), repeats=9),
+        "scan_all_process_ms": median_ms(lambda: listing_process(SCAN, plain, 0), repeats=9),
+        "index_bytes": (folder / "index.sqlite").stat().st_size,
+    }
+
+
+def print_table(record: dict) -> None:
+    rows = [
+        ("add, in bulk", record["add_ms_each"], ""),
+        ("resolve, median", record["resolve_p50_ms"], "2"),
+        ("resolve, 99 of 100", record["resolve_p99_ms"], "2"),
+        ("load one adapter", record["load_ms"], ""),
+        ("process that lists 50", record["list_50_process_ms"], "500"),
+        ("  its CPU time", record["list_50_process_cpu_ms"], ""),
+        ("process that lists all", record["list_all_process_ms"], "500"),
+        ("  its CPU time", record["list_all_process_cpu_ms"], ""),
+        ("process that scans plain folders", record["scan_all_process_ms"], ""),
+    ]
+    print(f"{record['num_adapters']} adapters, index of {record['index_bytes'] / 1e6:.1f} MB\n")
+    print(f"{'':34}{'ms':>10}{'aim':>8}")
+    for label, value, aim in rows:
+        print(f"{label:34}{value:>10.2f}{aim:>8}")
+    print()
+
+
+def about_this_run() -> dict:
+    git = ["git", "-C", str(REPOSITORY)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "sqlalchemy": sqlalchemy.__version__,
+        },
+        "commit": commit,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a file that the JSON line is appended to")
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = measure(Path(scratch), arguments.adapters, arguments.seed)
+    record = {
+        "benchmark": "registry",
+        "num_adapters": arguments.adapters,
+        "seed": arguments.seed,
+        **{name: round(value, 3) for name, value in measured.items()},
+        **about_this_run(),
+    }
+    print_table(record)
+    line = json.dumps(record)
+    print(line)
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
