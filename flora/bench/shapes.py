@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
 from flora.lowrank import LowRank
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -97,20 +96,3 @@ def random_factors(
         in_features, out_features = features(shape, module)
         factors[name] = LowRank(A=draw(rank, in_features), B=draw(out_features, rank))
     return factors
-
-
-def random_adapters(
-    shape: str, modules: Sequence[str], ranks: Sequence[int], num_adapters: int, base: BaseBinding
-) -> Iterator[Adapter]:
-    """`num_adapters` adapters; number i has rank ranks[i % len(ranks)].
-
-    From the ninth of a rank on the weights repeat, and a salt makes each an adapter of its own: loaded, kept and
-    evicted by itself, as an engine that keys adapters by name would.
-    """
-    drawn: dict[tuple[int, int], dict[str, LowRank]] = {}
-    for i in range(num_adapters):
-        rank, number = ranks[i % len(ranks)], i // len(ranks) % FILES_PER_RANK
-        if (rank, number) not in drawn:
-            drawn[rank, number] = random_factors(shape, modules, rank, number, torch.bfloat16)
-        recipe = Recipe(operation="import", method="random", options={"rank": rank, "number": number})
-        yield make_adapter(drawn[rank, number], base, recipe, bench_salt=str(i))

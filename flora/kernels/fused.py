@@ -12,6 +12,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See Ops.rms_norm.  Ground truth: pointwise.rms_norm."""
+    x = x.contiguous()  # heads of a fused product are not
     out = torch.empty_like(x)
     _launch_norm(x, x, weight, out, eps, add=False)
     return out

@@ -46,7 +46,7 @@ def build_engine(
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    dtype, device = _dtype(config.dtype), torch.device(config.device)
+    dtype, device = _dtype(config.dtype), _device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -156,6 +156,11 @@ def choose_ops(device: torch.device) -> Ops:
     from flora.kernels import TritonOps  # needs Triton
 
     return TritonOps.for_device(device)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """`python -m flora.serve.engine.load_worker SOCKET_FD ARENA_FD ARENA_BYTES`; the first frame is the EngineConfig."""
+    """Arguments: SOCKET_FD ARENA_FD ARENA_BYTES, all inherited; the first frame is the EngineConfig."""
     socket_fd, arena_fd, arena_bytes = map(int, sys.argv[1:])
     torch.set_num_threads(1)
     connection = Connection(socket_fd)

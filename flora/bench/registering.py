@@ -1,0 +1,50 @@
+"""Random adapters into a registry, by as many processes as there are different weights to draw."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from flora.adapter import BaseBinding, Recipe, make_adapter
+from flora.bench.shapes import FILES_PER_RANK, MODULE_SETS, random_factors
+from flora.registry import Registry
+from flora.serve.request import AdapterTarget
+
+
+def register_random_adapters(
+    registry: Path, shape: str, modules: str, ranks: Sequence[int], indices: Iterable[int], num_processes: int
+) -> dict[int, AdapterTarget]:
+    """Adapter number i has rank ranks[i % len(ranks)]; numbers that share weights differ by their salt alone."""
+    Registry.open(registry).close()  # made once, before many open it
+    shares: dict[tuple[int, int], list[int]] = {}
+    for i in sorted(set(indices)):
+        shares.setdefault((ranks[i % len(ranks)], i // len(ranks) % FILES_PER_RANK), []).append(i)
+    targets: dict[int, AdapterTarget] = {}
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
+        asked = [
+            pool.submit(_register, registry, shape, modules, rank, number, share)
+            for (rank, number), share in shares.items()
+        ]
+        for done in asked:
+            targets |= done.result()
+    return targets
+
+
+def _register(
+    registry: Path, shape: str, modules: str, rank: int, number: int, indices: list[int]
+) -> dict[int, AdapterTarget]:
+    import torch
+
+    torch.set_num_threads(1)
+    factors = random_factors(shape, MODULE_SETS[modules], rank, number, torch.bfloat16)
+    binding = BaseBinding(name=f"bench/{shape}", base_id=None)
+    recipe = Recipe(operation="import", method="random", options={"rank": rank, "number": number})
+    first = make_adapter(factors, binding, recipe)
+    targets = {}
+    with Registry.open(registry) as opened:
+        adapters = ((first.salted(str(i)), f"{modules}-{i}") for i in indices)
+        for i, version in zip(indices, opened.add_many(adapters), strict=True):
+            targets[i] = AdapterTarget(
+                serving_digest=version.serving_digest, version_digest=version.digest, label=version.name
+            )
+    return targets
