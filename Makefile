@@ -12,7 +12,7 @@ demo: $(VENV)/.serve
 	$(BIN)/flora demo
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-long: $(VENV)/.dev
 	FLORA_FULL=1 $(BIN)/python -m pytest --timeout 3600
