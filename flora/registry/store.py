@@ -22,6 +22,7 @@ from flora.errors import StoreError
 from flora.names import Digest
 
 _READ_BYTES = 1 << 22
+_MAX_VERIFIED = 10_000  # checked files that a store remembers
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "free some space (`flora gc` takes what nothing refers to) and run this again"),
     errno.EDQUOT: ("the disk quota is used up", "free some space (`flora gc` helps) and run this again"),
@@ -64,6 +65,7 @@ class BlobStore:
     """Blobs under one folder. Writing the same bytes twice is the same as once."""
 
     def __init__(self, root: Path) -> None:
+        self._verified: dict[str, tuple[int, int, int]] = {}  # by hex digest: inode, size and mtime when it was checked
         self._blobs = root / "blobs" / "sha256"
         self._tmp = root / "tmp"
 
@@ -105,17 +107,27 @@ class BlobStore:
         return data
 
     def verified_path(self, digest: Digest) -> Path:
-        """The blob's file, after reading all of it and checking it against `digest`: for readers that map files."""
+        """The blob's file, after reading all of it and checking it against `digest`: for readers that map files.
+
+        A file that this store has checked is not read again while its inode, size and mtime stay as they were.
+        """
         path = self._path(digest)
-        sha256 = hashlib.sha256()
         try:
             with path.open("rb") as file:
+                stat = os.fstat(file.fileno())
+                state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                if self._verified.get(digest.hex) == state:
+                    return path
+                sha256 = hashlib.sha256()
                 while piece := file.read(_READ_BYTES):
                     sha256.update(piece)
         except OSError as error:
             raise _unreadable(digest, error) from error
         if sha256.hexdigest() != digest.hex:
             raise _damaged(digest)
+        if len(self._verified) >= _MAX_VERIFIED:
+            self._verified.pop(next(iter(self._verified)))
+        self._verified[digest.hex] = state
         return path
 
     def size(self, digest: Digest) -> int | None:

@@ -1,0 +1,33 @@
+"""A blob is checked when it is read as a file, once for as long as the file stays as it was."""
+
+import os
+
+import pytest
+
+from flora.errors import StoreError
+from flora.names import Digest
+from flora.registry.store import BlobStore
+
+
+def test_a_file_that_changed_since_it_was_checked_is_checked_again(tmp_path):
+    store = BlobStore(tmp_path)
+    digest = Digest(store.put([b"0123456789"]).digest)
+    path = store.verified_path(digest)
+
+    os.chmod(path, 0o600)
+    path.write_bytes(b"012345678X")  # the same length
+    os.utime(path, ns=(1, 1))
+
+    with pytest.raises(StoreError):
+        store.verified_path(digest)
+
+
+def test_a_file_that_stayed_as_it_was_is_not_read_again(tmp_path, monkeypatch):
+    store = BlobStore(tmp_path)
+    digest = Digest(store.put([b"0123456789"]).digest)
+    store.verified_path(digest)
+    monkeypatch.setattr("flora.registry.store.hashlib.sha256", lambda: pytest.fail("it was hashed again"))
+
+    store.verified_path(digest)
+    with pytest.raises(pytest.fail.Exception):
+        BlobStore(tmp_path).verified_path(digest)  # another store has not checked it
