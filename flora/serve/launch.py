@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 << 10  # of a request
 _BACKLOG = 2048
+_SEND_BUFFER_BYTES = 256 << 10  # of a connection, in the kernel: enough for text, and bounded for who reads nothing
 _KEEP_ALIVE_S = 5  # an idle connection
 _LAST_WORDS_S = 2.0  # for answers that were cut short, and for connections, to get out
 _ENGINE_END_S = 5.0  # for a drained engine to end by itself
@@ -211,6 +212,7 @@ def _bound_socket(config: ServeConfig) -> Iterator[socket.socket]:
         ) from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         try:
             listener.bind(address)
         except OSError as error:

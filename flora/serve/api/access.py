@@ -56,7 +56,9 @@ class Access:
 
 
 def check_exposure(config: ServeConfig) -> None:
-    """Raises UsageError for a server that anyone on the network could use without a key."""
+    """Raises UsageError for a server that anyone on the network could use without a key, or with an empty one."""
+    if not all(key.strip() for key in config.api_keys):
+        raise UsageError("an API key is empty", fix="give a key of random characters, or none at all")
     if not config.api_keys and not config.insecure and not is_loopback(config.host):
         raise UsageError(
             f"{config.host} can be reached from other machines, and no API key is set",

@@ -10,7 +10,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-import flora
 from flora.errors import FloraError, RequestInvalid
 from flora.serve.api.access import Access, check_exposure
 from flora.serve.api.adapters import adapter_routes, model_routes
@@ -29,7 +28,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "bod
 def create_app(state: ServerState) -> FastAPI:
     """The application. Raises UsageError where the configuration would expose it to everyone."""
     check_exposure(state.config)
-    app = FastAPI(title="Flora", version=flora.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Flora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for routes in (generation_routes, model_routes, adapter_routes, operation_routes):
         app.include_router(routes(state))
     app.add_exception_handler(FloraError, _on_error)

@@ -40,8 +40,7 @@ _TABLE: dict[type[errors.FloraError], _Answer] = {
     errors.NameInvalid: _Answer(400),
     errors.BaseMismatch: _Answer(400, param="model"),
     errors.AdapterInvalid: _UNUSABLE_ADAPTER,
-    errors.ShapeMismatch: _UNUSABLE_ADAPTER,
-    errors.NotFinite: _UNUSABLE_ADAPTER,
+    errors.CheckpointError: _UNUSABLE_ADAPTER,  # the base's own are met before the server listens
     errors.AuthError: _Answer(401, type="authentication_error", code="invalid_api_key"),
     errors.PromptTooLong: _Answer(400, code="context_length_exceeded"),
     errors.RequestInvalid: _Answer(400, code="invalid_value"),
@@ -63,11 +62,12 @@ def envelope(error: BaseException) -> dict[str, Any]:
         return error_body(
             "the server met an error of its own; its log has more", type=answer.type, code="internal_error"
         )
-    parts = [error.what]
+    message = error.what
     if answer.status < 500 or answer.retry:
-        parts += [part for part in (error.cause, error.fix) if part]
+        message += f". Cause: {error.cause}" if error.cause else ""
+        message += f". Fix: {error.fix}" if error.fix else ""
     return error_body(
-        ". ".join(parts),
+        message,
         type=answer.type,
         param=error.values.get("param", answer.param),
         code=error.values.get("api_code") or answer.code or error.code,

@@ -16,7 +16,8 @@ from flora.serve.frontend.client import EngineClient
 from flora.serve.frontend.run import Run
 from flora.serve.messages import Heartbeat, Ready, ResidentAdapter
 
-MAX_ADAPTER_LABELS = 20  # the busiest; the others are summed up as "other"
+MAX_ADAPTER_LABELS = 20  # the busiest; the others are summed up
+OTHERS = "(others)"  # no adapter's name: a name has no parentheses
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -34,9 +35,11 @@ class Metrics:
         def seconds(name: str, documentation: str) -> Histogram:
             return Histogram(name, documentation, names, registry=self._registry, buckets=_SECONDS)
 
-        self._first_token = seconds("vllm:time_to_first_token_seconds", "From a request's arrival to its first token.")
+        self._first_token = seconds(
+            "vllm:time_to_first_token_seconds", "From a request's submission to its first token."
+        )
         self._gap = seconds("vllm:inter_token_latency_seconds", "Between two tokens of one choice.")
-        self._whole = seconds("vllm:e2e_request_latency_seconds", "From a request's arrival to its last token.")
+        self._whole = seconds("vllm:e2e_request_latency_seconds", "From a request's submission to its last token.")
         self._prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens of finished requests.")
         self._generation_tokens = counter("vllm:generation_tokens", "Tokens sent as answers.")
         self._success = counter("vllm:request_success", "Requests that came to their end.", "finished_reason")
@@ -128,7 +131,7 @@ class _EngineView(Collector):
         for label, count in _by_label(named).items():
             running.add_metric([self._base_name, label], count)
         if others:
-            running.add_metric([self._base_name, "other"], sum(adapter.running for adapter in others))
+            running.add_metric([self._base_name, OTHERS], sum(adapter.running for adapter in others))
         yield running
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",

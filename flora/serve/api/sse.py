@@ -24,13 +24,13 @@ def event(value: dict[str, Any]) -> bytes:
 async def stream_events(
     run: Run,
     shape: Shape,
-    first: tuple[int, Piece] | None,
+    found: tuple[int, Piece] | None,
     *,
     keepalive_s: float,
     includes_usage: bool,
     continues_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """The body of a streamed answer. `first`: a piece that was taken from the run already."""
+    """The body of a streamed answer. `found`: what was taken from the run already; None: nothing came for a while."""
 
     def written(chunks: list[dict[str, Any]]) -> bytes:
         if continues_usage:
@@ -42,8 +42,10 @@ async def stream_events(
     opened: set[int] = set()
     try:
         while True:
-            if first is not None:
-                index, piece = first
+            if found is None:
+                yield KEEP_ALIVE
+            else:
+                index, piece = found
                 if index not in opened:
                     opened.add(index)
                     yield written(shape.opening(index))
@@ -51,9 +53,7 @@ async def stream_events(
                     yield written(shape.chunks(index, piece))
             if run.is_finished:
                 break
-            first = await run.next(keepalive_s)
-            if first is None:
-                yield KEEP_ALIVE
+            found = await run.next(keepalive_s)
     except FloraError as error:  # the status line is gone: the error is the last thing in the stream
         log_failure(error)
         yield event(envelope(error))

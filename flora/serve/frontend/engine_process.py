@@ -16,6 +16,7 @@ from flora.serve.config import EngineConfig, encode_engine_config
 from flora.serve.frontend.refusals import error_of_code
 
 _LAST_LINES = 40  # of its log, for the message when it dies
+_LAST_WORDS_S = 1.0  # for what it wrote before its end to arrive
 _MAX_SOCKET_PATH = 100  # bytes; the kernel takes 107
 _LOG_LINE = re.compile(r"\S+ \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)")
 _FLORA_ERROR = re.compile(r"error\[(FL-[A-Z]+)\]: (.*)")
@@ -24,16 +25,16 @@ _FLORA_ERROR = re.compile(r"error\[(FL-[A-Z]+)\]: (.*)")
 class EngineProcess:
     """One engine. Use `started_engine`, which also ends it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, endpoint: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: asyncio.StreamReader, endpoint: str) -> None:
         self.endpoint = endpoint
         self._process = process
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-        self._relay = asyncio.create_task(self._relay_log())
+        self._relay = asyncio.create_task(self._relay_log(log))
 
     async def ended(self) -> FloraError:
         """Waits for its end; what it died of, as far as it said so."""
         code = await self._process.wait()
-        await self._relay
+        await asyncio.wait({self._relay}, timeout=_LAST_WORDS_S)
         how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
         return _last_error(list(self._last_lines)) or EngineDead(
             f"the engine process ended: {how}", cause=_last_words(list(self._last_lines)), fix="restart the server"
@@ -47,15 +48,15 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         await self._process.wait()
-        await self._relay
+        await asyncio.wait({self._relay}, timeout=_LAST_WORDS_S)
+        self._relay.cancel()
 
-    async def _relay_log(self) -> None:
+    async def _relay_log(self, log: asyncio.StreamReader) -> None:
         """Its stderr into this process's log, line by line."""
-        assert self._process.stderr is not None
         level, name = logging.INFO, "flora.serve.engine"
         while True:
             try:
-                line = (await self._process.stderr.readline()).decode(errors="replace")
+                line = (await log.readline()).decode(errors="replace")
             except ValueError:  # longer than the reader's limit, which has dropped it
                 continue
             if not line:
@@ -80,18 +81,36 @@ async def started_engine(config: EngineConfig, folder: Path) -> AsyncIterator[En
     config_file = folder / "engine.json"
     config_file.write_bytes(encode_engine_config(config))
     endpoint = f"ipc://{socket}"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "flora.serve.engine", "--config", str(config_file), "--endpoint", endpoint),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
+    async with _pipe() as (log, log_fd):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "flora.serve.engine", "--config", str(config_file), "--endpoint", endpoint),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=log_fd,
+        )
+        os.close(log_fd)
+        engine = EngineProcess(process, log, endpoint)
+        try:
+            yield engine
+        finally:
+            await engine.end()
+
+
+@contextlib.asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
+    """A reader, and the end to write to. asyncio's own pipe would keep `wait` from returning while a process of the
+    engine's outlives it.
+    """
+    read_fd, write_fd = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb")
     )
-    engine = EngineProcess(process, endpoint)
     try:
-        yield engine
+        yield reader, write_fd
     finally:
-        await engine.end()
+        transport.close()
 
 
 def _last_error(lines: list[str]) -> FloraError | None:

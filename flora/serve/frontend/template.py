@@ -86,8 +86,8 @@ class TemplateRenderer:
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
             await _end(worker)
             return Rendered(error=f"the chat template took longer than {job.seconds:g} s")
-        except BaseException:  # the request was given up
-            worker.kill()
+        except asyncio.CancelledError:  # the request was given up
+            await _end(worker)
             raise
         self._idle.append(worker)
         return msgspec.msgpack.decode(answer, type=Rendered)

@@ -89,6 +89,7 @@ def test_a_second_signal_ends_the_server_at_once(world: World, tmp_path: Path):
 def test_health_tells_of_an_engine_that_hangs_and_one_that_died(world: World):
     with running(world.config(engine_silence_s=1.0)) as server:
         engine = psutil.Process(server.engine_pid)
+        assert server.post("/v1/completions", {"model": "sql", "prompt": "x"}).status_code == 200
         stream = server.client().completions.create(**LONG, **ENDLESS, stream=True)
         next(stream)
 

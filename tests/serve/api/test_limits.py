@@ -22,9 +22,9 @@ LONG: dict[str, Any] = {"model": BASE, "prompt": "the", "max_tokens": 500, "temp
 
 @pytest.fixture(scope="module")
 def guarded(world: World) -> Iterator[Server]:
-    """One sequence at a time, deadlines of a second, and two keys."""
+    """Four sequences at a time, deadlines of a second, and two keys."""
     config = world.config(
-        engine={"max_sequences": 1},
+        engine={"max_sequences": 4, "max_waiting": 20},
         api_keys=("another", KEY),
         max_body_bytes=MAX_BODY,
         header_timeout_s=1.0,
@@ -148,12 +148,23 @@ def test_only_plain_json_is_read(guarded: Server):
 
 def test_a_waiting_stream_is_kept_alive_by_comments(guarded: Server):
     client = guarded.client(api_key=KEY)
-    asked = {name: value for name, value in LONG.items() if name != "ignore_eos"}
-    with client.completions.create(**asked, stream=True, extra_body={"ignore_eos": True}) as first:
+    with client.completions.create(model=BASE, prompt="the", max_tokens=400, n=16, stream=True) as first:
         next(first)
         with guarded.http.stream("POST", f"{guarded.url}/v1/completions", json=LONG | {"stream": True}) as second:
             assert second.status_code == 200
             assert next(second.iter_bytes()).startswith(b": keep-alive\n\n")
+
+
+def test_more_requests_than_the_queue_holds_are_sent_away_with_a_time_to_come_back(guarded: Server):
+    client = guarded.client(api_key=KEY)
+    with client.completions.create(model=BASE, prompt="the", max_tokens=400, n=16, stream=True) as first:
+        next(first)
+
+        answer = guarded.post("/v1/completions", LONG | {"n": 16})
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"]
+    assert answer.json()["error"]["code"] == "overloaded"
 
 
 def test_a_client_that_reads_nothing_is_dropped_and_its_pages_come_back(guarded: Server):
@@ -228,5 +239,7 @@ def test_a_server_that_everyone_could_reach_needs_a_key(world: World):
             check_exposure(world.config(host=host))
         check_exposure(world.config(host=host, api_keys=("k",)))
         check_exposure(world.config(host=host, insecure=True))
+        with pytest.raises(UsageError, match="empty"):
+            check_exposure(world.config(host=host, api_keys=("k", " ")))
     for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"):
         check_exposure(world.config(host=host))
