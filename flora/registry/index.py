@@ -2,10 +2,12 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 from sqlalchemy import func, select
 
@@ -20,7 +22,8 @@ _VERSION = (
     versions.c.base_id, versions.c.base_name, versions.c.max_rank, versions.c.num_modules, versions.c.num_bytes,
     versions.c.kept_share, versions.c.operation, versions.c.parents,
 )  # fmt: skip
-_FIELDS = [column.name for column in _VERSION]
+_CREATED_AT = [column.name for column in _VERSION].index("created_at")
+_PARENTS = msgspec.json.Decoder(tuple[str, ...])
 _NAMED = versions.join(names, names.c.id == versions.c.name_id)
 _POINTED = _NAMED.join(aliases, aliases.c.version_id == versions.c.id)
 
@@ -86,22 +89,20 @@ def history_of(connection: sa.Connection, name: str, alias: str) -> list[AliasMo
 def entries(connection: sa.Connection, prefix: str, limit: int | None, offset: int) -> list[Entry]:
     """One entry per name that has versions, in the order of names: two queries, however many names there are."""
     page = _listed(prefix).limit(limit).offset(offset).subquery("page")
-    groups = (
-        select(versions.c.name_id, func.count().label("num_versions"), func.max(versions.c.id).label("newest"))
-        .where(versions.c.name_id.in_(select(page.c.id)))
-        .group_by(versions.c.name_id)
-        .subquery("groups")
-    )
 
     def pointed(alias: str) -> sa.ScalarSelect[Any]:
-        query = select(aliases.c.version_id).where(aliases.c.name_id == groups.c.name_id, aliases.c.alias == alias)
-        return query.correlate(groups).scalar_subquery()
+        query = select(aliases.c.version_id).where(aliases.c.name_id == page.c.id, aliases.c.alias == alias)
+        return query.correlate(page).scalar_subquery()
 
-    chosen = func.coalesce(*(pointed(alias) for alias in _DEFAULT_ALIASES), groups.c.newest)
+    def of_versions(what: Callable[..., sa.ColumnElement[int]]) -> sa.ScalarSelect[Any]:
+        counted = versions.alias("counted")
+        return select(what(counted.c.id)).where(counted.c.name_id == page.c.id).correlate(page).scalar_subquery()
+
+    chosen = func.coalesce(*(pointed(alias) for alias in _DEFAULT_ALIASES), of_versions(func.max))
     rows = connection.execute(
-        select(groups.c.num_versions, *_VERSION)
-        .select_from(groups.join(versions, versions.c.id == chosen).join(names, names.c.id == groups.c.name_id))
-        .order_by(names.c.name)
+        select(of_versions(func.count), page.c.name, *_VERSION[1:])
+        .select_from(page.join(versions, versions.c.id == chosen))
+        .order_by(page.c.name)
     ).all()
     pointers: dict[str, dict[str, int]] = {}
     query = select(names.c.name, aliases.c.alias, versions.c.number).select_from(_POINTED)
@@ -174,7 +175,7 @@ def dangling_aliases(connection: sa.Connection) -> list[tuple[str, str]]:
 def _listed(prefix: str) -> sa.Select[Any]:
     """Ids and names, in order, of the names with versions that start with `prefix`."""
     in_range = sa.and_(names.c.name >= prefix, names.c.name < prefix + "\x7f")  # names are ASCII
-    query = select(names.c.id, names.c.name).where(in_range, names.c.id.in_(select(versions.c.name_id)))
+    query = select(names.c.id, names.c.name).where(in_range, sa.exists().where(versions.c.name_id == names.c.id))
     return query.order_by(names.c.name)
 
 
@@ -184,7 +185,8 @@ def _first(connection: sa.Connection, query: sa.Select[Any], **values: Any) -> V
 
 
 def _version(row: Any) -> Version:
-    values = dict(zip(_FIELDS, row, strict=True))
-    values["created_at"] = datetime.fromisoformat(values["created_at"])
-    values["parents"] = tuple(json.loads(values["parents"]))
-    return Version(**values)
+    """The version of a row with the columns of `_VERSION`, by position: a listing may have 10,000 of them."""
+    values = list(row)
+    values[_CREATED_AT] = datetime.fromisoformat(values[_CREATED_AT])
+    values[-1] = _PARENTS.decode(values[-1])
+    return Version(*values)

@@ -18,8 +18,8 @@ _MAX_KEYS = 4096  # each may be tried on each module
 _MAX_REGEX_KEYS = 64
 _MAX_UNBOUNDED = 2  # of * and + in one key: matching is then at most cubic in the length of a name
 _PLAIN = re.compile(r"\^?(?:\\[.\-]|[\w.\-])+\$?")
-_QUANTIFIED_GROUP = re.compile(r"\)[*+{]")
-_SPECIAL_GROUP = re.compile(r"\(\?(?!:)|\\[1-9]|\{")  # lookaround, flags, back references, counted repeats
+_WILD = re.compile(r"\)[*+]|\(\?(?!:)|\{")  # a repeated group; lookaround or flags; a counted repeat
+_BACK_REFERENCE = re.compile(r"\\[1-9]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ def anchored(module: str) -> str:
 def _matcher(key: str, field: str) -> Callable[[str], bool]:
     if _PLAIN.fullmatch(key):
         return _plain_matcher(key)
-    unbounded = len(re.findall(r"(?<!\\)[*+]", key))
-    if len(key) > _MAX_KEY or unbounded > _MAX_UNBOUNDED or _QUANTIFIED_GROUP.search(key) or _SPECIAL_GROUP.search(key):
+    bare = re.sub(r"\\.", "_", key)  # what is escaped stands for itself
+    is_tame = len(re.findall(r"[*+]", bare)) <= _MAX_UNBOUNDED and not _WILD.search(bare)
+    if len(key) > _MAX_KEY or not is_tame or _BACK_REFERENCE.search(key):
         raise AdapterInvalid(
             f"{field} has the key {key[:80]!r}, a regular expression that could take very long to match",
             fix="write module names instead, each with its own value",

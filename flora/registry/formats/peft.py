@@ -76,7 +76,7 @@ def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> l
     A folder that Flora wrote is replaced. Raises UsageError if anything else is there, StoreError.
     """
     folder = folder.absolute()
-    _check_replaceable(folder)
+    check_replaceable(folder)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
@@ -203,7 +203,8 @@ def _read_extra(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raises UsageError if `save_peft` would refuse to write there."""
     if not folder.exists():
         return
     if not folder.is_dir():
