@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, padded
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import DecodeTuning, ExpandTuning, PrefillTuning, ShrinkTuning, Tuning
+from flora.kernels.tuning import Tuning
 
 SEED = 20261121
 RANKS = (8, 16, 32, 64)
@@ -272,19 +272,17 @@ def padded_baseline(bench: Bench, n: int, rank: int) -> None:
 
 def bench_shared(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]) -> None:
     """Decode rows that share adapters, a batch without any, and a prefill of one adapter."""
-    layers, n = weights.modules.shape[1], len(ranks)
-    cases: tuple[tuple[str, list[int], int, int], ...] = (
-        ("4 adapters, 32 rows each", [0, 1, 2, 3], 16, n // 4),
-        ("no adapter", [], 16, 0),
-        ("prefill 2048, 1 adapter", [ranks.index(64)], 64, 2048),
+    layers, n, top = weights.modules.shape[1], len(ranks), max(ranks)
+    hot = [ranks.index(rank) for rank in RANKS]
+    cases = (
+        ("4 adapters, a quarter of the rows each", work_list(bench, hot, 16, n // 4, top), n),
+        ("one adapter of rank 64", work_list(bench, hot[-1:], 16, n, top), n),
+        ("no adapter", WorkList.build([], block_rows=16, max_rank=top, capacity=n, device=bench.device), n),
+        ("prefill of 2048, rank 64", work_list(bench, hot[-1:], 64, 2048, top), 2048),
+        ("prefill of 2048, rank 16", work_list(bench, hot[1:2], 64, 2048, top), 2048),
     )
-    for name, slots, block_rows, rows_each in cases:
-        work = work_list(bench, slots, block_rows, rows_each, max(ranks))
-        if not slots:
-            work = work_list(bench, list(range(n)), 16, 1, max(ranks))
-            work.num_segments.zero_()
-        data = lora_inputs(bench, max(n, len(slots) * rows_each), ALL)
-        seconds = bench.seconds(lora_step(bench, ops, weights, ALL, work, data))
+    for name, work, rows in cases:
+        seconds = bench.seconds(lora_step(bench, ops, weights, ALL, work, lora_inputs(bench, rows, ALL)))
         bench.record(op="lora", case=name, modules="all seven", us_per_layer=seconds / layers * 1e6)
 
 
@@ -379,64 +377,82 @@ def copy_rate(bench: Bench) -> None:
     bench.record(op="copy", tb_s=2 * source.numel() * 4 / seconds / 1e12)
 
 
-def variants() -> Iterator[tuple[str, Tuning]]:
-    """The tilings that were tried; the defaults in flora/kernels/tuning.py are the winners."""
-    for split, block_k, lanes, warps, stages, programs in (
-        (1024, 128, 4, 4, 5, 32), (1024, 128, 4, 4, 5, 16), (1024, 128, 4, 4, 5, 128), (1024, 128, 2, 4, 5, 32),
-        (1024, 128, 1, 4, 5, 32), (512, 128, 4, 4, 4, 32), (512, 128, 2, 4, 5, 32), (512, 128, 1, 4, 5, 32),
-        (1024, 256, 4, 4, 4, 32), (1024, 256, 2, 8, 4, 32), (2048, 128, 4, 4, 5, 32), (1024, 128, 4, 2, 5, 32),
-        (1024, 64, 4, 4, 6, 32), (256, 128, 1, 4, 3, 32),
-    ):  # fmt: skip
-        tuning = ShrinkTuning(split, block_k, 16, lanes, warps, stages, programs)
-        yield "shrink", Tuning(shrink=tuning)
-    for block_n, block_rank, warps, stages, programs in (
-        (256, 16, 8, 3, 32), (256, 16, 8, 3, 8), (256, 16, 8, 3, 128), (256, 16, 8, 1, 32), (256, 16, 4, 3, 32),
-        (256, 16, 4, 1, 32), (128, 16, 4, 3, 32), (128, 16, 4, 1, 32), (128, 32, 4, 1, 32), (128, 32, 4, 3, 32),
-        (512, 16, 8, 3, 32), (256, 32, 8, 3, 32), (256, 32, 8, 1, 32), (128, 64, 8, 1, 32), (512, 16, 8, 1, 32),
-    ):  # fmt: skip
-        yield "expand", Tuning(expand=ExpandTuning(block_n, block_rank, warps, stages, programs_per_sm=programs))
-    for split, block, warps, stages in (
-        (512, 64, 4, 5), (512, 64, 4, 3), (256, 64, 4, 5), (1024, 64, 4, 5), (512, 32, 4, 5), (512, 128, 4, 5),
-        (512, 128, 8, 3), (256, 32, 4, 5), (512, 32, 2, 5), (256, 32, 2, 5), (512, 32, 4, 7),
-    ):  # fmt: skip
-        yield "decode", Tuning(decode=DecodeTuning(split, block, 16, warps, stages))
+def variants() -> Iterator[tuple[str, dict[str, int]]]:
+    """The tilings that were tried around the defaults of flora/kernels/tuning.py, which are the winners."""
+    for part in ("shrink", "expand", "wide shrink", "wide expand", "decode", "prefill"):
+        yield part, {}
+    for warps, vector_k in ((1, 128), (2, 256), (2, 512)):
+        yield "shrink", {"shrink_warps": warps, "shrink_vector_k": vector_k}
+    for split, lanes in ((512, 4), (512, 2), (1024, 2), (2048, 4), (2048, 8), (1024, 8)):
+        yield "shrink", {"split_elements": split, "shrink_lanes": lanes}
+    for programs in (16, 64, 128):
+        yield "shrink", {"programs_per_sm": programs}
+        yield "expand", {"programs_per_sm": programs}
+    for warps, vector_n in ((1, 128), (1, 512), (2, 512), (2, 256), (4, 1024)):
+        yield "expand", {"expand_warps": warps, "expand_vector_n": vector_n}
+    yield "expand", {"max_splits": 4}
+    for rank, warps, matrix_k in ((64, 4, 128), (64, 8, 128), (32, 4, 64), (32, 4, 128), (16, 4, 128)):
+        yield "wide shrink", {"block_rank": rank, "shrink_warps": warps, "shrink_matrix_k": matrix_k}
+    for split in (1024, 4096):
+        yield "wide shrink", {"split_elements": split, "max_splits": 8 if split == 1024 else 4}
+        yield "wide expand", {"split_elements": split, "max_splits": 8 if split == 1024 else 4}
+    for rank, warps, tile in ((64, 8, 128), (32, 4, 128), (32, 8, 128), (64, 4, 64), (32, 8, 256), (16, 4, 128)):
+        sizes = {"expand_vector_n": tile, "expand_matrix_n": tile}
+        yield "wide expand", {"block_rank": rank, "expand_warps": warps, **sizes}
+    for split, block, warps, stages in ((1024, 64, 4, 3), (512, 64, 4, 5), (512, 32, 4, 4), (512, 64, 8, 3)):
+        sizes = {"split_tokens": split, "block_tokens": block}
+        yield "decode", {**sizes, "num_warps": warps, "num_stages": stages}
     for rows, block, warps, stages in (
-        (128, 64, 8, 3),
-        (128, 64, 8, 5),
-        (128, 128, 8, 3),
-        (64, 64, 4, 3),
+        (128, 128, 8, 5),
+        (128, 32, 8, 5),
         (64, 64, 4, 5),
+        (128, 64, 4, 5),
+        (128, 64, 8, 7),
     ):
-        yield "prefill", Tuning(prefill=PrefillTuning(rows, block, warps, stages))
+        yield "prefill", {"block_rows": rows, "block_tokens": block, "num_warps": warps, "num_stages": stages}
+
+
+TUNED = {"shrink": "lora", "expand": "lora", "wide shrink": "wide_lora", "wide expand": "wide_lora"}  # fields of Tuning
 
 
 def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> None:
     """Microseconds of every tiling, or of each `shard[1]`-th from `shard[0]` on (to compile them in parallel first)."""
-    work = work_list(bench, list(range(len(ranks))), 16, 1, max(ranks))
-    data = lora_inputs(bench, len(ranks), ALL)
-    for kind, tuning in list(variants())[shard[0] :: shard[1]]:
-        tiles = str(list(dataclasses.asdict(getattr(tuning, kind)).values()))
+    decode = work_list(bench, list(range(len(ranks))), 16, 1, max(ranks))
+    prefill = work_list(bench, [ranks.index(max(ranks))], 64, 2048, max(ranks))
+    for part, sizes in list(variants())[shard[0] :: shard[1]]:
+        field = TUNED.get(part, part)
+        tuning = dataclasses.replace(Tuning(), **{field: dataclasses.replace(getattr(Tuning(), field), **sizes)})
+        chosen = TritonOps(ops.num_sms, tuning, overlap=ops.overlap)
+        work, n = (prefill, 2048) if part.startswith("wide") else (decode, len(ranks))
         try:
-            found = time_variant(bench, TritonOps(ops.num_sms, tuning, overlap=ops.overlap), kind, weights, work, data)
+            if "shrink" in part or "expand" in part:
+                found = time_lora(bench, chosen, part, weights, work, lora_inputs(bench, n, ALL))
+            else:
+                found = time_attention(bench, chosen, part)
         except (RuntimeError, triton.runtime.errors.TritonError) as error:  # a tiling that does not fit the device
-            bench.record(sweep=kind, tuning=tiles, failed=type(error).__name__)
+            bench.record(sweep=part, tiling=str(sizes), failed=type(error).__name__)
         else:
-            bench.record(sweep=kind, tuning=tiles, **found)
+            bench.record(sweep=part, tiling=str(sizes), **found)
 
 
-def time_variant(
-    bench: Bench, ops: Ops, kind: str, weights: AdapterWeights, work: WorkList, data: Inputs
+def time_lora(
+    bench: Bench, ops: Ops, part: str, weights: AdapterWeights, work: WorkList, data: Inputs
 ) -> dict[str, float]:
-    layers = weights.modules.shape[1]
-    if kind == "shrink":
-        steps = {g.name: shrink_step(bench, ops, weights, g, work, data[g][0]) for g in ALL}
-        return {name: bench.seconds(step) / layers * 1e6 for name, step in steps.items()}
-    if kind == "expand":
-        steps = {g.name: expand_step(bench, ops, weights, g, work, *data[g]) for g in ALL}
-        return {name: bench.seconds(step) / layers * 1e6 for name, step in steps.items()}
-    shapes = ((128, 512, 1), (128, 2048, 1)) if kind == "decode" else ((1, 2048, 2048), (4, 2048, 512))
     found = {}
-    for batch, context, queries in shapes:
+    for group, (x, y) in data.items():
+        if "shrink" in part:
+            step = shrink_step(bench, ops, weights, group, work, x)
+        else:
+            step = expand_step(bench, ops, weights, group, work, x, y)
+        found[group.name] = bench.seconds(step) / weights.modules.shape[1] * 1e6
+    return found
+
+
+def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
+    found = {}
+    for batch, context, queries in (
+        ((128, 512, 1), (128, 2048, 1)) if part == "decode" else ((1, 2048, 2048), (4, 2048, 512))
+    ):
         step, _ = attention_step(bench, ops, batch, context, queries)
         found[f"{batch}x{context}"] = bench.seconds(step) / 2 * 1e6
     return found

@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from flora.kernels.lora_shrink import matrix_offsets
 from flora.kernels.modules import CHUNK, MODULES, Group
-from flora.kernels.tuning import ExpandTuning, grid_size
+from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -22,19 +23,19 @@ def lora_expand(
     out_starts: Sequence[int],
     out_sizes: Sequence[int],
     work: WorkList,
-    tuning: ExpandTuning,
+    tuning: LoraTuning,
     *,
     num_sms: int,
     overlap: bool,
 ) -> None:
-    """See Ops.lora_expand. In fp16 the shrunk values must lie within fp16's range.
+    """y[i, slice s] += scale_s * v[i, s] @ B_s.T, v summed over its partials. In fp16, v must lie in fp16's range.
 
-    overlap  may start while the launch before it on the stream ends, which must then be the lora_shrink that made v
-
+    v        [splits, n, num_slices, width], what this room's Triton lora_shrink returned for the same work and tuning
+    overlap  may start while the launch before it on the stream ends
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """
-    block_n = min(tuning.block_n, weights.alignment)
-    tiles = sum(triton.cdiv(size, block_n) for size in out_sizes)
+    vector_n = min(tuning.expand_vector_n, weights.alignment)
+    tiles = sum(triton.cdiv(size, vector_n) for size in out_sizes)
     items = work.segments.shape[0] * tiles
     if items == 0 or y.shape[0] == 0:
         return
@@ -54,18 +55,19 @@ def lora_expand(
         weights.pool.shape[1] // CHUNK,
         layer * len(MODULES) + group.value[0],
         y.stride(0),
-        v.stride(0),
-        v.stride(1),
+        *v.stride()[:3],
         weights.cells.stride(0),
         weights.modules.stride(0),
         weights.scales.stride(0),
         SPLITS=v.shape[0],
+        SINGLE_ROWS=work.block_rows <= 16,
+        VECTOR_N=vector_n,
+        MATRIX_N=min(tuning.expand_matrix_n, vector_n),
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
-        BLOCK_N=block_n,
         OVERLAP=overlap,
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
+        num_warps=tuning.expand_warps,
+        num_stages=tuning.expand_stages,
         **({"launch_pdl": True} if overlap else {}),
     )
 
@@ -91,18 +93,21 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     y_row_stride,
     v_split_stride,
     v_row_stride,
+    v_slice_stride,
     cells_slot_stride,
     modules_slot_stride,
     scales_slot_stride,
     SPLITS: tl.constexpr,
+    SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
+    VECTOR_N: tl.constexpr,  # outputs per item
+    MATRIX_N: tl.constexpr,  # outputs per tensor core product
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
-    tiles_0 = tl.cdiv(size_0, BLOCK_N)
-    tiles_1 = tl.cdiv(size_1, BLOCK_N)
-    num_tiles = tiles_0 + tiles_1 + tl.cdiv(size_2, BLOCK_N)
+    tiles_0 = tl.cdiv(size_0, VECTOR_N)
+    tiles_1 = tl.cdiv(size_1, VECTOR_N)
+    num_tiles = tiles_0 + tiles_1 + tl.cdiv(size_2, VECTOR_N)
     num_items = tl.load(p_num_segments) * num_tiles
     for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
         i_tile = item % num_tiles
@@ -113,46 +118,112 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
 
         p_segment = p_segments + item // num_tiles * 3
         slot = tl.load(p_segment).to(tl.int64)
-        first_row = tl.load(p_segment + 1)
+        first_row = tl.load(p_segment + 1).to(tl.int64)
         num_rows = tl.load(p_segment + 2)
-        p_record = p_modules + slot * modules_slot_stride + first_module * 3
-        column = tl.where(i_slice > 0, tl.load(p_record), 0)
-        column += tl.where(i_slice > 1, tl.load(p_record + 3, mask=i_slice > 1, other=0), 0)
-        rank = tl.load(p_record + 3 * i_slice)
-        b_chunk = tl.load(p_record + 3 * i_slice + 2)
+        p_record = p_modules + slot * modules_slot_stride + (first_module + i_slice) * 3
+        rank = tl.load(p_record)
+        b_chunk = tl.load(p_record + 2)
         scale = tl.load(p_scales + slot * scales_slot_stride + first_module + i_slice)
-
-        o_rows = tl.arange(0, BLOCK_ROWS)
-        m_rows = o_rows < num_rows
-        rows = (first_row + o_rows).to(tl.int64)
-        n = i_tile * BLOCK_N
-        o_n = tl.arange(0, BLOCK_N)
-        m_n = n + o_n < size
-        b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+        p_slot_cells = p_cells + slot * cells_slot_stride
+        p_rows_v = p_v + first_row * v_row_stride + i_slice * v_slice_stride
+        p_rows_y = p_y + first_row * y_row_stride + start
+        row_chunks = tl.cdiv(size, 64)
         if OVERLAP:
             gdc_wait()
-        for j in range(0, rank, BLOCK_RANK):
-            o_j = j + tl.arange(0, BLOCK_RANK)
-            m_j = o_j < rank
-            chunk = b_chunk + o_j * tl.cdiv(size, 64) + n // 64
-            cell = tl.load(p_cells + slot * cells_slot_stride + chunk // cell_chunks, mask=m_j, other=0)
-            # int64: a bf16 pool over 4 GiB passes 2**31 elements
-            o_b = cell.to(tl.int64) * (cell_chunks * 64) + chunk % cell_chunks * 64
-            b_b = tl.load(
-                p_pool + o_b[:, None] + o_n[None, :], mask=m_j[:, None] & m_n[None, :], other=0.0
-            )  # [BLOCK_RANK, BLOCK_N]
-            p_partial = p_v + rows[:, None] * v_row_stride + (column + o_j)[None, :]
-            b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
-            for s in tl.static_range(SPLITS):
-                b_v += tl.load(p_partial + s * v_split_stride, mask=m_rows[:, None] & m_j[None, :], other=0.0)
-            # v in two terms of the weights' dtype: a tensor core product that keeps twice its digits
-            b_high = b_v.to(b_b.dtype)
-            b_delta = tl.dot(b_high, b_b, b_delta, input_precision="ieee")
-            if b_b.dtype != tl.float32:
-                b_low = (b_v - b_high.to(tl.float32)).to(b_b.dtype)
-                b_delta = tl.dot(b_low, b_b, b_delta, input_precision="ieee")
         if rank > 0:
-            p_out = p_y + rows[:, None] * y_row_stride + (start + n + o_n)[None, :]
-            m_out = m_rows[:, None] & m_n[None, :]
-            b_y = tl.load(p_out, mask=m_out, other=0.0)
-            tl.store(p_out, (b_y.to(tl.float32) + scale * b_delta).to(b_y.dtype), mask=m_out)
+            n = i_tile * VECTOR_N
+            if SINGLE_ROWS and num_rows == 1:
+                _expand_row(
+                    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size,
+                    v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N,
+                )  # fmt: skip
+            else:
+                for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
+                    _expand_rows(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n_part,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS, BLOCK_RANK,
+                        MATRIX_N,
+                    )  # fmt: skip
+
+
+@triton.jit
+def _expand_row(  # type: ignore[no-untyped-def]
+    p_y,
+    p_v,
+    p_pool,
+    p_slot_cells,
+    b_chunk,
+    row_chunks,
+    cell_chunks,
+    rank,
+    scale,
+    n,
+    size,
+    v_split_stride,
+    SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One row: a matrix-vector product in float32, every weight straight into registers."""
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = n + o_n < size
+    b_y = tl.load(p_y + n + o_n, mask=m_n, other=0.0)
+    b_delta = tl.zeros((BLOCK_N,), tl.float32)
+    for j in range(0, rank, BLOCK_RANK):
+        o_j = j + tl.arange(0, BLOCK_RANK)
+        m_j = o_j < rank
+        o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
+        b_b = tl.load(p_pool + o_b[:, None] + o_n[None, :], mask=m_j[:, None] & m_n[None, :], other=0.0)
+        b_v = tl.zeros((BLOCK_RANK,), tl.float32)
+        for s in tl.static_range(SPLITS):
+            b_v += tl.load(p_v + s * v_split_stride + o_j)
+        b_delta += tl.sum(b_v[:, None] * b_b.to(tl.float32), 0)
+    tl.store(p_y + n + o_n, (b_y.to(tl.float32) + scale * b_delta).to(b_y.dtype), mask=m_n)
+
+
+@triton.jit
+def _expand_rows(  # type: ignore[no-untyped-def]
+    p_y,
+    p_v,
+    p_pool,
+    p_slot_cells,
+    b_chunk,
+    row_chunks,
+    cell_chunks,
+    rank,
+    scale,
+    n,
+    size,
+    num_rows,
+    y_row_stride,
+    v_split_stride,
+    v_row_stride,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Several rows: v in two terms of the weights' dtype, a tensor core product that keeps twice its digits."""
+    rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    m_rows = rows < num_rows
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = n + o_n < size
+    b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+    for j in range(0, rank, BLOCK_RANK):
+        o_j = j + tl.arange(0, BLOCK_RANK)
+        m_j = o_j < rank
+        o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
+        b_b = tl.load(p_pool + o_b[:, None] + o_n[None, :], mask=m_j[:, None] & m_n[None, :], other=0.0)
+        b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
+        for s in range(SPLITS):
+            p_partial = p_v + s * v_split_stride + rows[:, None] * v_row_stride + o_j[None, :]
+            b_v += tl.load(p_partial, mask=m_rows[:, None], other=0.0)
+        b_high = b_v.to(b_b.dtype)
+        b_delta = tl.dot(b_high, b_b, b_delta, input_precision="ieee")
+        if b_b.dtype != tl.float32:
+            b_low = (b_v - b_high.to(tl.float32)).to(b_b.dtype)
+            b_delta = tl.dot(b_low, b_b, b_delta, input_precision="ieee")
+    p_out = p_y + rows[:, None] * y_row_stride + (n + o_n)[None, :]
+    m_out = m_rows[:, None] & m_n[None, :]
+    b_y = tl.load(p_out, mask=m_out, other=0.0)
+    tl.store(p_out, (b_y.to(tl.float32) + scale * b_delta).to(b_y.dtype), mask=m_out)

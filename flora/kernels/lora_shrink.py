@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from flora.kernels.modules import CHUNK, MODULES, Group, padded
-from flora.kernels.tuning import ShrinkTuning, grid_size
+from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -18,20 +18,25 @@ def lora_shrink(
     layer: int,
     group: Group,
     work: WorkList,
-    tuning: ShrinkTuning,
+    tuning: LoraTuning,
     *,
     num_sms: int,
     overlap: bool,
 ) -> Tensor:
-    """float32 partials [splits, n, width] of Ops.lora_shrink; splits depends on in_features alone.
+    """float32 partials [splits, n, num_slices, width] of x[i] @ A_s.T; splits depends on in_features alone.
 
+    overlap  let the launch that follows, lora_expand, start while this one ends
+    returns  values up to each rank's next multiple of block_rank; what lies past that is never written.
     Ground truth: ReferenceOps.lora_shrink.  Source: Punica (arXiv:2310.18547), SGMV.
     """
     n, in_features = x.shape
-    splits = triton.cdiv(in_features, tuning.split_elements)
-    v = torch.empty(splits, n, work.max_rank * len(group.value), dtype=torch.float32, device=x.device)
-    span = min(weights.alignment, tuning.split_elements)
-    items = work.segments.shape[0] * len(group.value) * tuning.rank_lanes * splits
+    num_slices = len(group.value)
+    split = tuning.split_of(in_features)
+    splits = triton.cdiv(in_features, split)
+    width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
+    v = torch.empty(splits, n, num_slices, width, dtype=torch.float32, device=x.device)
+    span = min(weights.alignment, split)
+    items = work.segments.shape[0] * num_slices * tuning.shrink_lanes * splits
     if items == 0 or n == 0:
         return v
     _lora_shrink_kernel[(grid_size(items, tuning.programs_per_sm, num_sms),)](
@@ -49,20 +54,21 @@ def lora_shrink(
         x.stride(0),
         weights.cells.stride(0),
         weights.modules.stride(0),
-        v.stride(0),
-        v.stride(1),
-        NUM_SLICES=len(group.value),
+        *v.stride()[:3],
+        NUM_SLICES=num_slices,
         SPLITS=splits,
-        SPLIT=tuning.split_elements,
+        SPLIT=split,
         SPAN=span,
-        BLOCK_K=min(tuning.block_k, span),
+        SINGLE_ROWS=work.block_rows <= 16,
+        VECTOR_K=min(tuning.shrink_vector_k, span),
+        MATRIX_K=min(tuning.shrink_matrix_k, span),
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
-        RANK_LANES=tuning.rank_lanes,
+        RANK_LANES=tuning.shrink_lanes,
         SAME_DTYPE=x.dtype == weights.pool.dtype,
         OVERLAP=overlap,
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
+        num_warps=tuning.shrink_warps,
+        num_stages=tuning.shrink_stages,
     )
     return v
 
@@ -85,11 +91,14 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     modules_slot_stride,
     v_split_stride,
     v_row_stride,
+    v_slice_stride,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,  # input elements that one partial sums
     SPAN: tl.constexpr,  # elements of a stored row that lie in one cell wherever they start
-    BLOCK_K: tl.constexpr,
+    SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
+    VECTOR_K: tl.constexpr,
+    MATRIX_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
@@ -105,46 +114,107 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         i_slice = item // (SPLITS * RANK_LANES) % NUM_SLICES
         p_segment = p_segments + item // (SPLITS * RANK_LANES * NUM_SLICES) * 3
         slot = tl.load(p_segment).to(tl.int64)
-        first_row = tl.load(p_segment + 1)
+        first_row = tl.load(p_segment + 1).to(tl.int64)
         num_rows = tl.load(p_segment + 2)
+        p_record = p_modules + slot * modules_slot_stride + record_offset + 3 * i_slice
+        rank = tl.load(p_record)
+        a_chunk = tl.load(p_record + 1)
+        p_slot_cells = p_cells + slot * cells_slot_stride
+        p_rows_x = p_x + first_row * x_row_stride
+        p_rows_v = p_v + i_split * v_split_stride + first_row * v_row_stride + i_slice * v_slice_stride
+        k_begin = i_split * SPLIT
+        k_end = tl.minimum(in_features, k_begin + SPLIT)
+        if SINGLE_ROWS and num_rows == 1:
+            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
+                b_v = _shrink_row(
+                    p_rows_x, p_pool, p_slot_cells, a_chunk, row_chunks, cell_chunks, j, rank, k_begin, k_end,
+                    SPAN, BLOCK_RANK, VECTOR_K,
+                )  # fmt: skip
+                tl.store(p_rows_v + j + tl.arange(0, BLOCK_RANK), b_v)
+        else:
+            o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+            m_rows = (o_rows < num_rows)[:, None]
+            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
+                b_v = _shrink_rows(
+                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                    cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, MATRIX_K, SAME_DTYPE,
+                )  # fmt: skip
+                o_j = j + tl.arange(0, BLOCK_RANK)
+                tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
 
-        p_record = p_modules + slot * modules_slot_stride + record_offset
-        column = 0  # of this slice in v: the ranks of the slices before it
-        for s in tl.static_range(NUM_SLICES):
-            column += tl.where(s < i_slice, tl.load(p_record + 3 * s), 0)
-        rank = tl.load(p_record + 3 * i_slice)
-        a_chunk = tl.load(p_record + 3 * i_slice + 1)
 
-        o_rows = tl.arange(0, BLOCK_ROWS)
-        m_rows = o_rows < num_rows
-        rows = (first_row + o_rows).to(tl.int64)
-        o_k = tl.arange(0, BLOCK_K)
-        for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-            o_j = j + tl.arange(0, BLOCK_RANK)
-            m_j = o_j < rank
-            b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
-            k_end = tl.minimum(in_features, (i_split + 1) * SPLIT)
-            for k_span in range(i_split * SPLIT, k_end, SPAN):
-                chunk = a_chunk + o_j * row_chunks + k_span // 64
-                cell = tl.load(p_cells + slot * cells_slot_stride + chunk // cell_chunks, mask=m_j, other=0)
-                # int64: a bf16 pool over 4 GiB passes 2**31 elements
-                o_a = cell.to(tl.int64) * (cell_chunks * 64) + chunk % cell_chunks * 64
-                for k_block in range(0, SPAN, BLOCK_K):
-                    k = k_span + k_block + o_k
-                    m_k = k < k_end
-                    b_a = tl.load(
-                        p_pool + o_a[:, None] + (k_block + o_k)[None, :],
-                        mask=m_j[:, None] & m_k[None, :],
-                        other=0.0,
-                    )  # [BLOCK_RANK, BLOCK_K]
-                    b_x = tl.load(
-                        p_x + rows[:, None] * x_row_stride + k[None, :], mask=m_rows[:, None] & m_k[None, :], other=0.0
-                    )  # [BLOCK_ROWS, BLOCK_K]
-                    if not SAME_DTYPE:
-                        b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
-                    b_v = tl.dot(b_x, tl.trans(b_a), b_v, input_precision="ieee")
-            tl.store(
-                p_v + i_split * v_split_stride + rows[:, None] * v_row_stride + (column + o_j)[None, :],
-                b_v,
-                mask=m_rows[:, None] & m_j[None, :],
-            )
+@triton.jit
+def _shrink_row(  # type: ignore[no-untyped-def]
+    p_x,
+    p_pool,
+    p_slot_cells,
+    a_chunk,
+    row_chunks,
+    cell_chunks,
+    j,
+    rank,
+    k_begin,
+    k_end,
+    SPAN: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """float32 [BLOCK_RANK] of one row: a matrix-vector product, every weight straight into registers."""
+    o_j = j + tl.arange(0, BLOCK_RANK)
+    m_j = o_j < rank
+    b_v = tl.zeros((BLOCK_RANK, BLOCK_K // 8), tl.float32)  # 8 elements are one 16-byte load: a thread adds them up
+    for k in range(k_begin, k_end, SPAN):
+        o_a = matrix_offsets(p_slot_cells, a_chunk + k // 64, row_chunks, cell_chunks, o_j, m_j)
+        for k_block in range(0, SPAN, BLOCK_K):
+            o_k = k_block + tl.arange(0, BLOCK_K)
+            m_k = k + o_k < k_end
+            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0)
+            b_a = tl.load(p_pool + o_a[:, None] + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0)
+            b_product = b_a.to(tl.float32) * b_x.to(tl.float32)[None, :]
+            b_v += tl.sum(tl.reshape(b_product, (BLOCK_RANK, BLOCK_K // 8, 8)), 2)
+    return tl.sum(b_v, 1)
+
+
+@triton.jit
+def _shrink_rows(  # type: ignore[no-untyped-def]
+    p_rows_x,
+    m_rows,
+    p_pool,
+    p_slot_cells,
+    a_chunk,
+    row_chunks,
+    cell_chunks,
+    j,
+    rank,
+    k_begin,
+    k_end,
+    SPAN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SAME_DTYPE: tl.constexpr,
+):
+    """float32 [BLOCK_ROWS, BLOCK_RANK] of several rows that share the adapter."""
+    o_j = j + tl.arange(0, BLOCK_RANK)
+    m_j = o_j < rank
+    b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
+    for k in range(k_begin, k_end, SPAN):
+        o_a = matrix_offsets(p_slot_cells, a_chunk + k // 64, row_chunks, cell_chunks, o_j, m_j)
+        for k_block in range(0, SPAN, BLOCK_K):
+            o_k = k_block + tl.arange(0, BLOCK_K)
+            m_k = k + o_k < k_end
+            b_a = tl.load(p_pool + o_a[:, None] + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0)
+            b_x = tl.load(p_rows_x + (k + o_k)[None, :], mask=m_rows & m_k[None, :], other=0.0)
+            if not SAME_DTYPE:
+                b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
+            b_v = tl.dot(b_x, tl.trans(b_a), b_v, input_precision="ieee")
+    return b_v
+
+
+@triton.jit
+def matrix_offsets(p_slot_cells, first_chunk, row_chunks, cell_chunks, o_j, m_j):  # type: ignore[no-untyped-def]
+    """int64 [rows]: where the matrix's rows o_j lie in the pool, from the column that `first_chunk` stands for."""
+    chunk = first_chunk + o_j * row_chunks
+    cell = tl.load(p_slot_cells + chunk // cell_chunks, mask=m_j, other=0)
+    # int64: a bf16 pool over 4 GiB passes 2**31 elements
+    return cell.to(tl.int64) * (cell_chunks * 64) + chunk % cell_chunks * 64

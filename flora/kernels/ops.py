@@ -16,11 +16,11 @@ class Ops(Protocol):
     name: str  # "reference" or "triton", for metrics
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
-        """v[p, i, c_s + j] summed over p = x[i] @ A_s[j] for each slice s of the group and row i of a segment.
+        """v: x[i] @ A_s.T for each slice s of the group and each row i of a segment, in float32.
 
         x        [n, in_features], contiguous
-        returns  float32 [splits, n, width]; the slices lie back to back by the row's own ranks: c_s is the sum of the
-                 ranks of the group's earlier slices. Values past a row's own ranks are never written and never read.
+        returns  a buffer whose layout is the implementation's own business: only its own lora_expand reads it. What no
+                 row's ranks reach is never written and never read.
         """
         ...
 
@@ -35,7 +35,7 @@ class Ops(Protocol):
         out_sizes: Sequence[int],
         work: WorkList,
     ) -> None:
-        """y[i, out_starts[s] : + out_sizes[s]] += scale_s * sum_j v[i, c_s + j] * B_s[:, j], in place.
+        """y[i, out_starts[s] : + out_sizes[s]] += scale_s * v[i, s] @ B_s.T, in place.
 
         y  [n, out_total], contiguous; float32 inside, one rounding to y's dtype. Rows in no segment keep their bits.
         v  what lora_shrink returned for the same weights, layer, group and work

@@ -22,9 +22,9 @@ class ReferenceOps:
     name = "reference"
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
-        """See Ops.lora_shrink; here splits is 1."""
+        """See Ops.lora_shrink; here float32 [n, width], the slices back to back by each row's own ranks."""
         width = work.max_rank * len(group.value)
-        v = torch.empty(1, x.shape[0], width, dtype=torch.float32, device=x.device)
+        v = torch.empty(x.shape[0], width, dtype=torch.float32, device=x.device)
         for slot, first, count in _segments(work):
             factors = [
                 _matrix(weights, slot, a_chunk, rank, x.shape[1])
@@ -33,7 +33,7 @@ class ReferenceOps:
             ]
             if factors:
                 a = torch.cat(factors) if len(factors) > 1 else factors[0]  # [total rank, in_features]
-                v[0, first : first + count, : a.shape[0]] = linear(x[first : first + count].float(), a)
+                v[first : first + count, : a.shape[0]] = linear(x[first : first + count].float(), a)
         return v
 
     def lora_expand(
@@ -57,8 +57,7 @@ class ReferenceOps:
                 if rank == 0:
                     continue
                 b = _matrix(weights, slot, b_chunk, rank, size)  # [rank, out]
-                shrunk = v[:, first : first + count, column : column + rank]
-                shrunk = shrunk[0] if len(shrunk) == 1 else shrunk.sum(0)
+                shrunk = v[first : first + count, column : column + rank]
                 # The scale goes on first: y + scale * delta in one torch call may fuse, and its tail does not.
                 delta = linear(shrunk * scales[module], b.t())
                 target = y[first : first + count, start : start + size]

@@ -12,7 +12,7 @@ from flora.kernels.lora_expand import lora_expand
 from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Group
 from flora.kernels.prefill_attention import prefill_attention
-from flora.kernels.tuning import Tuning
+from flora.kernels.tuning import LoraTuning, Tuning
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -34,9 +34,8 @@ class TritonOps:
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
-        return lora_shrink(
-            x, weights, layer, group, work, self.tuning.shrink, num_sms=self.num_sms, overlap=self.overlap
-        )
+        tuning = self._lora_tuning(work)
+        return lora_shrink(x, weights, layer, group, work, tuning, num_sms=self.num_sms, overlap=self.overlap)
 
     def lora_expand(
         self,
@@ -50,19 +49,11 @@ class TritonOps:
         work: WorkList,
     ) -> None:
         """See Ops.lora_expand."""
-        lora_expand(
-            y,
-            v,
-            weights,
-            layer,
-            group,
-            out_starts,
-            out_sizes,
-            work,
-            self.tuning.expand,
-            num_sms=self.num_sms,
-            overlap=self.overlap,
-        )
+        tuning, num_sms, overlap = self._lora_tuning(work), self.num_sms, self.overlap
+        lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, tuning, num_sms=num_sms, overlap=overlap)
+
+    def _lora_tuning(self, work: WorkList) -> LoraTuning:
+        return self.tuning.lora if work.block_rows <= 16 else self.tuning.wide_lora
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""

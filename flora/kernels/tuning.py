@@ -8,23 +8,32 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class ShrinkTuning:
-    split_elements: int = 1024  # of the input per partial sum; part of the result's rounding, so never by batch
-    block_k: int = 128
-    block_rank: int = 16
-    rank_lanes: int = 4  # a rank-64 slice is then as parallel as four rank-16 ones
-    num_warps: int = 4
-    num_stages: int = 5
+class LoraTuning:
+    """Shrink and expand. Rows that share an adapter go to the tensor cores, a single row is a matrix-vector product.
+
+    Which of the two a row meets may change its last bit; nothing else in the batch does.
+    """
+
+    block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
+    split_elements: int = 1024  # of the input per partial sum; part of the rounding, so never by batch
+    max_splits: int = 8  # split_elements doubles until they are no more
+    shrink_vector_k: int = 256  # input elements per step: of a single row,
+    shrink_matrix_k: int = 64  # and of several
+    shrink_lanes: int = 4  # programs that share one slice and split, by rank block
+    shrink_warps: int = 1
+    shrink_stages: int = 3
+    expand_vector_n: int = 256  # outputs per program
+    expand_matrix_n: int = 64  # outputs per tensor core product
+    expand_warps: int = 1
+    expand_stages: int = 1
     programs_per_sm: int = 32
 
-
-@dataclass(frozen=True, slots=True)
-class ExpandTuning:
-    block_n: int = 256
-    block_rank: int = 16
-    num_warps: int = 8
-    num_stages: int = 3
-    programs_per_sm: int = 32
+    def split_of(self, in_features: int) -> int:
+        """Input elements per partial sum: at most max_splits of them cover in_features."""
+        split = self.split_elements
+        while in_features > split * self.max_splits:
+            split *= 2
+        return split
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +42,7 @@ class DecodeTuning:
     block_tokens: int = 64
     split_lanes: int = 16  # programs per (sequence, KV head); each takes every 16th split
     num_warps: int = 4
-    num_stages: int = 5
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +50,26 @@ class PrefillTuning:
     block_rows: int = 128  # (token, query head) pairs of one KV head
     block_tokens: int = 64
     num_warps: int = 8
-    num_stages: int = 3
+    num_stages: int = 5
+
+
+def _wide_lora() -> LoraTuning:
+    return LoraTuning(
+        block_rank=64,
+        split_elements=2048,
+        max_splits=4,
+        shrink_lanes=1,
+        shrink_warps=4,
+        expand_vector_n=128,
+        expand_matrix_n=128,
+        expand_warps=4,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    shrink: ShrinkTuning = field(default_factory=ShrinkTuning)
-    expand: ExpandTuning = field(default_factory=ExpandTuning)
+    lora: LoraTuning = field(default_factory=LoraTuning)  # work lists of up to 16 rows per segment: decode
+    wide_lora: LoraTuning = field(default_factory=_wide_lora)  # more rows per segment: prefill
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)
 

@@ -5,7 +5,7 @@ import torch
 
 from flora.kernels import AdapterWeights, Group, Ops, ReferenceOps, WorkList
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import ExpandTuning, ShrinkTuning, Tuning
+from flora.kernels.tuning import LoraTuning, Tuning
 from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
 
 ODD = Shape(hidden=100, kv=63, ff=200)
@@ -14,8 +14,9 @@ RANKS = [[1, 3, 4, 8, 64, 3, 1], [8, 0, 1, 0, 0, 5, 16], [0] * 7, [40, 17, 64, 4
 ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
 FINE = Tuning(  # small tiles, so that the odd sizes above meet every loop more than once
-    shrink=ShrinkTuning(split_elements=128, block_k=64, rank_lanes=2, programs_per_sm=3),
-    expand=ExpandTuning(block_n=64, block_rank=16, programs_per_sm=3),
+    lora=LoraTuning(
+        split_elements=64, max_splits=2, shrink_vector_k=64, shrink_lanes=2, expand_vector_n=64, programs_per_sm=3
+    )
 )
 
 
@@ -106,14 +107,17 @@ def test_half_precision_weights_cost_a_float32_step_no_digits(ops, device):
     assert_agrees(result, wanted, torch.float32)
 
 
-def test_a_row_keeps_its_bits_whatever_its_neighbours_hold(ops, device, dtype):
+@pytest.mark.parametrize("sharing", [1, 2], ids=["alone-in-its-segment", "two-share-an-adapter"])
+def test_a_row_keeps_its_bits_whatever_the_other_rows_hold(ops, device, dtype, sharing):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
-    x, y = inputs(ODD, Group.QKV, 1, dtype, device)
-    alone = run(ops, x, y, weights, ODD, Group.QKV, work_for([3], device=device))[0]
-    others, other_y = inputs(ODD, Group.QKV, len(ROW_SLOTS), dtype, device)
-    others[8], other_y[8], others[9], others[4] = x[0], y[0], NAN, NAN
+    x, y = inputs(ODD, Group.QKV, sharing, dtype, device)
+    alone = run(ops, x, y, weights, ODD, Group.QKV, work_for([3] * sharing, device=device))[0]
+    row_slots = [0, 0, 0, None, 1, None, None, 2, *[3] * sharing]
+    others, other_y = inputs(ODD, Group.QKV, len(row_slots), dtype, device)
+    others[9:], others[4] = NAN, NAN
+    others[8], other_y[8] = x[0], y[0]
 
-    result = run(ops, others, other_y, weights, ODD, Group.QKV, work_for(ROW_SLOTS, device=device))
+    result = run(ops, others, other_y, weights, ODD, Group.QKV, work_for(row_slots, device=device))
 
     assert torch.equal(result[8], alone)
 
