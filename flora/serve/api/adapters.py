@@ -10,7 +10,8 @@ from flora.errors import NameInvalid
 from flora.registry import Entry, Version
 from flora.serve.api.disconnect import until_disconnect
 from flora.serve.api.ignored import ignored_header
-from flora.serve.api.schema import LoadBody, UnloadBody, parse
+from flora.serve.api.parsing import parse
+from flora.serve.api.schema import LoadBody, UnloadBody
 from flora.serve.api.state import ServerState
 
 MAX_PAGE = 1000

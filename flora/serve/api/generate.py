@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from flora.serve.api.disconnect import until_disconnect
 from flora.serve.api.ignored import ignored_header
-from flora.serve.api.schema import ChatBody, CompletionBody, parse
+from flora.serve.api.parsing import parse
+from flora.serve.api.schema import ChatBody, CompletionBody
 from flora.serve.api.shapes import ChatShape, CompletionShape, Shape
 from flora.serve.api.sse import EventStream, stream_events
 from flora.serve.api.state import ServerState

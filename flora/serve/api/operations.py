@@ -9,7 +9,8 @@ import flora
 from flora.errors import RequestInvalid
 from flora.serve.api.errors import plain_response
 from flora.serve.api.ignored import ignored_header
-from flora.serve.api.schema import DetokenizeBody, TokenizeBody, parse
+from flora.serve.api.parsing import parse
+from flora.serve.api.schema import DetokenizeBody, TokenizeBody
 from flora.serve.api.state import ServerState
 
 

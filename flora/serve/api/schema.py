@@ -1,18 +1,13 @@
-"""What strangers send, within bounds: OpenAI's request bodies, and at once our own types.
-
-Every field is one of four kinds: declared here with its bounds; `_NEUTRAL`, known but not offered, so accepted only
-where it changes nothing; `_WITHOUT_EFFECT`, known and no business of this server; or unknown, which is ignored and
-reported to the client by name.
-"""
+"""What strangers send: OpenAI's request bodies and a few of vLLM's, every field within bounds."""
 
 import secrets
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError
 
 from flora.errors import RequestInvalid
+from flora.serve.api.parsing import Body
 from flora.serve.request import MAX_CHOICES, MAX_LOGPROBS, MAX_STOP_CHARS, MAX_STOP_STRINGS, SamplingParams
 
 MAX_MODEL_CHARS = 512
@@ -25,100 +20,6 @@ MAX_JSON_DEPTH = 8
 MAX_JSON_VALUES = 1024
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _MAX_TOKENS = 2**31 - 1
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "bad_words": (None, []),
-    "best_of": (None, 1),
-    "chat_template": (None,),
-    "continue_final_message": (None, False),
-    "documents": (None, []),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "include_stop_str_in_output": (None, False),
-    "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
-    "lora_path": (None,),
-    "min_p": (None, 0),
-    "min_tokens": (None, 0),
-    "mm_processor_kwargs": (None, {}),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "presence_penalty": (None, 0),
-    "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
-    "return_token_ids": (None, False),
-    "structured_outputs": (None,),
-    "suffix": (None, ""),
-    "tool_calls": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "truncate_prompt_tokens": (None,),
-    "use_beam_search": (None, False),
-    "web_search_options": (None,),
-}
-_WITHOUT_EFFECT = frozenset(
-    {
-        "cache_salt",
-        "metadata",
-        "parallel_tool_calls",
-        "prediction",
-        "priority",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "request_id",
-        "safety_identifier",
-        "service_tier",
-        "spaces_between_special_tokens",
-        "store",
-        "user",
-    }
-)
-
-Body = TypeVar("Body", bound="_Body")
-
-
-def parse(kind: type[Body], data: bytes) -> tuple[Body, list[str]]:
-    """The body, and the names of fields in it that nobody here knows. Raises RequestInvalid with `param`."""
-    try:
-        body = kind.model_validate_json(data)
-    except ValidationError as error:
-        raise _invalid(error) from error
-    unknown = list(dict.fromkeys(_unknown_fields(body, "")))
-    body.check()
-    return body, unknown
-
-
-def _invalid(error: ValidationError) -> RequestInvalid:
-    """The first thing that is wrong, in one sentence, without the value that was sent."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    if first["type"] == "json_invalid":
-        return RequestInvalid(f"the body is not JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    param = ".".join(str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int))
-    return RequestInvalid(f"{param or 'the body'}: {first['msg']}", param=param or None)
-
-
-def _unknown_fields(body: "_Body", path: str) -> Iterator[str]:
-    """Raises RequestInvalid for a field that would have to change the answer, and cannot."""
-    for name, value in (body.model_extra or {}).items():
-        if name in _NEUTRAL:
-            if value not in _NEUTRAL[name]:
-                raise RequestInvalid(f"{path}{name} is not supported by this server", param=f"{path}{name}")
-        elif name not in _WITHOUT_EFFECT:
-            yield f"{path}{name}"
-    for name in type(body).model_fields:
-        value = getattr(body, name)
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, _Body):
-                yield from _unknown_fields(inner, f"{path}{name}.")
 
 
 def _listed(value: Any) -> Any:
@@ -175,19 +76,12 @@ StopStrings = Annotated[
 TemplateKwargs = Annotated[dict[str, JsonValue], Field(max_length=MAX_TEMPLATE_KWARGS), AfterValidator(_check_plain)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
-
-    def check(self) -> None:
-        """Raises RequestInvalid for fields that do not go together."""
-
-
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class _Generation(_Body):
+class _Generation(Body):
     """What completions and chats share."""
 
     model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
@@ -270,12 +164,12 @@ class CompletionBody(_Generation):
             raise RequestInvalid(f"prompts times n may be at most {MAX_SEQUENCES}", param="n")
 
 
-class TextPart(_Body):
+class TextPart(Body):
     type: Literal["text"]
     text: str
 
 
-class Message(_Body):
+class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[TextPart], Field(max_length=MAX_PARTS), BeforeValidator(_parts)]
     name: str | None = Field(None, max_length=256)
@@ -286,7 +180,7 @@ class Message(_Body):
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name is not None else {})
 
 
-class TextFormat(_Body):
+class TextFormat(Body):
     type: Literal["text"]
 
 
@@ -320,7 +214,7 @@ class ChatBody(_Generation):
             raise RequestInvalid("top_logprobs needs logprobs: true", param="top_logprobs")
 
 
-class TokenizeBody(_Body):
+class TokenizeBody(Body):
     """Either a prompt or messages."""
 
     model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
@@ -340,18 +234,18 @@ class TokenizeBody(_Body):
         return self.add_special_tokens is not False
 
 
-class DetokenizeBody(_Body):
+class DetokenizeBody(Body):
     model: str | None = Field(None, max_length=MAX_MODEL_CHARS)
     tokens: list[TokenId] = Field(max_length=1 << 20)
 
 
-class LoadBody(_Body):
+class LoadBody(Body):
     lora_name: str = Field(min_length=1, max_length=MAX_MODEL_CHARS)
     lora_path: str | None = Field(None, min_length=1, max_length=MAX_MODEL_CHARS)  # a registry reference
     load_inplace: bool | None = None  # versions are told apart by content: there is nothing to overwrite
     pinned: bool | None = None
 
 
-class UnloadBody(_Body):
+class UnloadBody(Body):
     lora_name: str = Field(min_length=1, max_length=MAX_MODEL_CHARS)
     lora_int_id: int | None = None  # vLLM's; adapters have digests here

@@ -10,7 +10,6 @@ import itertools
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
@@ -18,6 +17,7 @@ import zmq
 import zmq.asyncio
 
 from flora.errors import EngineDead, FloraError, Overloaded
+from flora.serve.frontend.generation import Generation
 from flora.serve.frontend.refusals import refusal
 from flora.serve.messages import (
     AdapterLoaded,
@@ -41,7 +41,6 @@ from flora.serve.request import AdapterTarget, SamplingParams
 logger = logging.getLogger(__name__)
 
 MAX_OUTBOX = 65_536  # messages that the engine has not taken yet
-MAX_UNREAD = 65_536  # token events of one request that its client has not taken yet
 _CHECK_S = 0.25
 
 
@@ -120,13 +119,13 @@ class EngineClient:
         prompts: Sequence[Sequence[int]],
         samplings: Sequence[SamplingParams],
         adapter: AdapterTarget | None,
-    ) -> "Generation":
+    ) -> Generation:
         """Ask for one sequence per prompt and sampling; their tokens come through the one Generation.
 
         Raises EngineDead, Overloaded.
         """
         self._check(room_for=2 * len(prompts))
-        generation = Generation(self)
+        generation = Generation(self._forget)
         for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
             request_id = f"r{next(self._ids)}"
             generation.running[index] = request_id
@@ -170,7 +169,7 @@ class EngineClient:
         if self._outbox.qsize() + room_for > MAX_OUTBOX:
             raise Overloaded("the engine takes requests more slowly than they come", fix="try again later")
 
-    def forget(self, request_id: str, *, cancel: bool) -> None:
+    def _forget(self, request_id: str, cancel: bool) -> None:
         """No more of this sequence is wanted; `cancel` it if the engine may still be at it."""
         if self._generations.pop(request_id, None) and cancel:
             try:
@@ -236,56 +235,10 @@ class EngineClient:
     def _fail(self, error: EngineDead) -> None:
         self._dead = error
         for request_id, (generation, index) in list(self._generations.items()):
-            self.forget(request_id, cancel=True)  # the engine may only have been slow
+            self._forget(request_id, cancel=True)  # the engine may only have been slow
             generation.put(index, _again(error))
         for future in self._answers.values():
             _settle(future, error=_again(error))
-
-
-class Generation:
-    """The mailbox of one client request: the token events of its sequences, in the order they came."""
-
-    def __init__(self, client: EngineClient) -> None:
-        self.running: dict[int, str] = {}  # index of a sequence -> its request id
-        self._client = client
-        self._mail: deque[tuple[int, TokenEvent | FloraError]] = deque()
-        self._has_mail = asyncio.Event()
-
-    async def next(self, timeout_s: float) -> tuple[int, TokenEvent] | None:
-        """The next event with the index of its sequence; None if nothing came in time. Raises a sequence's error."""
-        if not self._mail:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    await self._has_mail.wait()
-        if not self._mail:
-            return None
-        index, event = self._mail.popleft()
-        if not self._mail:
-            self._has_mail.clear()
-        if isinstance(event, FloraError):
-            raise event
-        return index, event
-
-    def cancel(self, index: int) -> None:
-        """No more tokens of this sequence are wanted."""
-        if request_id := self.running.pop(index, None):
-            self._client.forget(request_id, cancel=True)
-
-    def close(self) -> None:
-        """Cancel what still runs. Safe to call at any time, and again."""
-        for index in list(self.running):
-            self.cancel(index)
-
-    def put(self, index: int, event: TokenEvent | FloraError) -> None:
-        if len(self._mail) >= MAX_UNREAD:
-            self.close()
-            self._mail.clear()
-            event = Overloaded("the client reads more slowly than tokens come", fix="read the stream as it comes")
-        self._mail.append((index, event))
-        self._has_mail.set()
-        ended = isinstance(event, FloraError) or event.finish_reason is not None
-        if ended and (request_id := self.running.pop(index, None)):
-            self._client.forget(request_id, cancel=False)
 
 
 def _again(error: EngineDead) -> EngineDead:

@@ -79,7 +79,7 @@ class Models:
             return await self.resolve(name)
         if not (_is_reference(name) and _is_reference(reference)):
             raise NameInvalid(
-                "lora_path takes an adapter of the registry, and lora_name is a name like one",
+                "lora_path must be a registry reference, and lora_name a name of that kind",
                 fix="import a folder with `flora import` first, then give NAME, NAME:ALIAS or NAME@vN",
                 param="lora_path",
             )

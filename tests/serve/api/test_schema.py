@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flora.errors import RequestInvalid
-from flora.serve.api.schema import ChatBody, CompletionBody, LoadBody, parse
+from flora.serve.api.parsing import parse
+from flora.serve.api.schema import ChatBody, CompletionBody, LoadBody
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}

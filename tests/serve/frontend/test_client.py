@@ -13,6 +13,7 @@ import zmq.asyncio
 
 from flora.errors import BaseMismatch, EngineDead, OutOfPages, Overloaded, ServeError, UsageError
 from flora.serve.frontend import client as client_module
+from flora.serve.frontend import generation
 from flora.serve.frontend.client import EngineClient
 from flora.serve.messages import (
     AdapterLoaded,
@@ -140,14 +141,14 @@ def test_tokens_go_to_the_request_they_belong_to():
 def test_a_refusal_is_raised_as_the_error_it_was():
     async def test(client: EngineClient, peer: Peer) -> None:
         for code, kind in (("FL-PAGES", OutOfPages), ("FL-BASE", BaseMismatch), ("FL-NEW", ServeError)):
-            generation = client.submit([[1]], [GREEDY], None)
+            running = client.submit([[1]], [GREEDY], None)
             request_id = (await peer.hear(Submit)).request_id
             await peer.say(Rejected(request_id=request_id, code=code, message="no", cause="why", fix="how"))
 
             with pytest.raises(kind) as caught:
-                await generation.next(PATIENCE_S)
+                await running.next(PATIENCE_S)
             assert (caught.value.what, caught.value.cause, caught.value.fix) == ("no", "why", "how")
-            generation.close()  # nothing is left to cancel: the next message is the next Submit
+            running.close()  # nothing is left to cancel: the next message is the next Submit
 
     run(test)
 
@@ -181,13 +182,13 @@ def test_a_silent_engine_counts_as_dead_until_it_is_heard_again():
         await peer.say(READY)
         await peer.say(BEAT)
         await client.wait_ready()
-        generation = client.submit([[1]], [GREEDY], None)
+        running = client.submit([[1]], [GREEDY], None)
         loading = asyncio.create_task(client.load_adapter(TARGET))
         request_id = (await peer.hear(Submit)).request_id
         await peer.hear(LoadAdapter)
 
         with pytest.raises(EngineDead, match="silent"):
-            await generation.next(PATIENCE_S)
+            await running.next(PATIENCE_S)
         with pytest.raises(EngineDead):
             await loading
         with pytest.raises(EngineDead):
@@ -207,14 +208,14 @@ def test_an_engine_that_ended_stays_dead():
     async def test(client: EngineClient, peer: Peer) -> None:
         await peer.say(READY)
         await client.wait_ready()
-        generation = client.submit([[1]], [GREEDY], None)
+        running = client.submit([[1]], [GREEDY], None)
         await peer.hear(Submit)
 
         client.engine_ended(EngineDead("the engine process ended: killed by SIGKILL"))
         await peer.say(BEAT)
 
         with pytest.raises(EngineDead, match="SIGKILL"):
-            await generation.next(PATIENCE_S)
+            await running.next(PATIENCE_S)
         while client.num_heartbeats == 0:
             await asyncio.sleep(0)
         assert client.error is not None
@@ -235,19 +236,19 @@ def test_an_engine_that_never_was_ready_tells_why():
 
 def test_words_that_cannot_be_read_end_the_requests_and_not_in_silence():
     async def test(client: EngineClient, peer: Peer) -> None:
-        generation = client.submit([[1]], [GREEDY], None)
+        running = client.submit([[1]], [GREEDY], None)
         await peer.hear(Submit)
 
         await peer._socket.send_multipart([peer._client, b"\xc1"])
 
         with pytest.raises(EngineDead, match="understood"):
-            await generation.next(PATIENCE_S)
+            await running.next(PATIENCE_S)
 
     run(test)
 
 
 def test_a_client_that_never_reads_is_given_up_and_its_sequences_cancelled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(client_module, "MAX_UNREAD", 4)
+    monkeypatch.setattr(generation, "MAX_UNREAD", 4)
 
     async def test(client: EngineClient, peer: Peer) -> None:
         unread = client.submit([[1]], [GREEDY], None)
