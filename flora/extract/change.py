@@ -43,6 +43,8 @@ class PairWorker:
         self._ranks = ranks
         self._config = config
         self._threads = local()
+        # torch loads a GPU's linear algebra on first use, and fails if two threads do so at once
+        torch.linalg.cholesky(torch.ones(1, 1, device=config.device))
 
     def __call__(self, pair: TensorPair) -> Change:
         """The change of `pair`. Raises NotFinite, CheckpointError."""
