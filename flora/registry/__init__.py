@@ -1,13 +1,16 @@
 """The registry: adapters by content, names and aliases over them, and the only room that knows on-disk formats.
 
-    store.py      blobs by sha256; the one file that makes a path from a digest
-    manifest.py   the record of one version; its digest is the version's identity
-    tables.py     the index as SQL, migrations/ how it got there, database.py how it is opened and locked
-    index.py      questions to the index and changes of it, each within one transaction
-    journal.py    names, versions and aliases in the order they were given, from which the index can be rebuilt
     registry.py   the door: add, resolve, load, aliases, remove
-    collect.py, check.py, rebuild.py   gc, fsck, reindex
-    formats/      PEFT folders and model cards;  remotes/  the Hugging Face Hub
+    home.py       what stands behind it, held together:
+    store.py        blobs by sha256; the one file that makes a path from a digest
+    database.py     the index, opened and locked; tables.py its SQL, migrations/ how it got there
+    journal.py      what was given and taken, in order, from which the index can be rebuilt
+    manifest.py   the record of one version, whose digest is the version's identity; packing.py writes and reads it
+    index.py      questions to the index;  changes.py  its changes;  refusals.py  what it says no to
+    adding.py, aliases.py, removal.py      what the door does under the write lock
+    collect.py, check.py, rebuild.py       gc, fsck, reindex
+    binding.py    an import's base, proven
+    formats/      safetensors files, PEFT folders, model cards;  remotes/  the Hugging Face Hub
 
 Importing this package imports no torch.
 """

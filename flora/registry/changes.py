@@ -40,7 +40,7 @@ def insert_version(
         kept_share=version.kept_share,
         operation=version.operation,
         parents=json.dumps(version.parents),
-        provenance=json.dumps(dict(provenance), default=str),
+        provenance=json.dumps(dict(provenance)),
     )
     version_id = connection.execute(row).inserted_primary_key[0]  # type: ignore[index]
     sizes = {blob.digest: blob.size for blob in manifest.blobs}  # two extras may be the same bytes

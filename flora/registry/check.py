@@ -1,6 +1,7 @@
 """fsck: rows against blobs, blobs against their digests, weights against their headers. Changes nothing."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import sqlalchemy as sa
@@ -9,31 +10,52 @@ from flora.errors import AdapterInvalid, StoreError
 from flora.names import Digest
 from flora.registry import index
 from flora.registry.formats.tensors import load_tensors, to_factors
-from flora.registry.journal import Journal, live_versions
+from flora.registry.journal import Change, Journal, live_versions
 from flora.registry.manifest import Manifest, parse_manifest
 from flora.registry.packing import describe_version, get_report
-from flora.registry.records import Problem, Version
+from flora.registry.records import BaseEntry, Problem, Version
 from flora.registry.store import BlobStore
 
 _REINDEX = "move the index file aside: the next command rebuilds it from the journal and the manifests"
 _AGAIN = "extract or import it again under the same name: that replaces the blob"
 
 
-def check(connection: sa.Connection, store: BlobStore, journal: Journal) -> list[Problem]:
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the index says at one moment."""
+
+    versions: list[Version]
+    bases: list[BaseEntry]
+    required: set[str]  # digests
+    in_use: set[str]
+    dangling: list[tuple[str, str]]  # (name, alias)
+    pending: list[Change]  # on their way to the journal
+
+
+def snapshot(connection: sa.Connection, journal: Journal) -> Snapshot:
+    return Snapshot(
+        versions=index.every_version(connection),
+        bases=index.base_entries(connection),
+        required=index.blobs_required(connection),
+        in_use=index.blobs_in_use(connection),
+        dangling=index.dangling_aliases(connection),
+        pending=journal.pending(connection),
+    )
+
+
+def check(known: Snapshot, store: BlobStore, journal: Journal) -> list[Problem]:
     """Every problem of index, store and journal, the harmless ones last. Reads every blob."""
-    required = index.blobs_required(connection)
     found = {str(blob.digest): _is_sound(store, blob.digest) for blob in store.files()}
     problems: list[Problem] = []
-    for version in index.every_version(connection):
-        problems += _check_version(store, version, found, required)
-    for base in index.base_entries(connection):
-        if base.base_id in required:
+    for version in known.versions:
+        problems += _check_version(store, version, found, known.required)
+    for base in known.bases:
+        if base.base_id in known.required:
             problems += _check_blob(f"base {base.name}", "record", base.base_id, found)
-    for name, alias in index.dangling_aliases(connection):
+    for name, alias in known.dangling:
         problems.append(Problem("alias", f"{name}:{alias}", "it points to no version of that name", _REINDEX))
-    problems += _check_journal(connection, journal)
-    keep = index.blobs_in_use(connection)
-    for digest in sorted(set(found) - keep):
+    problems += _check_journal(known, journal)
+    for digest in sorted(set(found) - known.in_use):
         problems.append(Problem("orphan", digest, "a blob that nothing refers to", "flora gc"))
     for leftover in store.leftovers():
         problems.append(Problem("leftover", leftover.name, "a write that was not finished", "flora gc"))
@@ -97,11 +119,11 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
             yield Problem("not_finite", version.ref, f"{name} holds NaN or infinity", f"flora rm {version.ref}")
 
 
-def _check_journal(connection: sa.Connection, journal: Journal) -> Iterator[Problem]:
-    live = live_versions([*journal.read(), *journal.pending(connection)])
-    known = {(added.name, added.number): added.digest for added in live}
-    for version in index.every_version(connection):
-        if known.get((version.name, version.number)) != version.digest:
+def _check_journal(known: Snapshot, journal: Journal) -> Iterator[Problem]:
+    live = live_versions([*journal.read(), *known.pending])
+    digests = {(added.name, added.number): added.digest for added in live}
+    for version in known.versions:
+        if digests.get((version.name, version.number)) != version.digest:
             yield Problem(
                 "journal",
                 version.ref,

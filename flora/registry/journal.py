@@ -80,6 +80,9 @@ class Journal:
         rows = connection.execute(sa.select(journal_lines.c.change).order_by(journal_lines.c.id))
         return [msgspec.json.decode(row.change, type=Change) for row in rows]
 
+    def has_pending(self, connection: sa.Connection) -> bool:
+        return connection.execute(sa.select(journal_lines.c.id).limit(1)).first() is not None
+
     def _append(self, data: bytes) -> None:
         try:
             is_new = not self.path.exists()

@@ -1,6 +1,6 @@
 """Runs each change of a registry once for every point at which it can be cut off, and checks what is left.
 
-    python -m tests.registry.crash_points kill|full|broken FOLDER
+    python -m tests.registry.crash_points kill|full|broken FOLDER [CHANGE…]
 
 A point is a call that touches the disk: opening, writing out, renaming, making or deleting a file; a statement to the
 index; before and after a commit. For every point a child process is forked that is killed there (kill), or that gets
@@ -167,12 +167,13 @@ def run_change(template: Path, folder: Path, change: Callable[[Registry], Any], 
     return {"endings": endings, "violations": violations}
 
 
-def main(fault: str, root: Path) -> None:
+def main(fault: str, root: Path, *names: str) -> None:
     torch.set_num_threads(1)
     prepare(root / "template")
-    for name, change in CHANGES.items():
-        print(json.dumps({"change": name, **run_change(root / "template", root / "work", change, fault)}), flush=True)  # noqa: T201
+    for name in names or CHANGES:
+        result = run_change(root / "template", root / "work", CHANGES[name], fault)
+        print(json.dumps({"change": name, **result}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -148,7 +148,7 @@ def test_bit_rot_is_found_wherever_it_strikes(registry):
 
 def test_a_missing_base_record_is_reported(registry, tmp_path):
     registry.register_base(RECORD, name="org/base", path=tmp_path)
-    registry._store.delete(Digest(str(RECORD.base_id)))
+    registry._home.store.delete(Digest(str(RECORD.base_id)))
 
     assert kinds(registry) == [("missing", "base org/base")]
 
@@ -278,7 +278,7 @@ def test_bases_keep_their_place_when_the_index_is_rebuilt(registry, tmp_path):
 
 def test_a_rebuild_passes_over_what_is_damaged_and_says_so(lived_in):
     damaged = lived_in.resolve("sql@v3")
-    lived_in._store.delete(Digest(damaged.digest))
+    lived_in._home.store.delete(Digest(damaged.digest))
 
     report = lived_in.reindex()
 

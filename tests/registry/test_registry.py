@@ -437,8 +437,8 @@ def test_a_damaged_blob_is_noticed_on_loading_and_healed_by_adding_again(registr
 
 def test_a_manifest_of_a_newer_flora_says_so(registry):
     version = registry.add(random_adapter(), "sql")
-    manifest = msgspec.json.decode(registry._store.read(parse_reference(f"sql@{version.digest}").digest))
-    newer = registry._store.put([msgspec.json.encode(manifest | {"schema_version": 2})])
+    manifest = msgspec.json.decode(registry._home.store.read(parse_reference(f"sql@{version.digest}").digest))
+    newer = registry._home.store.put([msgspec.json.encode(manifest | {"schema_version": 2})])
 
     with pytest.raises(StoreError, match="schema 2") as refused:
         registry.header(dataclasses.replace(version, digest=newer.digest))

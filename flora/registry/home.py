@@ -1,0 +1,50 @@
+"""A registry's parts, held together: its folder, the blobs, the index, the journal."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from flora.names import Digest
+from flora.registry.database import Database
+from flora.registry.journal import Journal
+from flora.registry.manifest import Manifest, parse_manifest
+from flora.registry.rebuild import rebuild
+from flora.registry.records import Version
+from flora.registry.store import BlobStore
+
+
+class Home:
+    """What every operation on a registry is given."""
+
+    def __init__(self, root: Path, index_file: Path) -> None:
+        self.root = root
+        self.store = BlobStore(root)
+        self.journal = Journal(root / "journal.jsonl")
+        # a new index beside an old journal is one that was lost: it is rebuilt
+        self._database = Database(index_file, fill=lambda connection: rebuild(connection, self.store, self.journal))
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A connection that sees one state of the index throughout. Keep it short: it makes writers wait."""
+        with self._database.reading() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction under the write lock, all or nothing; then the journal is told what it noted."""
+        with self._database.writing() as connection:
+            yield connection
+        with self._database.reading() as connection:
+            if not self.journal.has_pending(connection):
+                return
+        with self._database.writing() as connection:
+            self.journal.flush(connection)
+
+    def manifest(self, version: Version) -> Manifest:
+        digest = Digest(version.digest)
+        return parse_manifest(self.store.read(digest), digest)
+
+    def close(self) -> None:
+        self._database.close()
