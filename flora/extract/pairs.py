@@ -1,5 +1,6 @@
 """Which tensor of the tuned checkpoint belongs to which of the base, and whether they fit. Reads headers only."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -59,8 +60,8 @@ def pair_tensors(
     if not any(pair.status == "extractable" for pair in pairs):
         raise UsageError(
             f"nothing of {base.path} can be extracted",
-            cause="no tensor is the weight of a linear layer, or --include and --exclude leave none",
-            fix="see `flora extract --dry-run` for the reason of each tensor",
+            cause=f"most of it is: {_main_reasons(pairs)}",
+            fix="give a model of linear layers, or other --include and --exclude",
         )
     return pairs, notes
 
@@ -69,15 +70,15 @@ def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo])
     """Pairs in the order of names, None where a side lacks the tensor; and a note on each side that lacks a prefix."""
     base_by_name = {_with_prefix(name, tuned): info for name, info in base.items()}
     tuned_by_name = {_with_prefix(name, base): info for name, info in tuned.items()}
-    notes = [
-        f"tensor names of the {side} lack {new.removesuffix(info.name)!r}, which the other checkpoint's have"
-        for side, infos in (("base", base_by_name), ("tuned checkpoint", tuned_by_name))
-        for new, info in [next(((n, i) for n, i in infos.items() if n != i.name), (None, None))]
-        if new is not None and info is not None
-    ]
+    notes = [_note("base", base_by_name), _note("tuned checkpoint", tuned_by_name)]
     names = sorted(base_by_name.keys() | tuned_by_name.keys())
     twin = next((name for name in names if is_embedding(name)), None)
-    return [_pair(name, base_by_name, tuned_by_name, twin) for name in names], notes
+    return [_pair(name, base_by_name, tuned_by_name, twin) for name in names], [note for note in notes if note]
+
+
+def _note(side: str, by_name: Mapping[str, TensorInfo]) -> str | None:
+    prefix = next((name.removesuffix(info.name) for name, info in by_name.items() if name != info.name), None)
+    return prefix and f"tensor names of the {side} lack {prefix!r}, which the other checkpoint's have"
 
 
 def _with_prefix(name: str, others: Mapping[str, TensorInfo]) -> str:
@@ -198,6 +199,14 @@ def _selected(pair: TensorPair, include: Sequence[str], exclude: Sequence[str]) 
 
 def _matches(pair: TensorPair, glob: str) -> bool:
     return fnmatchcase(pair.module, glob) or fnmatchcase(pair.name, glob)
+
+
+def _main_reasons(pairs: Sequence[TensorPair]) -> str:
+    """The two reasons that stand against most bytes."""
+    num_bytes: Counter[str] = Counter()
+    for pair in pairs:
+        num_bytes[pair.reason or ""] += pair.num_bytes
+    return "; ".join(reason for reason, _ in num_bytes.most_common(2))
 
 
 def _two_architectures(base: Checkpoint, tuned: Checkpoint) -> str:

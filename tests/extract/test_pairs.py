@@ -119,8 +119,10 @@ def test_conv1d_layers_are_refused_with_their_name(tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=16))
 
-    with pytest.raises(UsageError, match=r"nothing of .* can be extracted"):
+    with pytest.raises(UsageError, match=r"nothing of .* can be extracted") as caught:
         pair_tensors(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+
+    assert "Conv1D" in caught.value.cause
 
 
 def test_experts_and_their_router_are_named_and_attention_is_extracted(tmp_path):
