@@ -11,8 +11,8 @@ from flora.kernels import WorkList, split_segments
 from flora.serve.engine.pages import NULL_PAGE
 from flora.serve.engine.scheduler import Chunk
 
-_DECODE_BLOCK_ROWS = 16
-_PREFILL_BLOCK_ROWS = 64
+DECODE_BLOCK_ROWS = 16
+PREFILL_BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class Batch:
     seq_lens: Tensor  # int32 [S]: tokens of context, this step's own among them
     query_starts: Tensor  # int32 [S + 1]
     logits_rows: Tensor  # int64 [m]
-    work: WorkList | None  # None: no row has an adapter
+    work: tuple[WorkList, ...]  # none if no row has an adapter
     max_queries: int  # rows of the longest chunk
 
     @property
@@ -75,18 +75,17 @@ def build_batch(
         seq_lens=torch.from_numpy((first_positions + counts).astype(np.int32)).to(device),
         query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
-        work=_work_list(slots, counts, max_queries, max_rank, device),
+        work=_work_lists(slots, counts, max_queries, max_rank, device),
         max_queries=max_queries,
     )
 
 
-def _work_list(
+def _work_lists(
     slots: Sequence[int | None], counts: np.ndarray, max_queries: int, max_rank: int, device: torch.device
-) -> WorkList | None:
+) -> tuple[WorkList, ...]:
     if all(slot is None for slot in slots):
-        return None
+        return ()
     row_slots = [slot for slot, count in zip(slots, counts.tolist(), strict=True) for _ in range(count)]
-    block_rows = _DECODE_BLOCK_ROWS if max_queries == 1 else _PREFILL_BLOCK_ROWS
-    return WorkList.build(
-        split_segments(row_slots, block_rows), block_rows=block_rows, max_rank=max_rank, device=device
-    )
+    block_rows = DECODE_BLOCK_ROWS if max_queries == 1 else PREFILL_BLOCK_ROWS
+    segments = split_segments(row_slots, block_rows)
+    return (WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, device=device),)

@@ -36,8 +36,8 @@ class HostCache:
         packed = self._packed.pop(digest, None)
         if packed:
             self.num_bytes -= packed.num_bytes
+            self._settle(digest)
             if packed.release:
-                self._settle(digest)
                 packed.release()
 
     def free(self, num_bytes: int, is_wanted: Callable[[str], bool]) -> bool:

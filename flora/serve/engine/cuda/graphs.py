@@ -1,66 +1,75 @@
-"""Decode steps as CUDA graphs, one per padded number of rows, with and without LoRA.
+"""Steps as CUDA graphs, one per padded number of rows, with and without LoRA.
 
 What a step holds (tokens, pages, adapters, ranks) is data in the step's inputs and in the tables, so a graph is
 captured once and replayed for any of it. Grids depend on capacities alone (flora/kernels).
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_POWERS = (1, 2, 4, 8)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
-    """Where a decode step leaves its results. They hold until the next one is launched."""
+class StepOutput:
+    """Where a step leaves its results. They hold until the next one is launched."""
 
-    logits: Tensor  # float32 [rows, vocab_size]
-    tokens: Tensor  # int64 [rows]: the likeliest
-    highest: Tensor  # float32 [rows]: its logit
+    logits: Tensor  # float32 [sampled rows, vocab_size]
+    tokens: Tensor  # int64 [sampled rows]: the likeliest
+    highest: Tensor  # float32 [sampled rows]: its logit
+
+    def first(self, count: int) -> "StepOutput":
+        return StepOutput(self.logits[:count], self.tokens[:count], self.highest[:count])
 
 
-def graph_sizes(max_rows: int) -> tuple[int, ...]:
+def decode_sizes(max_sequences: int) -> tuple[int, ...]:
     """1, 2, 4, 8, then multiples of 16: at most 15 rows of padding."""
-    sizes = {size for size in (*_POWERS, *range(16, max_rows, 16)) if size < max_rows}
-    return (*sorted(sizes), max_rows)
+    sizes = {size for size in (1, 2, 4, 8, *range(16, max_sequences, 16)) if size < max_sequences}
+    return (*sorted(sizes), max_sequences)
 
 
-class DecodeGraphs:
-    """Captured decode steps of one runner."""
+def mixed_sizes(max_rows: int) -> tuple[int, ...]:
+    """Multiples of 64, of 128 from 512 on and of 256 from 1,024 on: padding stays below a quarter, mostly far below."""
+    steps = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, max_rows, 256))
+    return (*(size for size in steps if size < max_rows), max_rows)
 
-    def __init__(self, decode: Callable[[int, bool], Decoded], max_rows: int) -> None:
-        """decode  (rows, with LoRA) -> its results, from the step's inputs as they lie on the device"""
-        self._decode = decode
-        self.sizes = graph_sizes(max_rows)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Decoded]] = {}
-        self._memory: Any = None  # torch names no type for a memory pool's handle
+
+class StepGraphs:
+    """Captured steps of one kind."""
+
+    def __init__(self, run: Callable[[int, bool], StepOutput], sizes: Sequence[int], memory: Any = None) -> None:
+        """run  (rows, with LoRA) -> its results, from the step's inputs as they lie on the device
+        memory  a memory pool to share with other graphs, of which only one ever runs
+        """
+        self.memory = memory
+        self._run = run
+        self._sizes = sizes
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
 
     def padded(self, rows: int) -> int:
         """The rows of the graph that a step of `rows` runs in."""
-        return self.sizes[bisect_left(self.sizes, rows)]
+        return self._sizes[bisect_left(self._sizes, rows)]
 
     def capture(self) -> None:
         """Captures every size, the largest first, so that the smaller ones find their memory in its."""
-        for rows in reversed(self.sizes):
+        for rows in reversed(self._sizes):
             for with_lora in (False, True):
                 self._capture(rows, with_lora)
 
-    def replay(self, rows: int, with_lora: bool) -> Decoded:
-        """Launches the graph of exactly `rows` rows, one of `sizes`."""
-        graph, decoded = self._graphs[rows, with_lora]
+    def replay(self, rows: int, with_lora: bool) -> StepOutput:
+        """Launches the graph of exactly `rows` rows, one of the sizes."""
+        graph, output = self._graphs[rows, with_lora]
         graph.replay()
-        return decoded
+        return output
 
     def _capture(self, rows: int, with_lora: bool) -> None:
-        self._decode(rows, with_lora)  # compiles kernels and sizes libraries' workspaces: neither can be captured
+        self._run(rows, with_lora)  # compiles kernels and sizes libraries' workspaces: neither can be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
-            decoded = self._decode(rows, with_lora)
-        self._memory = graph.pool()
-        self._graphs[rows, with_lora] = graph, decoded
+        with torch.cuda.graph(graph, pool=self.memory):
+            output = self._run(rows, with_lora)
+        self.memory = graph.pool()
+        self._graphs[rows, with_lora] = graph, output

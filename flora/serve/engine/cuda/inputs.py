@@ -6,12 +6,14 @@ read the last one's.
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Arrays = dict[str, NDArray[Any]]
 _ALIGN = 256  # bytes between arrays: any view of any of them is then aligned for vector loads
 
 
@@ -21,6 +23,7 @@ class InputSizes:
 
     rows: int  # tokens
     sequences: int
+    prefill_segments: int
     table_pages: int  # width of the block table
 
     def fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -34,8 +37,10 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "segments": (i32, (self.rows, 3)),
-            "num_segments": (i32, (1,)),
+            "decode_segments": (i32, (self.sequences, 3)),
+            "num_decode_segments": (i32, (1,)),
+            "prefill_segments": (i32, (self.prefill_segments, 3)),
+            "num_prefill_segments": (i32, (1,)),
             "block_tables": (i32, (self.sequences, self.table_pages)),
         }
 
@@ -57,7 +62,7 @@ class StepInputs:
         self.device = {name: self._device_view(name) for name in self._places}
         self._next = 0
 
-    def begin(self) -> dict[str, NDArray[np.generic]]:
+    def begin(self) -> Arrays:
         """The next host copy's arrays, to be filled. Its last use was `num_hosts` steps ago."""
         self._next = (self._next + 1) % len(self._hosts)
         return self._host_arrays[self._next]
@@ -71,7 +76,7 @@ class StepInputs:
         end = offset + prod(shape) * dtype.itemsize
         return self._device[offset:end].view(torch.int64 if dtype == np.int64 else torch.int32).view(shape)
 
-    def _numpy_views(self, host: Tensor) -> dict[str, NDArray[np.generic]]:
+    def _numpy_views(self, host: Tensor) -> Arrays:
         flat = host.numpy()
         return {
             name: flat[offset : offset + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)

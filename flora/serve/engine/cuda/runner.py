@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import AdapterWeights, WorkList
-from flora.serve.engine.batch import Batch
+from flora.kernels import WorkList
+from flora.serve.engine.batch import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
-from flora.serve.engine.cuda.graphs import Decoded, DecodeGraphs
-from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
+from flora.serve.engine.cuda.graphs import StepGraphs, StepOutput, decode_sizes, mixed_sizes
+from flora.serve.engine.cuda.inputs import Arrays, InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.cuda.sampler import draw_rows
 from flora.serve.engine.model.llama import LlamaModel
@@ -25,8 +25,6 @@ from flora.serve.engine.sequence import PENDING
 from flora.serve.engine.tables import AdapterTables
 from flora.serve.messages import TokenLogprobs
 
-_DECODE_BLOCK_ROWS = 16
-_PREFILL_BLOCK_ROWS = 64
 _GRAPH_MAX_RANK = 512  # of a module in a captured step; it sizes buffers that are written only as far as ranks go
 
 
@@ -65,7 +63,11 @@ class CudaStep:
 
 
 class CudaRunner:
-    """Runs planned steps on one GPU."""
+    """Runs planned steps on one GPU.
+
+    Rows of a step: sequences that decode, by adapter, then those that prefill, by adapter. Each part has a work list of
+    its own, since a tile of many rows is wasted on one and the other way round.
+    """
 
     overlaps = True
 
@@ -79,15 +81,22 @@ class CudaRunner:
         self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells, max_cells)
         self._copies = AdapterCopies(pool.cells)
         self._copied: dict[str, torch.cuda.Event] = {}  # of adapters in host memory: when their last copy was done
+        self._max_sequences = limits.max_sequences
+        self._max_rows = max(limits.max_batch_tokens, limits.max_sequences)
         table_pages = pool.geometry.pages_for_tokens(max_context)
-        rows = max(limits.max_batch_tokens, limits.max_sequences)
-        self._inputs = StepInputs(InputSizes(rows, limits.max_sequences, table_pages), self.device)
+        sizes = InputSizes(
+            rows=self._max_rows,
+            sequences=limits.max_sequences,
+            prefill_segments=limits.max_sequences + self._max_rows // PREFILL_BLOCK_ROWS,
+            table_pages=table_pages,
+        )
+        self._inputs = StepInputs(sizes, self.device)
         # twice: sequences that ended may still have a row in the step that runs
         self._lanes = Lanes(2 * limits.max_sequences, table_pages)
         self._lane_tokens = torch.zeros(self._lanes.num_lanes + 1, dtype=torch.int64, device=self.device)
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs: StepGraphs | None = None
+        self._mixed_graphs: StepGraphs | None = None
         self._captured: Tensor | None = None  # the cell table that the graphs read
-        self._max_rows = limits.max_sequences
 
     def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
         """See Runner.write_adapter."""
@@ -104,198 +113,184 @@ class CudaRunner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Captures the decode graphs: before the first request, and again when the tables have moved."""
+        """Captures the graphs: before the first request, and again when the tables have moved."""
         host = self._inputs.begin()
-        self._pad(host, 0, self._max_rows)
+        self._pad(host, 0, self._max_rows, 0, self._max_sequences)
+        host["num_decode_segments"][:] = host["num_prefill_segments"][:] = 0
         self._inputs.send()
         self._captured = self.tables.weights.cells
-        self._graphs = DecodeGraphs(self._decode, self._max_rows)
-        self._graphs.capture()
+        mixed = StepGraphs(self._mixed, mixed_sizes(self._max_rows))
+        mixed.capture()
+        decode = StepGraphs(self._decode, decode_sizes(self._max_sequences), mixed.memory)
+        decode.capture()
+        self._mixed_graphs, self._decode_graphs = mixed, decode
 
     @torch.inference_mode()
     def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> CudaStep:
         """See Runner.launch."""
-        order = sorted(range(len(chunks)), key=lambda i: -1 if (slot := adapter_slots[i]) is None else slot)
-        chunks = [chunks[i] for i in order]
-        slots = np.array([-1 if (slot := adapter_slots[i]) is None else slot for i in order], dtype=np.int32)
+        if self._captured is not self.tables.weights.cells:
+            self.capture()
         try:
-            if all(chunk.count == 1 for chunk in chunks):
-                decoded = self._launch_decode(chunks, slots)
-                rows = len(chunks)
-                decoded = Decoded(decoded.logits[:rows], decoded.tokens[:rows], decoded.highest[:rows])
-                return self._sample(chunks, decoded)
-            return self._launch_mixed(chunks, slots)
-        except torch.AcceleratorError as error:
+            keyed = [
+                (chunk.count > 1, -1 if slot is None else slot)
+                for chunk, slot in zip(chunks, adapter_slots, strict=True)
+            ]
+            order = sorted(range(len(chunks)), key=keyed.__getitem__)
+            chunks = [chunks[i] for i in order]
+            slots = np.array([keyed[i][1] for i in order], dtype=np.int32)
+            sampled = [chunk for chunk in chunks if chunk.samples]
+            return self._sample(sampled, self._run(chunks, slots).first(len(sampled)))
+        except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
             raise EngineDead(f"the device {self.device} failed", cause=str(error)) from error
 
-    # --- decode: one row a sequence ---
-
-    def _launch_decode(self, chunks: list[Chunk], slots: np.ndarray) -> Decoded:
-        if self._graphs is None or self._captured is not self.tables.weights.cells:
-            self.capture()
-        assert self._graphs is not None
-        rows, with_lora = len(chunks), bool(slots[-1] >= 0)
-        if with_lora and self.tables.max_rank > _GRAPH_MAX_RANK:
-            self._fill_decode(chunks, slots, rows)
-            return self._decode(rows, with_lora, self.tables.max_rank)
-        padded = self._graphs.padded(rows)
-        self._fill_decode(chunks, slots, padded)
-        return self._graphs.replay(padded, with_lora)
-
-    def _fill_decode(self, chunks: list[Chunk], slots: np.ndarray, padded: int) -> None:
-        n = len(chunks)
-        lanes = self._lanes.of([chunk.sequence for chunk in chunks])
-        host = self._inputs.begin()
-        positions = np.fromiter((chunk.start for chunk in chunks), np.int64, n)
-        host["token_ids"][:n] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
-        host["lanes"][:n] = lanes
-        host["sampled_lanes"][:n] = lanes
-        host["positions"][:n] = positions
-        tables = self._lanes.tables
-        page_tokens = self.pool.geometry.page_tokens
-        host["slots"][:n] = tables[lanes, positions // page_tokens].astype(np.int64) * page_tokens + (
-            positions % page_tokens
-        )
-        host["seq_lens"][:n] = positions + 1
-        host["block_tables"][:n] = tables[lanes]
-        self._fill_segments(host, slots, np.ones(n, dtype=np.int64), _DECODE_BLOCK_ROWS)
-        self._pad(host, n, padded)
-        self._inputs.send()
-
-    def _pad(self, host: dict, first: int, end: int) -> None:
-        """Rows that compute nothing anyone reads: no context, no adapter, no place in the KV."""
-        host["query_starts"][: end + 1] = np.arange(end + 1)
-        host["logits_rows"][:end] = np.arange(end)
-        host["token_ids"][first:end] = 0
-        host["lanes"][first:end] = self._lanes.spare
-        host["sampled_lanes"][first:end] = self._lanes.spare
-        host["positions"][first:end] = 0
-        host["slots"][first:end] = -1
-        host["seq_lens"][first:end] = 0
-        if first == 0:
-            host["num_segments"][:] = 0
-
-    def _decode(self, rows: int, with_lora: bool, max_rank: int = _GRAPH_MAX_RANK) -> Decoded:
-        """The device's part of a decode step, from the inputs as they lie there."""
-        inputs = self._inputs.device
-        work = None
-        if with_lora:
-            work = WorkList(inputs["segments"][:rows], inputs["num_segments"], _DECODE_BLOCK_ROWS, max_rank)
-        return self._forward(rows, rows, rows, work, max_queries=1, chunks=())
-
-    # --- prompts, alone or with decodes beside them ---
-
-    def _launch_mixed(self, chunks: list[Chunk], slots: np.ndarray) -> CudaStep:
+    def _run(self, chunks: list[Chunk], slots: np.ndarray) -> StepOutput:
+        """Fills the inputs and launches the step: as a graph, unless a rank is beyond what graphs were made for."""
+        assert self._decode_graphs is not None
+        assert self._mixed_graphs is not None
         counts = np.fromiter((chunk.count for chunk in chunks), np.int64, len(chunks))
+        rows, with_lora = int(counts.sum()), bool((slots >= 0).any())
+        is_decode = rows == len(chunks)
+        graphs, run = (self._decode_graphs, self._decode) if is_decode else (self._mixed_graphs, self._mixed)
+        if with_lora and self.tables.max_rank > _GRAPH_MAX_RANK:
+            self._fill(chunks, counts, slots, rows)
+            return run(rows, with_lora, self.tables.max_rank)
+        padded = graphs.padded(rows)
+        self._fill(chunks, counts, slots, padded)
+        return graphs.replay(padded, with_lora)
+
+    # --- the inputs ---
+
+    def _fill(self, chunks: list[Chunk], counts: np.ndarray, slots: np.ndarray, padded_rows: int) -> None:
+        num_sequences = len(chunks)
         ends = counts.cumsum()
-        n, num_sequences = int(ends[-1]), len(chunks)
+        rows = int(ends[-1])
         lanes = self._lanes.of([chunk.sequence for chunk in chunks])
         starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num_sequences)
-        owners = np.repeat(np.arange(num_sequences), counts)
-        positions = np.arange(n) - (ends - counts - starts)[owners]
-        tables = self._lanes.tables
-        page_tokens = self.pool.geometry.page_tokens
         samples = np.fromiter((chunk.samples for chunk in chunks), bool, num_sequences)
-        m = int(samples.sum())
-
         host = self._inputs.begin()
-        tokens: list[int] = []
-        for chunk in chunks:
-            tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
-        host["token_ids"][:n] = tokens
-        host["lanes"][:n] = lanes[owners]
-        host["positions"][:n] = positions
-        host["slots"][:n] = tables[lanes[owners], positions // page_tokens].astype(np.int64) * page_tokens + (
-            positions % page_tokens
-        )
-        host["logits_rows"][:m] = ends[samples] - 1
-        host["sampled_lanes"][:m] = lanes[samples]
+        if rows == num_sequences:
+            row_lanes, positions = lanes, starts
+            host["token_ids"][:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
+        else:
+            owners = np.repeat(np.arange(num_sequences), counts)
+            row_lanes, positions = lanes[owners], np.arange(rows) - (ends - counts - starts)[owners]
+            tokens: list[int] = []
+            for chunk in chunks:
+                tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
+            host["token_ids"][:rows] = tokens
+        tables, page_tokens = self._lanes.tables, self.pool.geometry.page_tokens
+        pages = tables[row_lanes, positions // page_tokens].astype(np.int64)
+        host["lanes"][:rows] = row_lanes
+        host["positions"][:rows] = positions
+        host["slots"][:rows] = pages * page_tokens + positions % page_tokens
         host["seq_lens"][:num_sequences] = starts + counts
-        host["query_starts"][: num_sequences + 1] = np.concatenate(([0], ends))
+        host["query_starts"][1 : num_sequences + 1] = ends
         host["block_tables"][:num_sequences] = tables[lanes]
-        num_segments = self._fill_segments(host, slots, counts, _PREFILL_BLOCK_ROWS)
+        num_sampled = int(samples.sum())
+        host["logits_rows"][:num_sampled] = ends[samples] - 1
+        host["sampled_lanes"][:num_sampled] = lanes[samples]
+        num_decoding = int((counts == 1).sum())
+        first_rows = ends - counts
+        _fill_segments(
+            host, "decode_segments", slots[:num_decoding], first_rows[:num_decoding], num_decoding, DECODE_BLOCK_ROWS
+        )
+        _fill_segments(
+            host, "prefill_segments", slots[num_decoding:], first_rows[num_decoding:], rows, PREFILL_BLOCK_ROWS
+        )
+        self._pad(host, rows, padded_rows, num_sequences, self._max_sequences, num_sampled)
         self._inputs.send()
-        inputs = self._inputs.device
-        work = None
-        if num_segments:
-            work = WorkList(
-                inputs["segments"][:num_segments], inputs["num_segments"], _PREFILL_BLOCK_ROWS, self.tables.max_rank
+
+    def _pad(
+        self, host: Arrays, row: int, end_row: int, sequence: int, end_sequence: int, num_sampled: int = 0
+    ) -> None:
+        """Rows and sequences that compute nothing anyone reads: no context, no adapter, no place in the KV."""
+        host["token_ids"][row:end_row] = 0
+        host["lanes"][row:end_row] = self._lanes.spare
+        host["positions"][row:end_row] = 0
+        host["slots"][row:end_row] = -1
+        host["seq_lens"][sequence:end_sequence] = 0
+        host["logits_rows"][num_sampled:end_sequence] = 0
+        host["sampled_lanes"][num_sampled:end_sequence] = self._lanes.spare
+        host["query_starts"][sequence + 1 : end_sequence + 1] = row
+
+    # --- the step on the device ---
+
+    def _decode(self, rows: int, with_lora: bool, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
+        """A row a sequence, all of them sampled."""
+        work = (self._work("decode_segments", rows, DECODE_BLOCK_ROWS, max_rank),) if with_lora else ()
+        return self._forward(rows, rows, work, max_queries=1)
+
+    def _mixed(self, rows: int, with_lora: bool, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
+        """Any rows of as many sequences as may run."""
+        work: tuple[WorkList, ...] = ()
+        if with_lora:
+            decoding = min(rows, self._max_sequences)
+            prefilling = self._max_sequences + rows // PREFILL_BLOCK_ROWS
+            work = (
+                self._work("decode_segments", decoding, DECODE_BLOCK_ROWS, max_rank),
+                self._work("prefill_segments", prefilling, PREFILL_BLOCK_ROWS, max_rank),
             )
-        decoded = self._forward(n, num_sequences, m, work, max_queries=int(counts.max()), chunks=tuple(chunks))
-        return self._sample([chunk for chunk in chunks if chunk.samples], decoded)
+        return self._forward(rows, self._max_sequences, work, max_queries=rows)
 
-    # --- both ---
+    def _work(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
+        inputs = self._inputs.device
+        return WorkList(inputs[segments][:capacity], inputs[f"num_{segments}"], block_rows, max_rank)
 
-    def _fill_segments(self, host: dict, slots: np.ndarray, counts: np.ndarray, block_rows: int) -> int:
-        """Runs of rows with one adapter, cut to `block_rows`; how many."""
-        first_rows = counts.cumsum() - counts
-        edges = np.flatnonzero(np.diff(slots, prepend=-1)) if len(slots) else np.empty(0, dtype=np.int64)
-        segments = []
-        total = int(counts.sum())
-        for i, edge in enumerate(edges):
-            end = int(first_rows[edges[i + 1]]) if i + 1 < len(edges) else total
-            slot = int(slots[edge])
-            segments += [
-                (slot, row, min(block_rows, end - row)) for row in range(int(first_rows[edge]), end, block_rows)
-            ]
-        if segments:
-            host["segments"][: len(segments)] = segments
-        host["num_segments"][:] = len(segments)
-        return len(segments)
-
-    def _forward(
-        self,
-        rows: int,
-        num_sequences: int,
-        num_sampled: int,
-        work: WorkList | None,
-        max_queries: int,
-        chunks: tuple[Chunk, ...],
-    ) -> Decoded:
+    def _forward(self, rows: int, num_sequences: int, work: tuple[WorkList, ...], max_queries: int) -> StepOutput:
         inputs = self._inputs.device
         token_ids = inputs["token_ids"][:rows]
         token_ids = torch.where(token_ids == PENDING, self._lane_tokens[inputs["lanes"][:rows]], token_ids)
         batch = Batch(
-            chunks=chunks,
+            chunks=(),
             token_ids=token_ids,
             positions=inputs["positions"][:rows],
             slots=inputs["slots"][:rows],
             block_tables=inputs["block_tables"][:num_sequences],
             seq_lens=inputs["seq_lens"][:num_sequences],
             query_starts=inputs["query_starts"][: num_sequences + 1],
-            logits_rows=inputs["logits_rows"][:num_sampled],
+            logits_rows=inputs["logits_rows"][:num_sequences],
             work=work,
             max_queries=max_queries,
         )
-        logits = self.model.forward(batch, self.pool, self.weights)
-        best = logits.max(-1) if num_sampled else None
-        if best is None:
-            empty = torch.empty(0, device=self.device)
-            return Decoded(logits, empty.long(), empty)
-        self._lane_tokens.index_copy_(0, inputs["sampled_lanes"][:num_sampled], best.indices)
-        return Decoded(logits, best.indices, best.values)
+        logits = self.model.forward(batch, self.pool, self.tables.weights)
+        best = logits.max(-1)
+        self._lane_tokens.index_copy_(0, inputs["sampled_lanes"][:num_sequences], best.indices)
+        return StepOutput(logits, best.indices, best.values)
 
-    @property
-    def weights(self) -> AdapterWeights:
-        return self.tables.weights
-
-    def _sample(self, sampled: list[Chunk], decoded: Decoded) -> CudaStep:
+    def _sample(self, sampled: list[Chunk], output: StepOutput) -> CudaStep:
         """Draws the rows that are not greedy, and gathers what clients want to know of the distribution."""
-        tokens = decoded.tokens
+        tokens = output.tokens
         draws = [Draw(chunk.sequence.sampling, chunk.sequence.num_generated) for chunk in sampled]
         drawn = [row for row, draw in enumerate(draws) if not draw.sampling.is_greedy]
         if drawn:
             rows = torch.tensor(drawn).pin_memory().to(self.device, non_blocking=True)
             tokens = tokens.clone()
-            tokens[rows] = draw_rows(decoded.logits[rows], [draws[row] for row in drawn])
+            tokens[rows] = draw_rows(output.logits[rows], [draws[row] for row in drawn])
             self._lane_tokens.index_copy_(0, self._inputs.device["sampled_lanes"][: len(sampled)], tokens)
         logprobs = {}
         for row, draw in enumerate(draws):
             if draw.sampling.logprobs is not None:
-                logprob = decoded.logits[row].log_softmax(0)
+                logprob = output.logits[row].log_softmax(0)
                 top = logprob.topk(min(draw.sampling.logprobs, len(logprob)))
                 logprobs[row] = (logprob.gather(0, tokens[row : row + 1])[0], top.indices, top.values)
-        return CudaStep(sampled, tokens, decoded.highest, logprobs)
+        return CudaStep(sampled, tokens, output.highest, logprobs)
+
+
+def _fill_segments(
+    host: Arrays, name: str, slots: np.ndarray, first_rows: np.ndarray, end_row: int, block_rows: int
+) -> None:
+    """Runs of rows with one adapter, cut to `block_rows`. slots, first_rows  of sequences in the order of their rows"""
+    edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
+    run_slots = slots[edges].tolist()
+    run_starts = first_rows[edges].tolist()
+    segments = [
+        (slot, row, min(block_rows, end - row))
+        for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
+        for row in range(start, end, block_rows)
+    ]
+    if segments:
+        host[name][: len(segments)] = segments
+    host[f"num_{name}"][:] = len(segments)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ Rows are tokens of any sequences, packed without padding. Nothing here knows seq
 finds its pages through the batch's block tables, LoRA its factors through the batch's work list.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -82,22 +80,8 @@ class LlamaModel:
     ) -> Tensor:
         """The base's product, and on the rows of adapters their low-rank terms."""
         y: Tensor = linear(x)
-        if batch.work is not None:
-            starts, sizes = self._outputs[group]
-            self._add_lora(x, y, layer, group, starts, sizes, batch, adapters)
+        starts, sizes = self._outputs[group]
+        for work in batch.work:
+            v = self.ops.lora_shrink(x, adapters, layer, group, work)
+            self.ops.lora_expand(y, v, adapters, layer, group, starts, sizes, work)
         return y
-
-    def _add_lora(
-        self,
-        x: Tensor,
-        y: Tensor,
-        layer: int,
-        group: Group,
-        starts: Sequence[int],
-        sizes: Sequence[int],
-        batch: Batch,
-        adapters: AdapterWeights,
-    ) -> None:
-        assert batch.work is not None
-        v = self.ops.lora_shrink(x, adapters, layer, group, batch.work)
-        self.ops.lora_expand(y, v, adapters, layer, group, starts, sizes, batch.work)
