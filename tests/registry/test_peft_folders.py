@@ -502,6 +502,15 @@ def test_a_changed_alpha_in_our_folder_is_refused(tmp_path):
         load_peft(tmp_path / "out")
 
 
+def test_a_record_that_claims_another_base_is_refused(tmp_path):
+    save_peft(random_adapter(), tmp_path / "out")
+    text = (tmp_path / "out" / RECORD).read_text()
+    (tmp_path / "out" / RECORD).write_text(text.replace(BASE.base_id, "sha256:" + "c" * 64))
+
+    with pytest.raises(AdapterInvalid, match=r"is not what flora\.json says"):
+        load_peft(tmp_path / "out")
+
+
 def test_a_record_cannot_name_a_file_outside_its_folder(tmp_path):
     save_peft(random_adapter(extras={CHAT_TEMPLATE: b"x"}), tmp_path / "out")
     text = (tmp_path / "out" / RECORD).read_text()

@@ -158,6 +158,8 @@ def _load_own(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) 
             cause=f"this Flora reads {_KIND!r} up to schema {_SCHEMA_VERSION}",
             fix="upgrade Flora: pip install -U flora-adapters",
         )
+    if str(record.header.serving_digest) != record.serving_digest:
+        raise _differs("the header")
     if not record.header.base.name.isprintable():
         raise AdapterInvalid(f"{RECORD_FILE} names its base with characters that cannot be shown")
     left = dict(pairs)
