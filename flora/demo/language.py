@@ -1,7 +1,8 @@
 """The demo's language: one line names a skill and a word, and ends with the answer: `copy:saberu=saberu`.
 
 The base model learns some skills. Each task is an old cipher that it was never shown, so that before
-fine-tuning it answers none of it. Words are six random letters; a checksum puts one word in sixteen on the held-out side, whoever draws it.
+fine-tuning it answers none of it. Words are six random letters; a checksum puts one word in sixteen on the held-out
+side, whoever draws it.
 """
 
 import random

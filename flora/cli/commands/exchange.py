@@ -1,0 +1,146 @@
+"""`flora import`, `export` and `push`: adapters from and to the rest of the world."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, open_registry
+from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
+from flora.cli.sizes import show_bytes
+from flora.names import check_name
+
+
+class ExportFormat(StrEnum):
+    PEFT = "peft"
+
+
+class ExportProfile(StrEnum):
+    COMPACT = "compact"
+    PORTABLE = "portable"
+
+
+_Profile = Annotated[
+    ExportProfile,
+    typer.Option(
+        "--profile",
+        help="portable: one rank, zero-padded, for any engine. compact: each module's own rank, smaller.",
+    ),
+]
+
+
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A PEFT folder, Flora's own or another's.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name in the registry.")],
+    registry: RegistryUrl = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """Take an adapter folder into the registry. Only safetensors are read.
+
+    [bold]Example[/bold]
+
+      flora import ./adapter --name sql
+    """
+    from flora.registry.formats.peft import load_peft
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    check_name(name)
+    adapter = load_peft(path)
+    with open_registry(registry, create=True) as store:
+        version = store.add(adapter, name, provenance={"command": "import"})
+    record = {
+        "ref": version.ref,
+        "digest": version.digest,
+        "serving_digest": version.serving_digest,
+        "base": version.base_name,
+        "base_id": version.base_id,
+        "max_rank": version.max_rank,
+        "num_bytes": version.num_bytes,
+    }
+    facts = [
+        ("base", f"{version.base_name} ({version.base_id or 'as the folder claims: nobody has hashed it'})"),
+        ("modules", f"{version.num_modules}, ranks up to {version.max_rank}"),
+        ("size", show_bytes(version.num_bytes)),
+    ]
+    print_record(form, record, id_key="ref", facts=facts, title=version.ref)
+
+
+def export(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder, or one that Flora wrote.")],
+    form_of_files: Annotated[ExportFormat, typer.Option("--format", help="Kind of files.")] = ExportFormat.PEFT,
+    profile: _Profile = ExportProfile.COMPACT,
+    registry: RegistryUrl = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """Write an adapter as a folder that other tools read.
+
+    [bold]Example[/bold]
+
+      flora export sql --profile portable --out ./sql-adapter
+    """
+    from flora.registry.formats.peft import save_peft
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    with open_registry(registry) as store:
+        version = store.resolve(ref)
+        files = save_peft(store.load(version), out, profile.value)
+    rows = [{"file": str(file), "num_bytes": file.stat().st_size} for file in files]
+    columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
+    print_table(form, "files", columns, rows, id_key="file")
+
+
+def push(
+    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
+    profile: _Profile = ExportProfile.PORTABLE,
+    private: Annotated[bool, typer.Option("--private", help="If the repository is new, keep it private.")] = False,
+    dry_run: DryRun = False,
+    registry: RegistryUrl = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """Publish an adapter on the Hugging Face Hub, with a model card that says what it keeps and how to use it.
+
+    [bold]Examples[/bold]
+
+      flora push sql you/sql-adapter --dry-run
+
+      flora push sql:prod you/sql-adapter
+    """
+    from flora.registry.remotes.hub import plan_push
+    from flora.registry.remotes.hub import push as send
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    with open_registry(registry) as store:
+        version = store.resolve(ref)
+        plan = plan_push(store.load(version), version, repo, profile=profile.value, is_private=private)
+    address = None if dry_run else send(plan)
+    files = [{"file": file.name, "num_bytes": file.num_bytes} for file in plan.files]
+    record: dict[str, Any] = {
+        "ref": version.ref,
+        "repo": plan.repo,
+        "url": address,
+        "dry_run": dry_run,
+        "message": plan.message,
+        "files": files,
+        "card": plan.card,
+    }
+    if form is Format.JSON:
+        print_json(record)
+    elif form is Format.IDS:
+        print(address or plan.repo)
+    else:
+        columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
+        print_table(form, "files", columns, files, id_key="file")
+        if dry_run:
+            print(f"\n--- README.md of {plan.repo}, the model card\n")
+            print(plan.card)
+            note(f"note: nothing was sent; {version.ref} would be one commit to {plan.repo}: {plan.message}")
+        else:
+            print(address)

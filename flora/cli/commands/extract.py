@@ -1,0 +1,171 @@
+"""`flora extract`: base and tuned checkpoints to adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flora.cli.extraction import Outcome, Target, extract_one, hash_cache_dir, plan_one
+from flora.cli.options import AsJson, Budget, Device, DryRun, Energy, IdsOnly, MaxRank, RegistryUrl, rank_rule
+from flora.cli.output import Format, choose_format, note, percent, print_json, print_record
+from flora.cli.sizes import show_bytes
+from flora.errors import UsageError
+
+if TYPE_CHECKING:
+    from flora.extract import ExtractionPlan
+
+DEFAULT_RANK = 64  # where no rule is given: what people train LoRA with at the upper end, and every engine serves
+
+
+def extract(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the pretrained checkpoint.")],
+    tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="The same for its full fine-tunes.")],
+    rank: MaxRank = None,
+    energy: Energy = None,
+    budget: Budget = None,
+    name: Annotated[
+        str | None, typer.Option("--name", metavar="NAME", help="Name in the registry. Default: TUNED's own.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Write a PEFT folder; without --name, into no registry."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="GLOB", help="Only modules like this. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="No modules like this. Repeatable.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    exact: Annotated[bool, typer.Option("--exact", help="A full SVD of every matrix: slow, for audits.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if a module misses the asked energy.")] = False,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Same inputs and seed, same digests.")] = 0,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+    registry: RegistryUrl = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """Turn full fine-tunes into adapters, and say what each one keeps.
+
+    The rules --rank, --energy and --budget may be combined; with none of them, --rank 64 is taken. With neither --name
+    nor --out, the adapter is registered under the name of TUNED's folder.
+
+    [bold]Examples[/bold]
+
+      flora extract ./base ./tuned --rank 64
+
+      flora extract org/model org/model-sql --energy 0.95 --name sql
+
+      flora extract ./base ./tuned --budget 100MB --out ./adapter
+    """
+    from flora.extract import ExtractConfig
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    rule = rank_rule(rank, energy, budget)
+    if len(tuned) > 1 and (name or out):
+        raise UsageError("--name and --out are for one TUNED", fix="leave them out, or extract one at a time")
+    config = ExtractConfig(
+        rule=rank_rule(DEFAULT_RANK, None, None) if rule.is_empty else rule,
+        factor_dtype=dtype,
+        exact=exact,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        seed=seed,
+        strict=strict,
+        device=device,
+        cache_dir=hash_cache_dir(),
+    )
+    targets = [Target.of(source, name, out) for source in tuned]
+    if dry_run:
+        plans = [plan_one(base, target, config) for target in targets]
+        _print_plans(form, plans)
+        return
+    outcomes = []
+    for target in targets:
+        outcome = extract_one(base, target, config, registry, is_quiet=form is Format.IDS)
+        outcomes.append(outcome)
+        if form is not Format.JSON:
+            _print_outcome(form, outcome)
+    if form is Format.JSON:
+        print_json({"adapters": [outcome.record() for outcome in outcomes]})
+
+
+def _print_outcome(form: Format, outcome: Outcome) -> None:
+    from flora.cli.verdict import advice, left_out, verdict
+
+    report, header = outcome.adapter.report, outcome.adapter.header
+    assert report is not None
+    ranks = [module.rank for module in header.modules]
+    facts = [
+        ("modules", f"{len(ranks)}, ranks {min(ranks)} to {max(ranks)}"),
+        (
+            "size",
+            f"{show_bytes(outcome.adapter_bytes)}, {percent(outcome.adapter_bytes / outcome.tuned_bytes)} of the "
+            f"checkpoint's {show_bytes(outcome.tuned_bytes)}",
+        ),
+        ("kept energy", f"{percent(report.extracted_share)} of the extracted modules' change"),
+        ("", f"{percent(report.kept_share)} of the whole change"),
+        *(
+            ("" if i else "left as in the base", f"{percent(group.share)} of the change: {group.count} {group.kind}")
+            for i, group in enumerate(left_out(report))
+        ),
+        ("time", f"{outcome.result.timings['total']:.1f} s"),
+    ]
+    where = f"{outcome.version.ref} ({outcome.version.digest})" if outcome.version else str(outcome.out)
+    print_record(form, outcome.record(), id_key="id", facts=facts, title=f"{where}, from {header.base.name}")
+    if form is Format.IDS:
+        return
+    note(f"verdict: {verdict(report)}")
+    for line in advice(report):
+        note(f"note: {line}")
+    for line in _next_commands(outcome):
+        note(f"next: {line}")
+
+
+def _next_commands(outcome: Outcome) -> list[str]:
+    if outcome.version is None:
+        return [f"flora import {outcome.out} --name NAME"]
+    name = outcome.version.name
+    return ["flora serve", f'flora run {name} "PROMPT"', f"flora push {name} USER/{name.rpartition('/')[2]}"]
+
+
+def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]]) -> None:
+    records = [_plan_record(target, plan) for target, plan in plans]
+    if form is Format.JSON:
+        print_json({"plans": records})
+        return
+    for record, (target, plan) in zip(records, plans, strict=True):
+        facts = [
+            ("modules", f"{record['num_extractable']} of {record['num_tensors']} tensors"),
+            ("ranks", f"up to {record['max_rank']}"),
+            ("reads", show_bytes(plan.read_bytes)),
+            ("writes", f"up to {show_bytes(plan.factor_bytes)}"),
+            ("memory", f"about {show_bytes(plan.memory_bytes)} beside the mapped files"),
+            ("would go to", ", ".join(str(place) for place in (target.name, target.out) if place)),
+        ]
+        print_record(form, record, id_key="source", facts=facts, title=f"plan for {target.source}")
+        for line in plan.notes:
+            note(f"note: {line}")
+
+
+def _plan_record(target: Target, plan: ExtractionPlan) -> dict[str, Any]:
+    return {
+        "source": target.source,
+        "name": target.name,
+        "out": str(target.out) if target.out else None,
+        "num_tensors": len(plan.pairs),
+        "num_extractable": len(plan.extractable),
+        "max_rank": max(plan.ranks.values(), default=0),
+        "read_bytes": plan.read_bytes,
+        "factor_bytes": plan.factor_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "tensors": [
+            {"name": pair.name, "shape": list(pair.shape), "status": pair.status, "rank": plan.ranks.get(pair.name)}
+            for pair in plan.pairs
+        ],
+    }

@@ -1,0 +1,231 @@
+"""`flora serve`: one base and all its adapters over HTTP."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flora.cli.machine import available_memory_bytes, gpus
+from flora.cli.options import RegistryUrl, open_registry
+from flora.cli.sizes import parse_bytes, parse_length
+from flora.errors import NotFound, UsageError
+
+if TYPE_CHECKING:
+    from flora.registry import Registry
+    from flora.serve import ServeConfig
+
+_MEMORY = "Memory"
+_ACCESS = "Access"
+_MIN_POOL_BYTES = 64 << 20
+_MAX_CPU_POOL_BYTES = 4 << 30  # tokens of a CPU server rarely need more
+_CPU_POOL_SHARE = 0.25  # of the memory that the base leaves; the system and its file cache need the rest
+_GPU_POOL_SHARE = 0.85  # of what the base leaves: activations, graphs and the allocator's slack take the rest
+_HOST_CACHE_SHARE = 0.125  # of the host's available memory
+_MAX_HOST_CACHE_BYTES = 8 << 30
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def serve(
+    base: Annotated[
+        str | None,
+        typer.Argument(metavar="[BASE]", help="Folder or Hub id. Default: the base of the registry's adapters."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", rich_help_panel=_ACCESS)] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option("--port", metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=_ACCESS),
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="One key a line.", rich_help_panel=_ACCESS),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let other machines in without a key.", rich_help_panel=_ACCESS),
+    ] = False,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "--preload", metavar="REF", help="Load it before the first request. Repeatable."),
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--base-name", metavar="NAME", help="The base's model id. Default: its own name.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16; auto by device."),
+    ] = "auto",
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            "--pool",
+            metavar="SIZE",
+            help="Keys, values and adapters on the device together: 4GiB. Default: from the memory that is free.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    host_cache: Annotated[
+        str | None,
+        typer.Option("--host-cache", metavar="SIZE", help="Of adapters in host memory.", rich_help_panel=_MEMORY),
+    ] = None,
+    max_len: Annotated[
+        str | None,
+        typer.Option(
+            "--max-len", metavar="TOKENS", help="Longest prompt and answer together: 4k.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option("--max-sequences", metavar="N", min=1, help="Running at once.", rich_help_panel=_MEMORY)
+    ] = 64,
+    max_batch_tokens: Annotated[
+        int,
+        typer.Option("--max-batch-tokens", metavar="N", min=1, help="Rows of one step.", rich_help_panel=_MEMORY),
+    ] = 512,
+    max_adapters: Annotated[
+        int, typer.Option("--max-adapters", metavar="N", min=1, help="On the device at once.", rich_help_panel=_MEMORY)
+    ] = 256,
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Of torch on a CPU.")] = None,
+    drain: Annotated[
+        float, typer.Option("--drain", metavar="SECONDS", min=0, help="Left to running requests after Ctrl-C.")
+    ] = 30.0,
+    log_json: Annotated[bool, typer.Option("--log-json", help="One JSON object per log line.")] = False,
+    registry: RegistryUrl = None,
+) -> None:
+    """Serve one base model and every adapter of the registry that belongs to it, over OpenAI's HTTP routes.
+
+    A request names an adapter as its model: NAME, NAME:ALIAS or NAME@vN. Adapters load on first use, and new versions
+    and moved aliases count from the next request on. Without a key only this machine can connect.
+
+    [bold]Examples[/bold]
+
+      flora serve
+
+      flora serve org/model --adapter sql:prod --port 8080
+
+      flora serve ./base --host 0.0.0.0 --api-key-file keys.txt --pool 8GiB
+    """
+    from flora.cli.logs import configure_logs
+    from flora.config import settings
+    from flora.errors import CheckpointError
+    from flora.serve import EngineConfig, ServeConfig
+    from flora.serve import serve as run_server
+
+    configure_logs(logging.INFO, as_json=log_json)
+    with open_registry(registry, create=True) as store:
+        folder, name = _find_base(store, base)
+        registry_root = str(registry or settings().registry_url or settings().registry_dir)
+    device, dtype = resolve_device(device, dtype)
+    num_bytes = _weights_bytes(folder, dtype)
+    if num_bytes == 0:
+        raise CheckpointError(f"{folder} holds no weights")
+    engine = EngineConfig(
+        base=folder,
+        registry=registry_root,
+        cache_dir=settings().cache_dir / "hashes",
+        device=device,
+        dtype=dtype,
+        pool_bytes=parse_bytes(pool) if pool else default_pool_bytes(device, num_bytes),
+        host_cache_bytes=parse_bytes(host_cache) if host_cache else default_host_cache_bytes(),
+        max_context=parse_length(max_len) if max_len else None,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        max_adapters=max_adapters,
+        num_threads=threads,
+    )
+    config: ServeConfig = ServeConfig(
+        engine=engine,
+        base_name=served_name or name,
+        host=host,
+        port=port,
+        preload=tuple(adapter or ()),
+        drain_s=drain,
+        api_keys=_read_keys(api_key_file) if api_key_file else (),
+        insecure=insecure,
+    )
+    run_server(config)
+
+
+def _find_base(registry: Registry, source: str | None) -> tuple[Path, str]:
+    """Folder and name of the base to serve: the one that is given, or the one that the registry's adapters share."""
+    from flora.checkpoint import locate_checkpoint, open_checkpoint
+
+    if source is not None:
+        checkpoint = open_checkpoint(locate_checkpoint(source))
+        return checkpoint.path, checkpoint.name
+    used = [entry for entry in registry.bases() if entry.num_adapters > 0]
+    if not used:
+        raise UsageError(
+            "the registry has no adapters, so nothing says which base to serve",
+            fix="give it: flora serve BASE; or make an adapter first: flora extract BASE TUNED",
+        )
+    if len(used) > 1:
+        listed = "; ".join(
+            f"{entry.name} with {entry.num_adapters}, at {entry.path or 'no known place'}" for entry in used
+        )
+        raise UsageError(
+            f"the registry's adapters belong to {len(used)} bases", cause=listed, fix="say which: flora serve BASE"
+        )
+    (entry,) = used
+    if entry.path is None or not entry.path.is_dir():
+        raise NotFound(
+            f"where the base {entry.name} lies is not known",
+            cause=f"{entry.path} is gone" if entry.path else "its adapters came here without it",
+            fix="give its folder or Hub id: flora serve BASE",
+        )
+    return entry.path, entry.name
+
+
+def resolve_device(device: str, dtype: str) -> tuple[str, str]:
+    """Device and dtype with "auto" replaced by what this machine has. Raises UsageError."""
+    if device == "auto":
+        device = "cuda" if gpus() else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if dtype not in _ITEM_BYTES:
+        raise UsageError(f"{dtype!r} is no dtype to serve in", fix=f"give one of {', '.join(_ITEM_BYTES)}")
+    return device, dtype
+
+
+def default_pool_bytes(device: str, weights_bytes: int) -> int:
+    """Of the pool on `device`, once the base's weights lie there. Raises UsageError if nothing would be left."""
+    if device.startswith("cuda"):
+        found, ordinal = gpus(), int(device.partition(":")[2] or 0)
+        memory_bytes = found[ordinal].memory_bytes if ordinal < len(found) else 0
+        share, most = _GPU_POOL_SHARE, memory_bytes
+    else:
+        memory_bytes, share, most = available_memory_bytes(), _CPU_POOL_SHARE, _MAX_CPU_POOL_BYTES
+    left = int(share * (memory_bytes - weights_bytes))
+    if left < _MIN_POOL_BYTES:
+        raise UsageError(
+            f"the base takes {weights_bytes >> 20} MiB of the {memory_bytes >> 20} MiB on {device}, too much",
+            fix="use a device with more memory, or another --dtype; --pool SIZE sets the rest by hand",
+        )
+    return min(left, most)
+
+
+def default_host_cache_bytes() -> int:
+    return min(_MAX_HOST_CACHE_BYTES, int(_HOST_CACHE_SHARE * available_memory_bytes()))
+
+
+def _weights_bytes(folder: Path, dtype: str) -> int:
+    """Of the base in the dtype that it is served in."""
+    from flora.checkpoint import open_checkpoint
+
+    return sum(info.numel for info in open_checkpoint(folder).tensors.values()) * _ITEM_BYTES[dtype]
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of the file, one a line, blank lines and # comments aside. Raises UsageError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the key file {path} cannot be read", cause=str(error)) from error
+    keys = tuple(line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
+    if not keys:
+        raise UsageError(f"the key file {path} holds no key", fix="write one key a line")
+    return keys

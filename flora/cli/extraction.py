@@ -1,0 +1,180 @@
+"""Extraction as the command line does it: open the pair, refuse early, extract with a progress bar, store."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora.cli.progress import Report, progress
+from flora.cli.sizes import show_bytes
+from flora.errors import NameInvalid, UsageError
+from flora.names import check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flora.adapter import Adapter
+    from flora.checkpoint import Checkpoint
+    from flora.extract import ExtractConfig, ExtractionPlan, ExtractProgress, ExtractResult
+    from flora.registry import Registry, Version
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where one adapter comes from and goes to."""
+
+    source: str
+    name: str | None  # in the registry; None: not there
+    out: Path | None
+
+    @classmethod
+    def of(cls, source: str, name: str | None, out: Path | None) -> Target:
+        if name is not None:
+            check_name(name)
+        return cls(source, name or (None if out else default_name(source)), out)
+
+
+def default_name(source: str) -> str:
+    """The last part of a folder or Hub id as a registry name. Raises NameInvalid if nothing is left of it."""
+    last = Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source.rpartition("/")[2]
+    name = re.sub(r"^[^A-Za-z0-9]+|[^A-Za-z0-9_]+$", "", re.sub(r"\.{2,}|[^A-Za-z0-9._-]+", "-", last)[:64])
+    try:
+        return check_name(name)
+    except NameInvalid as error:
+        raise NameInvalid(f"{source!r} gives no name for the registry", fix="choose one with --name") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One extraction, done and stored."""
+
+    result: ExtractResult
+    version: Version | None  # in the registry
+    out: Path | None
+    tuned_bytes: int
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.result.adapter
+
+    @property
+    def id(self) -> str:
+        return self.version.ref if self.version else str(self.out)
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(factors.num_bytes for factors in self.adapter.factors.values())
+
+    def record(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        from flora.adapter import to_json
+        from flora.cli.verdict import advice, left_out, verdict
+
+        header, report = self.adapter.header, self.adapter.report
+        assert report is not None
+        return {
+            "id": self.id,
+            "ref": self.version.ref if self.version else None,
+            "digest": self.version.digest if self.version else None,
+            "serving_digest": str(header.serving_digest),
+            "out": str(self.out) if self.out else None,
+            "base": header.base.name,
+            "base_id": header.base.base_id,
+            "num_modules": len(header.modules),
+            "max_rank": header.max_rank,
+            "num_bytes": self.adapter_bytes,
+            "checkpoint_bytes": self.tuned_bytes,
+            "kept_share_of_modules": report.extracted_share,
+            "kept_share": report.kept_share,
+            "left_out": [
+                {"kind": group.kind, "count": group.count, "share": group.share} for group in left_out(report)
+            ],
+            "verdict": verdict(report),
+            "advice": list(advice(report)),
+            "seconds": dict(self.result.timings),
+            "tensors": to_json(report)["tensors"],
+        }
+
+
+def extract_one(
+    base_source: str, target: Target, config: ExtractConfig, registry_url: str | None, *, is_quiet: bool = False
+) -> Outcome:
+    """Extracts one pair and stores the adapter where `target` says. What can be refused early is."""
+    from flora.extract import extract as extract_pair
+
+    base, tuned = _open_pair(base_source, target.source)
+    registry = _open_target(target, base, config, registry_url)
+    with progress(f"extracting {tuned.path.name}", is_quiet=is_quiet) as report:
+        result = extract_pair(base, tuned, config, _telling(report))
+    version = None
+    if registry is not None and target.name is not None:
+        with registry:
+            version = registry.add(result.adapter, target.name, provenance={"command": "extract"})
+            registry.register_base(result.base_record, name=base.name, path=base.path)
+    if target.out is not None:
+        from flora.registry.formats.peft import save_peft
+
+        save_peft(result.adapter, target.out)
+    return Outcome(result, version, target.out, tuned.num_bytes)
+
+
+def plan_one(base_source: str, target: Target, config: ExtractConfig) -> tuple[Target, ExtractionPlan]:
+    from flora.extract import plan_extraction
+
+    return target, plan_extraction(*_open_pair(base_source, target.source), config)
+
+
+def _open_pair(base: str, tuned: str) -> tuple[Checkpoint, Checkpoint]:
+    from flora.checkpoint import locate_checkpoint, open_checkpoint
+
+    return open_checkpoint(locate_checkpoint(base)), open_checkpoint(locate_checkpoint(tuned))
+
+
+def _open_target(target: Target, base: Checkpoint, config: ExtractConfig, registry_url: str | None) -> Registry | None:
+    """The registry, if the adapter goes there, after refusing what would be refused once the work is done."""
+    if target.out is not None:
+        from flora.registry.formats.peft import check_replaceable
+
+        check_replaceable(target.out)
+    if target.name is None:
+        return None
+    from flora.registry import Registry
+
+    registry = Registry.open(registry_url)
+    _check_name_is_free(registry, target.name, base, config)
+    return registry
+
+
+def _check_name_is_free(registry: Registry, name: str, base: Checkpoint, config: ExtractConfig) -> None:
+    """Raises UsageError if the name belongs to another base. Hashes the base only where the name exists already."""
+    from flora.errors import AdapterNotFound
+    from flora.identity import base_record
+
+    try:
+        known = registry.versions(name)
+    except AdapterNotFound:
+        return
+    base_id = str(base_record(base, config.cache_dir).base_id)
+    other = next((version for version in known if version.base_id not in (None, base_id)), None)
+    if other is not None:
+        raise UsageError(
+            f"the name {name} belongs to adapters of another base, {other.base_name}",
+            cause=f"{other.ref} has base {other.base_id}; {base.path} is {base_id}",
+            fix="choose another name with --name",
+        )
+
+
+def _telling(report: Report) -> Callable[[ExtractProgress], None]:
+    def tell(done: ExtractProgress) -> None:
+        detail = f"{done.done_modules}/{done.total_modules} modules, {show_bytes(done.done_bytes)}"
+        report(done.done_bytes / max(1, done.total_bytes), detail)
+
+    return tell
+
+
+def hash_cache_dir() -> Path:
+    from flora.config import settings
+
+    return settings().cache_dir / "hashes"

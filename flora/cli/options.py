@@ -1,0 +1,58 @@
+"""Flags that several verbs share, each spelled and explained once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flora.cli.sizes import parse_bytes
+
+if TYPE_CHECKING:
+    from flora.rank import RankRule
+    from flora.registry import Registry
+
+_RANK_PANEL = "How much to keep"
+
+RegistryUrl = Annotated[
+    str | None,
+    typer.Option("--registry", metavar="URL", help="Registry folder or sqlite:///FILE, instead of the default."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, with a schema_version.")]
+IdsOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Only ids on stdout, and no notes.")]
+MaxRank = Annotated[
+    int | None, typer.Option("--rank", metavar="N", help="At most N terms per module.", rich_help_panel=_RANK_PANEL)
+]
+Energy = Annotated[
+    float | None,
+    typer.Option(
+        "--energy",
+        metavar="SHARE",
+        help="The fewest terms that keep this share of each module's squared norm, such as 0.95.",
+        rich_help_panel=_RANK_PANEL,
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SIZE",
+        help="The terms that keep most in so many bytes, all modules together: 100MB.",
+        rich_help_panel=_RANK_PANEL,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, or cuda.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")]
+
+
+def rank_rule(rank: int | None, energy: float | None, budget: str | None) -> RankRule:
+    """The rule that the three flags make together; empty if none was given."""
+    from flora.rank import RankRule
+
+    return RankRule(rank, energy, parse_bytes(budget) if budget is not None else None)
+
+
+def open_registry(url: str | None, *, create: bool = False) -> Registry:
+    from flora.registry import Registry
+
+    return Registry.open(url, create=create)
