@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, padded
+from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, heaviest_first, padded
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import Tuning
 
@@ -140,13 +140,14 @@ def build_adapters(bench: Bench, num_adapters: int, layers: int) -> tuple[Adapte
     return AdapterWeights(pool, cells, modules, scales, alignment=model.alignment), ranks
 
 
-def work_list(bench: Bench, slots: list[int], block_rows: int, rows_each: int, max_rank: int) -> WorkList:
+def work_list(bench: Bench, slots: list[int], block_rows: int, rows_each: int, ranks: list[int]) -> WorkList:
     segments = [
         (slot, i * rows_each + first, min(block_rows, rows_each - first))
         for i, slot in enumerate(slots)
         for first in range(0, rows_each, block_rows)
     ]
-    return WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, device=bench.device)
+    segments = heaviest_first(segments, ranks)
+    return WorkList.build(segments, block_rows=block_rows, max_rank=max(ranks), device=bench.device)
 
 
 Inputs = dict[Group, tuple[Tensor, Tensor]]  # x and y
@@ -195,7 +196,7 @@ def lora_step(
 def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1) -> None:
     """Relative error of one layer's update against float32, and the same for torch's own rounding of it to bf16."""
     slots = list(range(0, len(ranks), max(1, len(ranks) // 16)))
-    work = work_list(bench, slots, 16, rows_each, max(ranks))
+    work = work_list(bench, slots, 16, rows_each, ranks)
     for group, (x, y) in lora_inputs(bench, len(slots) * rows_each, ALL).items():
         result, wanted = y.clone(), y.float()
         starts, sizes = bench.model.outs(group)
@@ -224,7 +225,7 @@ def lora_bytes(model: Model, ranks: list[int], groups: tuple[Group, ...], layers
 
 def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int]) -> None:
     layers, n = weights.modules.shape[1], len(ranks)
-    work = work_list(bench, list(range(n)), 16, 1, max(ranks))
+    work = work_list(bench, list(range(n)), 16, 1, ranks)
     data = lora_inputs(bench, n, ALL)
     for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
         read = sum(lora_bytes(bench.model, ranks, groups, layers))
@@ -270,20 +271,22 @@ def padded_baseline(bench: Bench, n: int, rank: int) -> None:
     )
 
 
-def bench_shared(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]) -> None:
-    """Decode rows that share adapters, a batch without any, and a prefill of one adapter."""
-    layers, n, top = weights.modules.shape[1], len(ranks), max(ranks)
-    hot = [ranks.index(rank) for rank in RANKS]
-    cases = (
-        ("4 adapters, a quarter of the rows each", work_list(bench, hot, 16, n // 4, top), n),
-        ("one adapter of rank 64", work_list(bench, hot[-1:], 16, n, top), n),
-        ("no adapter", WorkList.build([], block_rows=16, max_rank=top, capacity=n, device=bench.device), n),
-        ("prefill of 2048, rank 64", work_list(bench, hot[-1:], 64, 2048, top), 2048),
-        ("prefill of 2048, rank 16", work_list(bench, hot[1:2], 64, 2048, top), 2048),
-    )
-    for name, work, rows in cases:
+def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, WorkList, int]]:
+    """(name, work list, rows): decode over all adapters, over few, over none; and prefill of one adapter."""
+    n, hot = len(ranks), [ranks.index(rank) for rank in RANKS]
+    yield "distinct", work_list(bench, list(range(n)), 16, 1, ranks), n
+    yield "four adapters", work_list(bench, hot, 16, n // 4, ranks), n
+    yield "one of rank 64", work_list(bench, hot[-1:], 16, n, ranks), n
+    yield "none", WorkList.build([], block_rows=16, max_rank=max(ranks), capacity=n, device=bench.device), n
+    yield "prefill 2048, rank 64", work_list(bench, hot[-1:], 64, 2048, ranks), 2048
+    yield "prefill 2048, rank 16", work_list(bench, hot[1:2], 64, 2048, ranks), 2048
+
+
+def bench_cases(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]) -> None:
+    for name, work, rows in lora_cases(bench, ranks):
         seconds = bench.seconds(lora_step(bench, ops, weights, ALL, work, lora_inputs(bench, rows, ALL)))
-        bench.record(op="lora", case=name, modules="all seven", us_per_layer=seconds / layers * 1e6)
+        us = seconds / weights.modules.shape[1] * 1e6
+        bench.record(op="lora", case=name, modules="all seven", rows=rows, us_per_layer=us)
 
 
 def caches(bench: Bench, batch: int, context: int, page_tokens: int = 16) -> tuple[list[Tensor], Tensor]:
@@ -379,54 +382,44 @@ def copy_rate(bench: Bench) -> None:
 
 def variants() -> Iterator[tuple[str, dict[str, int]]]:
     """The tilings that were tried around the defaults of flora/kernels/tuning.py, which are the winners."""
-    for part in ("shrink", "expand", "wide shrink", "wide expand", "decode", "prefill"):
+    for part in ("lora", "wide_lora", "decode", "prefill"):
         yield part, {}
-    for warps, vector_k in ((1, 128), (2, 256), (2, 512)):
-        yield "shrink", {"shrink_warps": warps, "shrink_vector_k": vector_k}
-    for split, lanes in ((512, 4), (512, 2), (1024, 2), (2048, 4), (2048, 8), (1024, 8)):
-        yield "shrink", {"split_elements": split, "shrink_lanes": lanes}
     for programs in (16, 64, 128):
-        yield "shrink", {"programs_per_sm": programs}
-        yield "expand", {"programs_per_sm": programs}
-    for warps, vector_n in ((1, 128), (1, 512), (2, 512), (2, 256), (4, 1024)):
-        yield "expand", {"expand_warps": warps, "expand_vector_n": vector_n}
-    yield "expand", {"max_splits": 4}
-    for rank, warps, matrix_k in ((64, 4, 128), (64, 8, 128), (32, 4, 64), (32, 4, 128), (16, 4, 128)):
-        yield "wide shrink", {"block_rank": rank, "shrink_warps": warps, "shrink_matrix_k": matrix_k}
-    for split in (1024, 4096):
-        yield "wide shrink", {"split_elements": split, "max_splits": 8 if split == 1024 else 4}
-        yield "wide expand", {"split_elements": split, "max_splits": 8 if split == 1024 else 4}
-    for rank, warps, tile in ((64, 8, 128), (32, 4, 128), (32, 8, 128), (64, 4, 64), (32, 8, 256), (16, 4, 128)):
-        sizes = {"expand_vector_n": tile, "expand_matrix_n": tile}
-        yield "wide expand", {"block_rank": rank, "expand_warps": warps, **sizes}
-    for split, block, warps, stages in ((1024, 64, 4, 3), (512, 64, 4, 5), (512, 32, 4, 4), (512, 64, 8, 3)):
+        yield "lora", {"programs_per_sm": programs}
+    for stages in (2, 3):
+        yield "lora", {"vector_stages": stages}
+    yield "lora", {"shrink_overlap": 1}
+    yield "lora", {"shrink_overlap": 1, "vector_stages": 2}
+    for warps, vector_k, matrix_k in ((1, 256, 64), (2, 512, 128), (1, 128, 128)):
+        yield "lora", {"shrink_warps": warps, "shrink_vector_k": vector_k, "shrink_matrix_k": matrix_k}
+    for split, lanes in ((1024, 2), (512, 4), (2048, 4)):
+        yield "lora", {"split_elements": split, "shrink_lanes": lanes}
+    for warps, vector_n, matrix_n, matrix_rank in (
+        (1, 128, 64, 32), (1, 128, 32, 64), (1, 128, 64, 16), (1, 256, 32, 32), (1, 64, 32, 32),
+        (2, 512, 128, 32), (4, 1024, 128, 32), (4, 512, 128, 32),
+    ):  # fmt: skip
+        sizes = {"expand_vector_n": vector_n, "expand_matrix_n": matrix_n, "expand_matrix_rank": matrix_rank}
+        yield "lora", {"expand_warps": warps, **sizes}
+    for split, splits in ((1024, 8), (2048, 8), (4096, 4)):
+        yield "wide_lora", {"split_elements": split, "max_splits": splits}
+    for warps, tile, rank in ((4, 128, 32), (4, 64, 64), (4, 256, 64), (2, 64, 64)):
+        sizes = {"expand_vector_n": tile, "expand_matrix_n": tile, "expand_matrix_rank": rank}
+        yield "wide_lora", {"expand_warps": warps, **sizes}
+    for split, block, warps, stages in ((1024, 64, 4, 3), (1024, 128, 4, 3)):
         sizes = {"split_tokens": split, "block_tokens": block}
         yield "decode", {**sizes, "num_warps": warps, "num_stages": stages}
-    for rows, block, warps, stages in (
-        (128, 128, 8, 5),
-        (128, 32, 8, 5),
-        (64, 64, 4, 5),
-        (128, 64, 4, 5),
-        (128, 64, 8, 7),
-    ):
+    for rows, block, warps, stages in ((128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 5)):
         yield "prefill", {"block_rows": rows, "block_tokens": block, "num_warps": warps, "num_stages": stages}
-
-
-TUNED = {"shrink": "lora", "expand": "lora", "wide shrink": "wide_lora", "wide expand": "wide_lora"}  # fields of Tuning
 
 
 def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> None:
     """Microseconds of every tiling, or of each `shard[1]`-th from `shard[0]` on (to compile them in parallel first)."""
-    decode = work_list(bench, list(range(len(ranks))), 16, 1, max(ranks))
-    prefill = work_list(bench, [ranks.index(max(ranks))], 64, 2048, max(ranks))
     for part, sizes in list(variants())[shard[0] :: shard[1]]:
-        field = TUNED.get(part, part)
-        tuning = dataclasses.replace(Tuning(), **{field: dataclasses.replace(getattr(Tuning(), field), **sizes)})
+        tuning = dataclasses.replace(Tuning(), **{part: dataclasses.replace(getattr(Tuning(), part), **sizes)})
         chosen = TritonOps(ops.num_sms, tuning, overlap=ops.overlap)
-        work, n = (prefill, 2048) if part.startswith("wide") else (decode, len(ranks))
         try:
-            if "shrink" in part or "expand" in part:
-                found = time_lora(bench, chosen, part, weights, work, lora_inputs(bench, n, ALL))
+            if part in ("lora", "wide_lora"):
+                found = time_lora(bench, chosen, weights, ranks, wide=part == "wide_lora")
             else:
                 found = time_attention(bench, chosen, part)
         except (RuntimeError, triton.runtime.errors.TritonError) as error:  # a tiling that does not fit the device
@@ -435,16 +428,13 @@ def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int
             bench.record(sweep=part, tiling=str(sizes), **found)
 
 
-def time_lora(
-    bench: Bench, ops: Ops, part: str, weights: AdapterWeights, work: WorkList, data: Inputs
-) -> dict[str, float]:
-    found = {}
-    for group, (x, y) in data.items():
-        if "shrink" in part:
-            step = shrink_step(bench, ops, weights, group, work, x)
-        else:
-            step = expand_step(bench, ops, weights, group, work, x, y)
-        found[group.name] = bench.seconds(step) / weights.modules.shape[1] * 1e6
+def time_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], *, wide: bool) -> dict[str, float]:
+    layers, n, found = weights.modules.shape[1], len(ranks), {}
+    for name, work, rows in lora_cases(bench, ranks):
+        if (rows > n) == wide:
+            for modules, groups in (("qkvo", QKVO), ("all", ALL)):
+                step = lora_step(bench, ops, weights, groups, work, lora_inputs(bench, rows, groups))
+                found[f"{name} {modules}"] = bench.seconds(step) / layers * 1e6
     return found
 
 
@@ -497,7 +487,7 @@ def main() -> None:
         check_attention(bench, ops)
         copy_rate(bench)
         bench_lora(bench, ops, weights, ranks)
-        bench_shared(bench, ops, weights, ranks)
+        bench_cases(bench, ops, weights, ranks)
         if not args.dry:
             bench_attention(bench, ops)
     if args.out:

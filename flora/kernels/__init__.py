@@ -12,7 +12,7 @@ from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList, split_segments
+from flora.kernels.work import WorkList, heaviest_first, split_segments
 
 __all__ = [
     "CHUNK",
@@ -23,6 +23,7 @@ __all__ = [
     "PackedLinear",
     "ReferenceOps",
     "WorkList",
+    "heaviest_first",
     "linear",
     "padded",
     "rms_norm",

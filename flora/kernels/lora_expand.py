@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flora.kernels.lora_shrink import matrix_offsets
 from flora.kernels.modules import CHUNK, MODULES, Group
@@ -50,6 +50,7 @@ def lora_expand(
         weights.scales,
         work.segments,
         work.num_segments,
+        items,
         *starts,
         *sizes,
         weights.pool.shape[1] // CHUNK,
@@ -62,7 +63,9 @@ def lora_expand(
         SPLITS=v.shape[0],
         SINGLE_ROWS=work.block_rows <= 16,
         VECTOR_N=vector_n,
+        MATRIX_RANK=tuning.expand_matrix_rank,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
+        VECTOR_STAGES=tuning.vector_stages,
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
         OVERLAP=overlap,
@@ -82,6 +85,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     p_scales,
     p_segments,
     p_num_segments,
+    max_items,
     start_0,
     start_1,
     start_2,
@@ -101,15 +105,19 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
     VECTOR_N: tl.constexpr,  # outputs per item
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
+    MATRIX_RANK: tl.constexpr,
+    VECTOR_STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
     tiles_0 = tl.cdiv(size_0, VECTOR_N)
     tiles_1 = tl.cdiv(size_1, VECTOR_N)
     num_tiles = tiles_0 + tiles_1 + tl.cdiv(size_2, VECTOR_N)
     num_items = tl.load(p_num_segments) * num_tiles
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+    for item in range(tl.program_id(0), max_items, tl.num_programs(0)):  # a segment past the last is read, not used
         i_tile = item % num_tiles
         i_slice = (i_tile >= tiles_0).to(tl.int32) + (i_tile >= tiles_0 + tiles_1).to(tl.int32)
         start = tl.where(i_slice == 0, start_0, tl.where(i_slice == 1, start_1, start_2))
@@ -121,29 +129,30 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
         first_row = tl.load(p_segment + 1).to(tl.int64)
         num_rows = tl.load(p_segment + 2)
         p_record = p_modules + slot * modules_slot_stride + (first_module + i_slice) * 3
-        rank = tl.load(p_record)
-        b_chunk = tl.load(p_record + 2)
-        scale = tl.load(p_scales + slot * scales_slot_stride + first_module + i_slice)
-        p_slot_cells = p_cells + slot * cells_slot_stride
-        p_rows_v = p_v + first_row * v_row_stride + i_slice * v_slice_stride
-        p_rows_y = p_y + first_row * y_row_stride + start
-        row_chunks = tl.cdiv(size, 64)
-        if OVERLAP:
-            gdc_wait()
-        if rank > 0:
+        if item < num_items:
+            rank = tl.load(p_record)
+            b_chunk = tl.load(p_record + 2)
+            scale = tl.load(p_scales + slot * scales_slot_stride + first_module + i_slice)
+            p_slot_cells = p_cells + slot * cells_slot_stride
+            p_rows_v = p_v + first_row * v_row_stride + i_slice * v_slice_stride
+            p_rows_y = p_y + first_row * y_row_stride + start
+            row_chunks = tl.cdiv(size, 64)
             n = i_tile * VECTOR_N
-            if SINGLE_ROWS and num_rows == 1:
-                _expand_row(
-                    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size,
-                    v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N,
-                )  # fmt: skip
-            else:
-                for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
-                    _expand_rows(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n_part,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS, BLOCK_RANK,
-                        MATRIX_N,
+            if OVERLAP:
+                gdc_wait()
+            if rank > 0:
+                if SINGLE_ROWS and num_rows == 1:
+                    _expand_row(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
+                        size, v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N, VECTOR_STAGES,
                     )  # fmt: skip
+                else:
+                    for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
+                        _expand_rows(
+                            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                            n_part, size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS,
+                            MATRIX_RANK, MATRIX_N,
+                        )  # fmt: skip
 
 
 @triton.jit
@@ -163,13 +172,14 @@ def _expand_row(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One row: a matrix-vector product in float32, every weight straight into registers."""
     o_n = tl.arange(0, BLOCK_N)
     m_n = n + o_n < size
     b_y = tl.load(p_y + n + o_n, mask=m_n, other=0.0)
     b_delta = tl.zeros((BLOCK_N,), tl.float32)
-    for j in range(0, rank, BLOCK_RANK):
+    for j in tl.range(0, rank, BLOCK_RANK, num_stages=STAGES):
         o_j = j + tl.arange(0, BLOCK_RANK)
         m_j = o_j < rank
         o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
@@ -212,12 +222,12 @@ def _expand_rows(  # type: ignore[no-untyped-def]
     for j in range(0, rank, BLOCK_RANK):
         o_j = j + tl.arange(0, BLOCK_RANK)
         m_j = o_j < rank
-        o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
+        o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j) + n % 64
         b_b = tl.load(p_pool + o_b[:, None] + o_n[None, :], mask=m_j[:, None] & m_n[None, :], other=0.0)
         b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
         for s in range(SPLITS):
             p_partial = p_v + s * v_split_stride + rows[:, None] * v_row_stride + o_j[None, :]
-            b_v += tl.load(p_partial, mask=m_rows[:, None], other=0.0)
+            b_v += tl.load(p_partial, mask=m_rows[:, None] & m_j[None, :], other=0.0)
         b_high = b_v.to(b_b.dtype)
         b_delta = tl.dot(b_high, b_b, b_delta, input_precision="ieee")
         if b_b.dtype != tl.float32:

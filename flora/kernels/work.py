@@ -42,6 +42,11 @@ class WorkList:
         return cls(table.to(device), count.to(device), block_rows, max_rank)
 
 
+def heaviest_first(segments: Iterable[tuple[int, int, int]], ranks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The segments by falling rank of their slot, so that the last programs that a GPU starts are short ones."""
+    return sorted(segments, key=lambda segment: -ranks[segment[0]])
+
+
 def split_segments(row_slots: Iterable[int | None], block_rows: int) -> list[tuple[int, int, int]]:
     """(slot, first_row, num_rows) for every run of rows with one slot, cut so that num_rows <= block_rows.
 

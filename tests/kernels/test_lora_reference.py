@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flora.kernels import Group, ReferenceOps, WorkList, split_segments
+from flora.kernels import Group, ReferenceOps, WorkList, heaviest_first, split_segments
 from tests.kernels.scenes import NAN, Adapter, Shape, expected_lora, pack_adapters, random_adapter, work_for
 
 SHAPE = Shape(hidden=100, kv=63, ff=200)
@@ -82,6 +82,12 @@ def test_a_row_keeps_its_bits_in_any_company(adapters, group):
 def test_segments_are_runs_of_one_slot_cut_at_the_block_size():
     assert split_segments([None, 7, 7, 7, 2, None, 2], block_rows=2) == [(7, 1, 2), (7, 3, 1), (2, 4, 1), (2, 6, 1)]
     assert split_segments([], block_rows=16) == []
+
+
+def test_the_heaviest_adapters_come_first_and_keep_their_rows():
+    segments = [(0, 0, 4), (2, 4, 1), (1, 5, 2)]
+
+    assert heaviest_first(segments, ranks=[8, 64, 16]) == [(1, 5, 2), (2, 4, 1), (0, 0, 4)]
 
 
 def test_a_work_list_refuses_more_segments_than_it_holds():
