@@ -3,8 +3,9 @@
     python benchmarks/bench_extract.py --shape smollm2 --mergekit-python OTHER_ENVIRONMENT/bin/python
 
 Each tool runs as a process of its own on the same synthetic pair, in turns (A B C A B C …), page cache warm. Wall time,
-CPU seconds and peak memory are the whole process's, imports and writing included. What is kept is recomputed here from
-the files that each tool wrote: 1 - ‖D - BA‖² / ‖D‖² over all matrices.
+CPU seconds and peak memory are the whole process's, imports and writing included. What is kept is recomputed from the
+files that each tool wrote: 1 - ‖D - BA‖² / ‖D‖² over all matrices. This process itself loads no torch: a child's peak
+memory is at least its parent's.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -77,7 +80,7 @@ SHAPES = {
 }
 
 
-def make_pair(shape: Shape, kind: str, folder: Path, seed: int) -> None:
+def make_pair(folder: Path, shape: Shape, kind: str, seed: int) -> None:
     """base: N(0, 0.02) in bf16. tuned: base + delta, rounded to bf16; embeddings and norms stay.
 
     spiked  16 directions, s_i ~ 1/i, RMS 3e-4, and white noise of 5e-5
@@ -185,9 +188,15 @@ def measure(tool: str, command: list[str], pair: Path, out: Path, environment: d
         cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
         peak_rss_bytes=usage.ru_maxrss * 1024,
         load_before=round(load, 2),
-        kept=kept_share(pair, file),
+        kept=float(in_a_process("kept", pair, file)),
         output_bytes=file.stat().st_size,
     )
+
+
+def in_a_process(task: str, *paths: Path, options: Sequence[str] = ()) -> str:
+    """What this script prints when it does one of its tasks in a process of its own."""
+    command = [sys.executable, __file__, *options, "--task", task, "--paths", *map(str, paths)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def kept_share(pair: Path, adapter: Path) -> float:
@@ -224,19 +233,28 @@ def main() -> None:
     parser.add_argument("--mergekit-python", type=Path, help="a Python with mergekit 0.1.5; none: left out")
     parser.add_argument("--no-svd", action="store_true", help="leave out torch.linalg.svd, the slowest")
     parser.add_argument("--out", type=Path, help="append one JSON line here")
-    parser.add_argument("--tool", choices=["flora", "svd"], help=argparse.SUPPRESS)  # this script as one tool's process
-    parser.add_argument("--paths", nargs=3, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)  # what one of our processes is to do
+    parser.add_argument("--paths", nargs="+", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.tool:
-        {"flora": run_flora, "svd": run_svd}[arguments.tool](*arguments.paths, arguments.rank)
+    if arguments.task:
+        TASKS[arguments.task](arguments)
         return
     with tempfile.TemporaryDirectory() as scratch:
         compare(arguments, Path(scratch))
 
 
+TASKS = {
+    "make": lambda arguments: make_pair(*arguments.paths, SHAPES[arguments.shape], arguments.kind, arguments.seed),
+    "flora": lambda arguments: run_flora(*arguments.paths, arguments.rank),
+    "svd": lambda arguments: run_svd(*arguments.paths, arguments.rank),
+    "kept": lambda arguments: print(kept_share(*arguments.paths)),
+}
+
+
 def compare(arguments: argparse.Namespace, scratch: Path) -> None:
     pair = scratch / "pair"
-    make_pair(SHAPES[arguments.shape], arguments.kind, pair, arguments.seed)
+    options = ["--shape", arguments.shape, "--kind", arguments.kind, "--seed", str(arguments.seed)]
+    in_a_process("make", pair, options=options)
     paths = [str(pair / "base"), str(pair / "tuned")]
     threads = str(arguments.threads)
     environment = {
@@ -251,7 +269,7 @@ def compare(arguments: argparse.Namespace, scratch: Path) -> None:
             options = ["--model", paths[1], "--base-model", paths[0], "--out-path", str(out)]
             script = [str(arguments.mergekit_python), "-m", "mergekit.scripts.extract_lora"]
             return [*script, *options, "--max-rank", str(arguments.rank)]
-        return [sys.executable, __file__, "--tool", tool, "--rank", str(arguments.rank), "--paths", *paths, str(out)]
+        return [sys.executable, __file__, "--task", tool, "--rank", str(arguments.rank), "--paths", *paths, str(out)]
 
     tools = ["flora"] + ["mergekit"] * bool(arguments.mergekit_python) + ["svd"] * (not arguments.no_svd)
     runs: list[Run] = []
@@ -304,14 +322,12 @@ def print_table(record: dict) -> None:
 
 
 def about_this_machine() -> dict:
-    import torch
-
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
     git = ["git", "-C", str(REPOSITORY)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": f"{model.partition(':')[2].strip()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "mergekit": "0.1.5"},
+        "versions": {"python": platform.python_version(), "torch": version("torch"), "mergekit": "0.1.5"},
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
