@@ -107,12 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=words, prog_name="flora", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            note("interrupted")
         return code if isinstance(code, int) else 0
     except FloraError as error:
         return _fail(error, as_json)
     except _CliUsageError as error:
         return _refuse_usage(error, as_json)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # outside of a command, and in an older typer
         note("interrupted")
         return INTERRUPTED
     except BrokenPipeError:

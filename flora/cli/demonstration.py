@@ -196,7 +196,7 @@ def _streaming_meanwhile(
 
 def _ask_all(server: Server, requests: Sequence[tuple[str, Example]], tally: _Tally) -> list[_Asked]:
     with ThreadPoolExecutor(_STREAMS) as threads:
-        return list(threads.map(lambda request: _ask(server, *request, tally), requests))
+        return list(threads.map(lambda request: _ask(server, request[0], request[1], tally), requests))
 
 
 def _ask(server: Server, model: str, example: Example, tally: _Tally) -> _Asked:

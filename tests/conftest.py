@@ -1,0 +1,32 @@
+"""What every test shares: quiet threads, a home of its own, and how thorough random tests are."""
+
+import os
+
+# Before torch is imported: threads that spin while they wait starve the other test process on a small machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+IS_FULL = os.environ.get("FLORA_FULL") == "1"  # `make test-long`
+
+hypothesis.settings.register_profile("usual", deadline=None)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile("full" if IS_FULL else "usual")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing that a test does reaches the registry or the caches of whoever runs it."""
+    from flora.config import settings
+
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLORA_HOME", str(home))
+        patch.delenv("FLORA_REGISTRY_URL", raising=False)
+        settings.cache_clear()
+        yield home
+    settings.cache_clear()
