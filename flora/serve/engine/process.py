@@ -7,6 +7,7 @@ longer be trusted, and at once when the process that started it is gone.
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 from flora.errors import FloraError, ServeError
@@ -45,13 +46,16 @@ class Shell:
         engine, mailroom = self._engine, self._mailroom
         assert mailroom is not None
         logger.info("engine ready pid=%d pages=%d", os.getpid(), engine.ready.num_pages)
+        next_look_s = 0.0
         while not (engine.is_draining and engine.is_idle):
             for mail in mailroom.receive(_LOOK_S if engine.is_idle or engine.is_stalled else 0.0):
                 handle(engine, mail)
             if self._drain_asked:
                 engine.drain()
             mailroom.send(engine.step())
-            mailroom.heartbeat = engine.heartbeat()
+            if time.monotonic() >= next_look_s:  # not after every step: it grows with the resident adapters
+                next_look_s = time.monotonic() + _LOOK_S
+                mailroom.heartbeat = engine.heartbeat()
         logger.info("engine drained")
         mailroom.close()
         engine.close()
