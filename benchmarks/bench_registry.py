@@ -2,11 +2,10 @@
 
     python benchmarks/bench_registry.py [--adapters 10000] [--out benchmarks/results/bench_registry.jsonl]
 
-The adapters go in through `Registry.add_many`, each under a name of its own. Measured: a whole process that opens the
-registry and prints the first 50 names or all of them (interpreter, imports and all; wall time, and the CPU time that a
-busy machine does not stretch), `resolve` inside a process that has the registry open, and loading one adapter. Beside
-it the plain way: a folder of PEFT folders, whose adapter_config.json each listing must open. Results are checked before
-they are timed.
+The adapters go in through `Registry.add_many`, each under a name of its own. Measured: a whole `flora ls` process,
+with --limit 50 and without (wall time, and the CPU time that a busy machine does not stretch as much), `resolve` inside
+a process that has the registry open, and loading one adapter. Beside it the plain way: a folder of PEFT folders, whose
+adapter_config.json a bare Python process opens one by one. Results are checked before they are timed.
 """
 
 import argparse
@@ -34,21 +33,12 @@ from flora.registry import Registry
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE = BaseBinding(name="org/base", base_id="sha256:" + "b" * 64)
 MODULES = [f"model.layers.{layer}.self_attn.{kind}_proj" for layer in range(4) for kind in "qkvo"]
-LISTING = """
-import sys
-from flora.registry import Registry
-with Registry.open(sys.argv[1]) as registry:
-    for entry in registry.names(limit=int(sys.argv[2]) or None):
-        version = entry.version
-        print(entry.name, version.number, *entry.aliases, version.max_rank, version.num_bytes, sep="\\t")
-"""
 SCAN = """
 import json, sys
 from pathlib import Path
-names = sorted(path.name for path in Path(sys.argv[1]).iterdir())
-for name in names[: int(sys.argv[2]) or None]:
-    config = json.loads((Path(sys.argv[1]) / name / "adapter_config.json").read_bytes())
-    print(name, config["r"], config["base_model_name_or_path"], sep="\\t")
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    print(folder.name, config["r"], config["base_model_name_or_path"], sep="\\t")
 """
 
 
@@ -90,8 +80,18 @@ def median_cpu_ms(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def listing_process(script: str, folder: Path, limit: int) -> str:
-    command = [sys.executable, "-c", script, str(folder), str(limit)]
+def run_ls(folder: Path, *options: str) -> list[str]:
+    """The names that `flora ls` prints."""
+    command = [sys.executable, "-m", "flora", "ls", "--registry", str(folder), *options]
+    lines = _run(command).splitlines()
+    return [line.split("\t")[0] for line in lines[1:]]
+
+
+def run_scan(folder: Path) -> list[str]:
+    return _run([sys.executable, "-c", SCAN, str(folder)]).splitlines()
+
+
+def _run(command: list[str]) -> str:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
@@ -117,20 +117,20 @@ def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
             resolve_ms.append((time.perf_counter() - start) * 1e3)
         load_ms = median_ms(lambda: registry.load(registry.resolve(refs[0])), repeats=20)
 
-    assert len(listing_process(LISTING, folder, 0).splitlines()) == num_adapters
-    assert len(listing_process(SCAN, plain, 0).splitlines()) == num_adapters
-    first = listing_process(LISTING, folder, 50).splitlines()
-    assert [line.split("\t")[0] for line in first] == sorted(map(name_of, range(num_adapters)))[:50]
+    everything = sorted(map(name_of, range(num_adapters)))
+    assert run_ls(folder) == everything
+    assert run_ls(folder, "--limit", "50") == everything[:50]
+    assert len(run_scan(plain)) == num_adapters
     return {
         "add_ms_each": add_s / num_adapters * 1e3,
         "resolve_p50_ms": statistics.median(resolve_ms),
         "resolve_p99_ms": statistics.quantiles(resolve_ms, n=100)[98],
         "load_ms": load_ms,
-        "list_50_process_ms": median_ms(lambda: listing_process(LISTING, folder, 50), repeats=9),
-        "list_50_process_cpu_ms": median_cpu_ms(lambda: listing_process(LISTING, folder, 50), repeats=9),
-        "list_all_process_ms": median_ms(lambda: listing_process(LISTING, folder, 0), repeats=9),
-        "list_all_process_cpu_ms": median_cpu_ms(lambda: listing_process(LISTING, folder, 0), repeats=9),
-        "scan_all_process_ms": median_ms(lambda: listing_process(SCAN, plain, 0), repeats=9),
+        "ls_50_ms": median_ms(lambda: run_ls(folder, "--limit", "50"), repeats=9),
+        "ls_50_cpu_ms": median_cpu_ms(lambda: run_ls(folder, "--limit", "50"), repeats=9),
+        "ls_ms": median_ms(lambda: run_ls(folder), repeats=9),
+        "ls_cpu_ms": median_cpu_ms(lambda: run_ls(folder), repeats=9),
+        "scan_ms": median_ms(lambda: run_scan(plain), repeats=9),
         "index_bytes": (folder / "index.sqlite").stat().st_size,
     }
 
@@ -141,11 +141,11 @@ def print_table(record: dict) -> None:
         ("resolve, median", record["resolve_p50_ms"], "2"),
         ("resolve, 99 of 100", record["resolve_p99_ms"], "2"),
         ("load one adapter", record["load_ms"], ""),
-        ("process that lists 50", record["list_50_process_ms"], "500"),
-        ("  its CPU time", record["list_50_process_cpu_ms"], ""),
-        ("process that lists all", record["list_all_process_ms"], "500"),
-        ("  its CPU time", record["list_all_process_cpu_ms"], ""),
-        ("process that scans plain folders", record["scan_all_process_ms"], ""),
+        ("flora ls --limit 50, the process", record["ls_50_ms"], "500"),
+        ("  its CPU time", record["ls_50_cpu_ms"], ""),
+        ("flora ls, the process", record["ls_ms"], "500"),
+        ("  its CPU time", record["ls_cpu_ms"], ""),
+        ("scan of plain folders", record["scan_ms"], ""),
     ]
     print(f"{record['num_adapters']} adapters, index of {record['index_bytes'] / 1e6:.1f} MB\n")
     print(f"{'':34}{'ms':>10}{'aim':>8}")
