@@ -26,7 +26,6 @@ from torch import Tensor
 
 from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, heaviest_first, padded
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import Tuning
 
 SEED = 20261121
 RANKS = (8, 16, 32, 64)
@@ -380,43 +379,42 @@ def copy_rate(bench: Bench) -> None:
     bench.record(op="copy", tb_s=2 * source.numel() * 4 / seconds / 1e12)
 
 
-def variants() -> Iterator[tuple[str, dict[str, int]]]:
-    """The tilings that were tried around the defaults of flora/kernels/tuning.py, which are the winners."""
+def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
+    """The tilings that are tried around the defaults of flora/kernels/tuning.py, which are the winners so far."""
     for part in ("lora", "wide_lora", "decode", "prefill"):
         yield part, {}
-    for programs in (16, 64, 128):
+    yield "lora", {"split_elements": 1024}
+    yield "lora", {"split_elements": 4096}
+    yield "lora", {"shrink_lanes": 2}
+    yield "lora", {"shrink_registers": None}
+    yield "lora", {"shrink_warps": 2, "shrink_matrix_k": 128, "shrink_stages": 4}
+    yield "lora", {"shrink_vector_k": 128}
+    yield "lora", {"expand_vector_n": 256}
+    yield "lora", {"expand_vector_n": 256, "expand_registers": None}
+    yield "lora", {"expand_registers": 96}
+    yield "lora", {"expand_registers": None}
+    yield "lora", {"expand_matrix_n": 32, "expand_registers": 96}
+    yield "lora", {"expand_matrix_n": 128, "expand_registers": None}
+    for programs in (8, 16, 64):
         yield "lora", {"programs_per_sm": programs}
-    for stages in (2, 3):
-        yield "lora", {"vector_stages": stages}
-    yield "lora", {"shrink_overlap": 1}
-    yield "lora", {"shrink_overlap": 1, "vector_stages": 2}
-    for warps, vector_k, matrix_k in ((1, 256, 64), (2, 512, 128), (1, 128, 128)):
-        yield "lora", {"shrink_warps": warps, "shrink_vector_k": vector_k, "shrink_matrix_k": matrix_k}
-    for split, lanes in ((1024, 2), (512, 4), (2048, 4)):
-        yield "lora", {"split_elements": split, "shrink_lanes": lanes}
-    for warps, vector_n, matrix_n, matrix_rank in (
-        (1, 128, 64, 32), (1, 128, 32, 64), (1, 128, 64, 16), (1, 256, 32, 32), (1, 64, 32, 32),
-        (2, 512, 128, 32), (4, 1024, 128, 32), (4, 512, 128, 32),
-    ):  # fmt: skip
-        sizes = {"expand_vector_n": vector_n, "expand_matrix_n": matrix_n, "expand_matrix_rank": matrix_rank}
-        yield "lora", {"expand_warps": warps, **sizes}
-    for split, splits in ((1024, 8), (2048, 8), (4096, 4)):
-        yield "wide_lora", {"split_elements": split, "max_splits": splits}
-    for warps, tile, rank in ((4, 128, 32), (4, 64, 64), (4, 256, 64), (2, 64, 64)):
-        sizes = {"expand_vector_n": tile, "expand_matrix_n": tile, "expand_matrix_rank": rank}
-        yield "wide_lora", {"expand_warps": warps, **sizes}
-    for split, block, warps, stages in ((1024, 64, 4, 3), (1024, 128, 4, 3)):
-        sizes = {"split_tokens": split, "block_tokens": block}
-        yield "decode", {**sizes, "num_warps": warps, "num_stages": stages}
-    for rows, block, warps, stages in ((128, 128, 8, 3), (128, 64, 8, 4), (64, 64, 4, 5)):
-        yield "prefill", {"block_rows": rows, "block_tokens": block, "num_warps": warps, "num_stages": stages}
+    yield "wide_lora", {"split_elements": 4096}
+    yield "wide_lora", {"shrink_warps": 4, "shrink_matrix_k": 64}
+    yield "wide_lora", {"expand_vector_n": 256, "expand_matrix_n": 256}
+    yield "wide_lora", {"expand_warps": 8, "expand_vector_n": 256, "expand_matrix_n": 256}
+    yield "decode", {"split_tokens": 1024}
+    yield "decode", {"split_tokens": 256}
+    yield "prefill", {"block_tokens": 128}
 
 
-def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> None:
-    """Microseconds of every tiling, or of each `shard[1]`-th from `shard[0]` on (to compile them in parallel first)."""
+def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> TritonOps:
+    """Times every tiling on top of what has helped so far, and returns the best.
+
+    shard  (i, n): only each n-th tiling from the i-th on, so that n processes can compile them all in parallel first.
+    """
+    best: dict[str, float] = {}
     for part, sizes in list(variants())[shard[0] :: shard[1]]:
-        tuning = dataclasses.replace(Tuning(), **{part: dataclasses.replace(getattr(Tuning(), part), **sizes)})
-        chosen = TritonOps(ops.num_sms, tuning, overlap=ops.overlap)
+        tiling = dataclasses.replace(getattr(ops.tuning, part), **sizes)
+        chosen = TritonOps(ops.num_sms, dataclasses.replace(ops.tuning, **{part: tiling}), overlap=ops.overlap)
         try:
             if part in ("lora", "wide_lora"):
                 found = time_lora(bench, chosen, weights, ranks, wide=part == "wide_lora")
@@ -424,8 +422,26 @@ def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int
                 found = time_attention(bench, chosen, part)
         except (RuntimeError, triton.runtime.errors.TritonError) as error:  # a tiling that does not fit the device
             bench.record(sweep=part, tiling=str(sizes), failed=type(error).__name__)
-        else:
-            bench.record(sweep=part, tiling=str(sizes), **found)
+            continue
+        score = sum(WEIGHTS.get(name, 1.0) * us for name, us in found.items())
+        kept = score < best.get(part, float("inf"))
+        bench.record(sweep=part, tiling=str(sizes), kept=kept, score=score, **found)
+        if kept:
+            best[part], ops = score, chosen
+    return ops
+
+
+# What a microsecond counts in the choice of a tiling: most of all the batch of many adapters, least the empty one.
+WEIGHTS = {
+    "distinct qkvo": 1.0,
+    "distinct all": 0.5,
+    "four adapters qkvo": 0.1,
+    "four adapters all": 0.1,
+    "one of rank 64 qkvo": 0.05,
+    "one of rank 64 all": 0.1,
+    "none qkvo": 0.2,
+    "none all": 0.2,
+}
 
 
 def time_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], *, wide: bool) -> dict[str, float]:
@@ -448,7 +464,7 @@ def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
     return found
 
 
-def environment(bench: Bench) -> dict[str, object]:
+def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
@@ -458,15 +474,17 @@ def environment(bench: Bench) -> dict[str, object]:
         "triton": triton.__version__,
         "commit": commit or os.environ.get("FLORA_COMMIT", "unknown"),
         "seed": SEED,
-        "kernels": TritonOps.name,
-        "tuning": dataclasses.asdict(Tuning()),
+        "kernels": ops.name,
+        "tuning": dataclasses.asdict(ops.tuning),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="append one JSON line to this file")
-    parser.add_argument("--sweep", action="store_true", help="time every tiling of `variants` instead")
+    parser.add_argument(
+        "--sweep", action="store_true", help="first time every tiling of `variants`, then run with the best"
+    )
     parser.add_argument("--shard", default="0/1", help="with --sweep: only each N-th tiling from the I-th on, as I/N")
     parser.add_argument("--adapters", type=int, default=128)
     parser.add_argument("--dry", action="store_true", help="tiny sizes on this machine's CPU, under TRITON_INTERPRET=1")
@@ -482,8 +500,10 @@ def main() -> None:
     check_lora(bench, ops, weights, ranks, rows_each=20)
     if args.sweep:
         shard, shards = args.shard.split("/")
-        sweep(bench, ops, weights, ranks, (int(shard), int(shards)))
-    else:
+        ops = sweep(bench, ops, weights, ranks, (int(shard), int(shards)))
+        check_lora(bench, ops, weights, ranks)
+        check_lora(bench, ops, weights, ranks, rows_each=20)
+    if not args.sweep or args.shard == "0/1":
         check_attention(bench, ops)
         copy_rate(bench)
         bench_lora(bench, ops, weights, ranks)
@@ -492,7 +512,7 @@ def main() -> None:
             bench_attention(bench, ops)
     if args.out:
         with args.out.open("a") as file:
-            file.write(json.dumps(environment(bench) | {"rows": bench.rows}) + "\n")
+            file.write(json.dumps(environment(bench, ops) | {"rows": bench.rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
-from flora.kernels.lora_shrink import matrix_offsets
+from flora.kernels.lora_shrink import load_segment, matrix_offsets
 from flora.kernels.modules import CHUNK, MODULES, Group
 from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
@@ -50,7 +50,6 @@ def lora_expand(
         weights.scales,
         work.segments,
         work.num_segments,
-        items,
         *starts,
         *sizes,
         weights.pool.shape[1] // CHUNK,
@@ -63,14 +62,13 @@ def lora_expand(
         SPLITS=v.shape[0],
         SINGLE_ROWS=work.block_rows <= 16,
         VECTOR_N=vector_n,
-        MATRIX_RANK=tuning.expand_matrix_rank,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
-        VECTOR_STAGES=tuning.vector_stages,
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
         OVERLAP=overlap,
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,
+        maxnreg=tuning.expand_registers,
         **({"launch_pdl": True} if overlap else {}),
     )
 
@@ -85,7 +83,6 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     p_scales,
     p_segments,
     p_num_segments,
-    max_items,
     start_0,
     start_1,
     start_2,
@@ -105,54 +102,49 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
     VECTOR_N: tl.constexpr,  # outputs per item
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
-    MATRIX_RANK: tl.constexpr,
-    VECTOR_STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
     tiles_0 = tl.cdiv(size_0, VECTOR_N)
     tiles_1 = tl.cdiv(size_1, VECTOR_N)
     num_tiles = tiles_0 + tiles_1 + tl.cdiv(size_2, VECTOR_N)
+    i_first = tl.program_id(0)
+    slot, first_row, num_rows = load_segment(p_segments, i_first // num_tiles)
     num_items = tl.load(p_num_segments) * num_tiles
-    for item in range(tl.program_id(0), max_items, tl.num_programs(0)):  # a segment past the last is read, not used
+    for item in range(i_first, num_items, tl.num_programs(0)):
+        if item != i_first:
+            slot, first_row, num_rows = load_segment(p_segments, item // num_tiles)
         i_tile = item % num_tiles
         i_slice = (i_tile >= tiles_0).to(tl.int32) + (i_tile >= tiles_0 + tiles_1).to(tl.int32)
         start = tl.where(i_slice == 0, start_0, tl.where(i_slice == 1, start_1, start_2))
         size = tl.where(i_slice == 0, size_0, tl.where(i_slice == 1, size_1, size_2))
         i_tile -= tl.where(i_slice == 0, 0, tl.where(i_slice == 1, tiles_0, tiles_0 + tiles_1))
 
-        p_segment = p_segments + item // num_tiles * 3
-        slot = tl.load(p_segment).to(tl.int64)
-        first_row = tl.load(p_segment + 1).to(tl.int64)
-        num_rows = tl.load(p_segment + 2)
         p_record = p_modules + slot * modules_slot_stride + (first_module + i_slice) * 3
-        if item < num_items:
-            rank = tl.load(p_record)
-            b_chunk = tl.load(p_record + 2)
-            scale = tl.load(p_scales + slot * scales_slot_stride + first_module + i_slice)
-            p_slot_cells = p_cells + slot * cells_slot_stride
-            p_rows_v = p_v + first_row * v_row_stride + i_slice * v_slice_stride
-            p_rows_y = p_y + first_row * y_row_stride + start
-            row_chunks = tl.cdiv(size, 64)
-            n = i_tile * VECTOR_N
-            if OVERLAP:
-                gdc_wait()
-            if rank > 0:
-                if SINGLE_ROWS and num_rows == 1:
-                    _expand_row(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N, VECTOR_STAGES,
+        rank = tl.load(p_record)
+        b_chunk = tl.load(p_record + 2)
+        scale = tl.load(p_scales + slot * scales_slot_stride + first_module + i_slice)
+        p_slot_cells = p_cells + slot * cells_slot_stride
+        p_rows_v = p_v + first_row * v_row_stride + i_slice * v_slice_stride
+        p_rows_y = p_y + first_row * y_row_stride + start
+        row_chunks = tl.cdiv(size, 64)
+        n = i_tile * VECTOR_N
+        if OVERLAP:
+            gdc_wait()
+        if rank > 0:
+            if SINGLE_ROWS and num_rows == 1:
+                _expand_row(
+                    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
+                    size, v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N,
+                )  # fmt: skip
+            else:
+                for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
+                    _expand_rows(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                        n_part, size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS,
+                        BLOCK_RANK, MATRIX_N,
                     )  # fmt: skip
-                else:
-                    for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
-                        _expand_rows(
-                            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
-                            n_part, size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS,
-                            MATRIX_RANK, MATRIX_N,
-                        )  # fmt: skip
 
 
 @triton.jit
@@ -172,14 +164,13 @@ def _expand_row(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """One row: a matrix-vector product in float32, every weight straight into registers."""
     o_n = tl.arange(0, BLOCK_N)
     m_n = n + o_n < size
     b_y = tl.load(p_y + n + o_n, mask=m_n, other=0.0)
     b_delta = tl.zeros((BLOCK_N,), tl.float32)
-    for j in tl.range(0, rank, BLOCK_RANK, num_stages=STAGES):
+    for j in range(0, rank, BLOCK_RANK):
         o_j = j + tl.arange(0, BLOCK_RANK)
         m_j = o_j < rank
         o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
@@ -227,7 +218,7 @@ def _expand_rows(  # type: ignore[no-untyped-def]
         b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
         for s in range(SPLITS):
             p_partial = p_v + s * v_split_stride + rows[:, None] * v_row_stride + o_j[None, :]
-            b_v += tl.load(p_partial, mask=m_rows[:, None] & m_j[None, :], other=0.0)
+            b_v += tl.load(p_partial, mask=m_rows[:, None], other=0.0)
         b_high = b_v.to(b_b.dtype)
         b_delta = tl.dot(b_high, b_b, b_delta, input_precision="ieee")
         if b_b.dtype != tl.float32:

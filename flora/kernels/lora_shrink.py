@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from flora.kernels.modules import CHUNK, MODULES, Group, padded
 from flora.kernels.tuning import LoraTuning, grid_size
@@ -47,7 +47,6 @@ def lora_shrink(
         work.segments,
         work.num_segments,
         v,
-        items,
         in_features,
         padded(in_features) // CHUNK,
         weights.pool.shape[1] // CHUNK,
@@ -63,16 +62,14 @@ def lora_shrink(
         SINGLE_ROWS=work.block_rows <= 16,
         VECTOR_K=min(tuning.shrink_vector_k, span),
         MATRIX_K=min(tuning.shrink_matrix_k, span),
-        VECTOR_STAGES=tuning.vector_stages,
         BLOCK_ROWS=max(16, work.block_rows),
         BLOCK_RANK=tuning.block_rank,
         RANK_LANES=tuning.shrink_lanes,
         SAME_DTYPE=x.dtype == weights.pool.dtype,
         OVERLAP=overlap,
-        WAITS=overlap and tuning.shrink_overlap,
         num_warps=tuning.shrink_warps,
         num_stages=tuning.shrink_stages,
-        **({"launch_pdl": True} if overlap and tuning.shrink_overlap else {}),
+        maxnreg=tuning.shrink_registers,
     )
     return v
 
@@ -86,7 +83,6 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     p_segments,
     p_num_segments,
     p_v,
-    max_items,
     in_features,
     row_chunks,
     cell_chunks,
@@ -104,53 +100,49 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
     VECTOR_K: tl.constexpr,
     MATRIX_K: tl.constexpr,
-    VECTOR_STAGES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
-    WAITS: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()  # expand may start now; it waits for these results where it first needs them
+    # The first item's segment is read while the number of segments still travels: an item waits for one load less.
+    i_first = tl.program_id(0)
+    slot, first_row, num_rows = load_segment(p_segments, i_first // (SPLITS * RANK_LANES * NUM_SLICES))
     num_items = tl.load(p_num_segments) * (NUM_SLICES * RANK_LANES * SPLITS)
-    for item in range(tl.program_id(0), max_items, tl.num_programs(0)):  # a segment past the last is read, not used
+    for item in range(i_first, num_items, tl.num_programs(0)):
+        if item != i_first:
+            slot, first_row, num_rows = load_segment(p_segments, item // (SPLITS * RANK_LANES * NUM_SLICES))
         i_split = item % SPLITS
         i_lane = item // SPLITS % RANK_LANES
         i_slice = item // (SPLITS * RANK_LANES) % NUM_SLICES
-        p_segment = p_segments + item // (SPLITS * RANK_LANES * NUM_SLICES) * 3
-        slot = tl.load(p_segment).to(tl.int64)
-        first_row = tl.load(p_segment + 1).to(tl.int64)
-        num_rows = tl.load(p_segment + 2)
-        if item < num_items:
-            p_record = p_modules + slot * modules_slot_stride + record_offset + 3 * i_slice
-            rank = tl.load(p_record)
-            a_chunk = tl.load(p_record + 1)
-            p_slot_cells = p_cells + slot * cells_slot_stride
-            p_rows_x = p_x + first_row * x_row_stride
-            p_rows_v = p_v + i_split * v_split_stride + first_row * v_row_stride + i_slice * v_slice_stride
-            k_begin = i_split * SPLIT
-            k_end = tl.minimum(in_features, k_begin + SPLIT)
-            if WAITS:
-                gdc_wait()
-            if SINGLE_ROWS and num_rows == 1:
-                for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-                    b_v = _shrink_row(
-                        p_rows_x, p_pool, p_slot_cells, a_chunk, row_chunks, cell_chunks, j, rank, k_begin, k_end,
-                        SPAN, BLOCK_RANK, VECTOR_K, VECTOR_STAGES,
-                    )  # fmt: skip
-                    tl.store(p_rows_v + j + tl.arange(0, BLOCK_RANK), b_v)
-            else:
-                o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
-                m_rows = (o_rows < num_rows)[:, None]
-                for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-                    b_v = _shrink_rows(
-                        p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                        cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, MATRIX_K, SAME_DTYPE,
-                    )  # fmt: skip
-                    o_j = j + tl.arange(0, BLOCK_RANK)
-                    tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
+        p_record = p_modules + slot * modules_slot_stride + record_offset + 3 * i_slice
+        rank = tl.load(p_record)
+        a_chunk = tl.load(p_record + 1)
+        p_slot_cells = p_cells + slot * cells_slot_stride
+        p_rows_x = p_x + first_row * x_row_stride
+        p_rows_v = p_v + i_split * v_split_stride + first_row * v_row_stride + i_slice * v_slice_stride
+        k_begin = i_split * SPLIT
+        k_end = tl.minimum(in_features, k_begin + SPLIT)
+        if SINGLE_ROWS and num_rows == 1:
+            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
+                b_v = _shrink_row(
+                    p_rows_x, p_pool, p_slot_cells, a_chunk, row_chunks, cell_chunks, j, rank, k_begin, k_end,
+                    SPAN, BLOCK_RANK, VECTOR_K,
+                )  # fmt: skip
+                tl.store(p_rows_v + j + tl.arange(0, BLOCK_RANK), b_v)
+        else:
+            o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+            m_rows = (o_rows < num_rows)[:, None]
+            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
+                b_v = _shrink_rows(
+                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                    cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, MATRIX_K, SAME_DTYPE,
+                )  # fmt: skip
+                o_j = j + tl.arange(0, BLOCK_RANK)
+                tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
 
 
 @triton.jit
@@ -168,7 +160,6 @@ def _shrink_row(  # type: ignore[no-untyped-def]
     SPAN: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """float32 [BLOCK_RANK] of one row: a matrix-vector product, every weight straight into registers."""
     o_j = j + tl.arange(0, BLOCK_RANK)
@@ -176,7 +167,7 @@ def _shrink_row(  # type: ignore[no-untyped-def]
     b_v = tl.zeros((BLOCK_RANK, BLOCK_K // 8), tl.float32)  # 8 elements are one 16-byte load: a thread adds them up
     for k in range(k_begin, k_end, SPAN):
         o_a = matrix_offsets(p_slot_cells, a_chunk + k // 64, row_chunks, cell_chunks, o_j, m_j)
-        for k_block in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
+        for k_block in range(0, SPAN, BLOCK_K):
             o_k = k_block + tl.arange(0, BLOCK_K)
             m_k = k + o_k < k_end
             b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0)
@@ -229,3 +220,11 @@ def matrix_offsets(p_slot_cells, first_chunk, row_chunks, cell_chunks, o_j, m_j)
     cell = tl.load(p_slot_cells + chunk // cell_chunks, mask=m_j, other=0)
     # int64: a bf16 pool over 4 GiB passes 2**31 elements
     return cell.to(tl.int64) * (cell_chunks * 64) + chunk % cell_chunks * 64
+
+
+@triton.jit
+def load_segment(p_segments, i_segment):  # type: ignore[no-untyped-def]
+    """(slot, first row, number of rows)."""
+    p_segment = p_segments + i_segment * 3
+    slot, first_row = tl.load(p_segment).to(tl.int64), tl.load(p_segment + 1).to(tl.int64)
+    return slot, first_row, tl.load(p_segment + 2)

@@ -15,20 +15,19 @@ class LoraTuning:
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
-    split_elements: int = 1024  # of the input per partial sum; part of the rounding, so never by batch
+    split_elements: int = 2048  # of the input per partial sum; part of the rounding, so never by batch
     max_splits: int = 8  # split_elements doubles until they are no more
     shrink_vector_k: int = 256  # input elements per step: of a single row,
-    shrink_matrix_k: int = 128  # and of several
+    shrink_matrix_k: int = 64  # and of several
     shrink_lanes: int = 4  # programs that share one slice and split, by rank block
-    shrink_warps: int = 2
-    shrink_stages: int = 4
+    shrink_warps: int = 1
+    shrink_stages: int = 3
+    shrink_registers: int | None = 128  # per thread; None leaves it to the compiler
     expand_vector_n: int = 128  # outputs per program
-    expand_matrix_n: int = 32  # outputs per tensor core product,
-    expand_matrix_rank: int = 32  # and ranks
+    expand_matrix_n: int = 64  # outputs per tensor core product
     expand_warps: int = 1
     expand_stages: int = 1
-    vector_stages: int = 1
-    shrink_overlap: bool = False
+    expand_registers: int | None = 128
     programs_per_sm: int = 32
 
     def split_of(self, in_features: int) -> int:
@@ -59,15 +58,15 @@ class PrefillTuning:
 def _wide_lora() -> LoraTuning:
     return LoraTuning(
         block_rank=64,
-        split_elements=2048,
         max_splits=4,
         shrink_lanes=1,
+        shrink_matrix_k=128,
         shrink_warps=8,
-        shrink_stages=3,
+        shrink_registers=None,
         expand_vector_n=128,
         expand_matrix_n=128,
-        expand_matrix_rank=64,
         expand_warps=4,
+        expand_registers=None,
     )
 
 

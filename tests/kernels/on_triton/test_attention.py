@@ -82,3 +82,34 @@ def test_keys_and_values_go_to_their_slots_and_padding_goes_nowhere(ops, device,
 
     assert torch.equal(stored[0], stored[1])
     assert int((stored[0] != 7.0).any(-1).sum()) == 3 * 2 * heads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA graph")
+def test_a_captured_step_replays_over_other_lengths_and_pages(ops, device):
+    lengths = [100, 1500, 63, 1]
+    cache = PagedCache(lengths, 2, 64, 16, dtype=torch.bfloat16)
+    kv, tables = cache.kv.to(device), cache.block_tables([0, 1, 2, 3], spare=2).to(device)
+    lens = torch.tensor([1, 0, 0, 0], dtype=torch.int32, device=device)
+    starts = torch.arange(5, dtype=torch.int32, device=device)
+    q = queries_of(4, 8, 64, torch.bfloat16).to(device)
+    new_k, new_v = (torch.randn(4, 2, 64, device=device).bfloat16() for _ in range(2))
+    slots = torch.full((4,), -1, dtype=torch.int64, device=device)
+
+    def step() -> torch.Tensor:
+        ops.store_kv(new_k, new_v, kv, slots)
+        return ops.paged_attention(q, kv, tables, lens, starts, 0.125, max_queries=1)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    for order in ([0, 1, 2, 3], [3, 1, 0, 0]):
+        lens.copy_(torch.tensor([lengths[s] for s in order]))
+        tables.copy_(cache.block_tables([*order, 1], spare=2)[:4])
+        last = [cache.pages[s][(lengths[s] - 1) // 16] * 16 + (lengths[s] - 1) % 16 for s in order[:2]]
+        slots.copy_(torch.tensor([*last, -1, -1]))
+        graph.replay()
+        wanted = ReferenceOps().paged_attention(q, kv, tables, lens, starts, 0.125)
+        torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE[torch.bfloat16])
