@@ -32,12 +32,15 @@ def main() -> None:
     parser.add_argument("--tasks", default="lemma,g2p")
     parser.add_argument("--ranks", default="8,16,32,64,128,256")
     parser.add_argument("--questions", type=int, default=400)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     kit = Path(os.environ["FLORA_FIXTURES"])
     sys.path.insert(0, str(kit))
     from tasks import TASKS
 
+    where = ["--device", args.device, "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
         work, home = Path(folder), Path(folder) / "home"
         make(kit, "make_base.py", work / "base")
@@ -56,8 +59,8 @@ def main() -> None:
                     "exact_match": right / len(examples),
                     **task.metrics(examples, outputs),
                     "questions": len(examples),
-                    "device": "cpu",
-                    "dtype": "float32",
+                    "device": args.device,
+                    "dtype": args.dtype,
                     "flora": flora.__version__,
                     "torch": torch.__version__,
                     "commit": commit(),
@@ -67,10 +70,10 @@ def main() -> None:
                     with args.out.open("a") as out:
                         out.write(json.dumps(row) + "\n")
 
-            with running_server([str(tuned)], home) as url:
+            with running_server([str(tuned), *where], home) as url:
                 ask(url, tuned.name, {"model": "tuned"})
             reports = {rank: extract(work / "base", tuned, int(rank), home) for rank in args.ranks.split(",")}
-            with running_server([str(work / "base")], home) as url:
+            with running_server([str(work / "base"), *where], home) as url:
                 ask(url, "base", {"model": "base"})
                 for rank, report in reports.items():
                     kept = {key: report[key] for key in ("kept_share_of_modules", "kept_share", "num_bytes")}
