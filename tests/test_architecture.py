@@ -164,3 +164,15 @@ def test_the_project_names_no_path_of_the_machines_that_built_it():
     shared, work = "../" + "shared", "/" + "work/"
 
     assert not [str(path) for path in ours if shared in path.read_text() or work in path.read_text()]
+
+
+def test_the_map_has_a_line_for_every_file():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+
+    missing = [
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if path.name not in ("__init__.py", "env.py") and f"`{path.relative_to(PACKAGE)}`" not in text
+    ]
+
+    assert not missing
