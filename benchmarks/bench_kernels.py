@@ -383,11 +383,10 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     """The tilings that are tried around the defaults of flora/kernels/tuning.py, which are the winners so far."""
     for part in ("lora", "wide_lora", "decode", "prefill"):
         yield part, {}
-    yield "lora", {"split_elements": 1024}
+    yield "lora", {"split_elements": 2048}
     yield "lora", {"split_elements": 4096}
     yield "lora", {"shrink_lanes": 2}
-    yield "lora", {"shrink_registers": None}
-    yield "lora", {"shrink_warps": 2, "shrink_matrix_k": 128, "shrink_stages": 4}
+    yield "lora", {"shrink_warps": 1, "shrink_matrix_k": 64, "shrink_stages": 3}
     yield "lora", {"shrink_vector_k": 128}
     yield "lora", {"expand_vector_n": 256}
     yield "lora", {"expand_vector_n": 256, "expand_registers": None}
@@ -465,14 +464,15 @@ def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
 
 
 def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
         "bench": "kernels",
         "device": name,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit or os.environ.get("FLORA_COMMIT", "unknown"),
+        "commit": os.environ.get("FLORA_COMMIT") or commit or "unknown",
         "seed": SEED,
         "kernels": ops.name,
         "tuning": dataclasses.asdict(ops.tuning),

@@ -7,7 +7,7 @@ use, so that a machine without Triton can import this room.
 from typing import Any
 
 from flora.kernels.linear import PackedLinear, linear
-from flora.kernels.modules import CHUNK, MODULES, Group, padded
+from flora.kernels.modules import CHUNK, MODULES, Group, padded, row_alignment
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
 from flora.kernels.reference import ReferenceOps
@@ -28,6 +28,7 @@ __all__ = [
     "padded",
     "rms_norm",
     "rope",
+    "row_alignment",
     "silu_mul",
     "split_segments",
 ]

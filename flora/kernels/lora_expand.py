@@ -63,7 +63,7 @@ def lora_expand(
         SINGLE_ROWS=work.block_rows <= 16,
         VECTOR_N=vector_n,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
-        BLOCK_ROWS=max(16, work.block_rows),
+        BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         OVERLAP=overlap,
         num_warps=tuning.expand_warps,

@@ -62,14 +62,13 @@ def lora_shrink(
         SINGLE_ROWS=work.block_rows <= 16,
         VECTOR_K=min(tuning.shrink_vector_k, span),
         MATRIX_K=min(tuning.shrink_matrix_k, span),
-        BLOCK_ROWS=max(16, work.block_rows),
+        BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         RANK_LANES=tuning.shrink_lanes,
         SAME_DTYPE=x.dtype == weights.pool.dtype,
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
         num_stages=tuning.shrink_stages,
-        maxnreg=tuning.shrink_registers,
     )
     return v
 

@@ -1,6 +1,8 @@
 """The seven linear modules of a decoder layer that an adapter may touch, and the groups that share one launch."""
 
+from collections.abc import Iterable
 from enum import Enum
+from math import gcd
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 CHUNK = 64  # elements: every stored matrix row starts on a multiple of it, so no chunk straddles a cell
@@ -18,3 +20,12 @@ class Group(Enum):
 def padded(row_elements: int) -> int:
     """Elements that one stored row takes: `row_elements` rounded up to whole chunks."""
     return -(-row_elements // CHUNK) * CHUNK
+
+
+def row_alignment(row_elements: Iterable[int], cell_elements: int) -> int:
+    """The largest power of two, up to 1024, on which every row starts if matrices of these rows lie back to back.
+
+    row_elements  lengths of all rows that an adapter may store on this device: the modules' inputs and outputs.
+    It is what AdapterWeights.alignment may promise; 64 for a hidden size of 576, 1024 for 4096.
+    """
+    return gcd(1024, cell_elements, *(padded(length) for length in row_elements))

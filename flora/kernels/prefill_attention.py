@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flora.kernels.decode_attention import LOG2_E
-from flora.kernels.tuning import PrefillTuning
+from flora.kernels.tuning import WIDE_HEADS, PrefillTuning
 
 
 def prefill_attention(
@@ -27,6 +27,9 @@ def prefill_attention(
     num_q_heads, head_dim = q.shape[1:]
     page_tokens, num_kv_heads = kv.shape[2:4]
     group = num_q_heads // num_kv_heads
+    block_dim = triton.next_power_of_2(head_dim)
+    if block_dim * kv.element_size() > tuning.max_head_bytes:
+        tuning = WIDE_HEADS
     block_rows = max(tuning.block_rows, triton.next_power_of_2(group))
     tile_tokens = block_rows // group
     if num_sequences == 0 or q.shape[0] == 0:
@@ -52,7 +55,7 @@ def prefill_attention(
         HEAD_DIM=head_dim,
         BLOCK_ROWS=block_rows,
         TILE_TOKENS=tile_tokens,
-        BLOCK_DIM=triton.next_power_of_2(head_dim),
+        BLOCK_DIM=block_dim,
         BLOCK_TOKENS=tuning.block_tokens,
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,

@@ -15,19 +15,18 @@ class LoraTuning:
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
-    split_elements: int = 2048  # of the input per partial sum; part of the rounding, so never by batch
+    split_elements: int = 1024  # of the input per partial sum; part of the rounding, so never by batch
     max_splits: int = 8  # split_elements doubles until they are no more
     shrink_vector_k: int = 256  # input elements per step: of a single row,
-    shrink_matrix_k: int = 64  # and of several
+    shrink_matrix_k: int = 128  # and of several
     shrink_lanes: int = 4  # programs that share one slice and split, by rank block
-    shrink_warps: int = 1
-    shrink_stages: int = 3
-    shrink_registers: int | None = 128  # per thread; None leaves it to the compiler
+    shrink_warps: int = 2
+    shrink_stages: int = 4
     expand_vector_n: int = 128  # outputs per program
     expand_matrix_n: int = 64  # outputs per tensor core product
     expand_warps: int = 1
     expand_stages: int = 1
-    expand_registers: int | None = 128
+    expand_registers: int | None = 128  # per thread, for 16 warps a multiprocessor; None leaves it to the compiler
     programs_per_sm: int = 32
 
     def split_of(self, in_features: int) -> int:
@@ -53,16 +52,20 @@ class PrefillTuning:
     block_tokens: int = 64
     num_warps: int = 8
     num_stages: int = 5
+    max_head_bytes: int = 256  # of one head of one token; wider heads take WIDE_HEADS, which fits 227 KiB of smem
+
+
+WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 
 def _wide_lora() -> LoraTuning:
     return LoraTuning(
         block_rank=64,
+        split_elements=2048,
         max_splits=4,
         shrink_lanes=1,
-        shrink_matrix_k=128,
         shrink_warps=8,
-        shrink_registers=None,
+        shrink_stages=3,
         expand_vector_n=128,
         expand_matrix_n=128,
         expand_warps=4,

@@ -22,5 +22,5 @@ class AdapterWeights:
     modules: Tensor  # int32 [num_slots, num_layers, 7, 3]: rank (0 = absent), start of A and of B in chunks
     scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank
     # Elements: a power of two that divides cell_elements, every padded row length and every matrix's start. A kernel
-    # looks a cell up once per that many elements; 64 always holds, models with round sizes can promise 1024.
+    # looks a cell up once per that many elements, so 64, which always holds, is slow on a GPU: see row_alignment.
     alignment: int = CHUNK

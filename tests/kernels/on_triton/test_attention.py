@@ -46,7 +46,7 @@ def test_decode_agrees_with_the_reference(device, dtype, heads, kv_heads, head_d
 def test_a_mixed_batch_of_chunks_and_single_tokens_agrees_with_the_reference(
     device, dtype, heads, kv_heads, head_dim, tuning
 ):
-    lengths, queries = [40, 63, 1, 100, 0, 17, 9], [1, 63, 1, 37, 1, 0, 2]
+    lengths, queries = [40, 33, 1, 70, 0, 17, 9], [1, 33, 1, 21, 1, 0, 2]
     cache = PagedCache(lengths, kv_heads, head_dim, 16, dtype=dtype)
     q = queries_of(sum(queries), heads, head_dim, dtype)
 
@@ -57,12 +57,12 @@ def test_a_mixed_batch_of_chunks_and_single_tokens_agrees_with_the_reference(
 
 
 def test_a_decode_row_keeps_its_bits_in_any_company(device, dtype):
-    lengths = [100, 3, 70, 33]
-    cache = PagedCache(lengths, 3, 64, 16, dtype=dtype)
-    q, ops = queries_of(4, 9, 64, dtype), TritonOps(2, SMALL)
+    lengths = [70, 3, 65, 33]
+    cache = PagedCache(lengths, 2, 32, 16, dtype=dtype)
+    q, ops = queries_of(4, 6, 32, dtype), TritonOps(2, SMALL)
     alone = [attend(ops, cache, q[s : s + 1], [lengths[s]], [1], device, order=[s])[0] for s in range(4)]
 
-    for order in ([0, 1, 2, 3], [3, 2, 0], [2, 2, 2, 1]):
+    for order in ([0, 1, 2, 3], [3, 2, 0]):
         result = attend(ops, cache, q[order], [lengths[s] for s in order], [1] * len(order), device, order=order)
         for row, s in enumerate(order):
             assert torch.equal(result[row], alone[s]), (order, s)
