@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flora.cli.machine import available_memory_bytes, gpus
+from flora.cli.machine import available_memory_bytes, gpus, num_cores
 from flora.cli.options import RegistryUrl, open_registry
 from flora.cli.sizes import parse_bytes, parse_length
 from flora.errors import NotFound, UsageError
@@ -80,12 +81,35 @@ def serve(
         ),
     ] = None,
     max_sequences: Annotated[
-        int, typer.Option("--max-sequences", metavar="N", min=1, help="Running at once.", rich_help_panel=_MEMORY)
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--max-sequences",
+            metavar="N",
+            min=1,
+            help="Running at once. Default: 256 on a GPU, 64 on a CPU.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
     max_batch_tokens: Annotated[
-        int,
-        typer.Option("--max-batch-tokens", metavar="N", min=1, help="Rows of one step.", rich_help_panel=_MEMORY),
-    ] = 512,
+        int | None,
+        typer.Option(
+            "--max-batch-tokens",
+            metavar="N",
+            min=1,
+            help="Rows of one step. Default: 2048 on a GPU, 512 on a CPU.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    loaders: Annotated[
+        int | None,
+        typer.Option(
+            "--loaders",
+            metavar="N",
+            min=0,
+            help="Processes that load adapters; 0: a thread. Default: by the cores beside a GPU, 0 on a CPU.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
     max_adapters: Annotated[
         int, typer.Option("--max-adapters", metavar="N", min=1, help="On the device at once.", rich_help_panel=_MEMORY)
     ] = 256,
@@ -120,6 +144,7 @@ def serve(
         folder, name = _find_base(store, base)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
+    pace = _PACE["cpu" if device == "cpu" else "cuda"]
     num_bytes = _weights_bytes(folder, dtype)
     if num_bytes == 0:
         raise CheckpointError(f"{folder} holds no weights")
@@ -132,8 +157,9 @@ def serve(
         pool_bytes=parse_bytes(pool) if pool else default_pool_bytes(device, num_bytes),
         host_cache_bytes=parse_bytes(host_cache) if host_cache else default_host_cache_bytes(),
         max_context=parse_length(max_len) if max_len else None,
-        max_sequences=max_sequences,
-        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences or pace.max_sequences,
+        max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
+        num_loaders=pace.num_loaders() if loaders is None else loaders,
         max_adapters=max_adapters,
         num_threads=threads,
     )
@@ -178,6 +204,21 @@ def _find_base(registry: Registry, source: str | None) -> tuple[Path, str]:
             fix="give its folder or Hub id: flora serve BASE",
         )
     return entry.path, entry.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Pace:
+    """What suits a kind of device where nothing is said."""
+
+    max_sequences: int
+    max_batch_tokens: int
+    max_loaders: int
+
+    def num_loaders(self) -> int:
+        return min(self.max_loaders, num_cores() // 2)  # the other half is the engine's and the front end's
+
+
+_PACE = {"cpu": _Pace(64, 512, 0), "cuda": _Pace(256, 2048, 8)}
 
 
 def resolve_device(device: str, dtype: str) -> tuple[str, str]:
