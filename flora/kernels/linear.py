@@ -15,7 +15,8 @@ from torch import Tensor
 
 MIN_ROWS = 4  # oneDNN's single row goes another way (gemv); four leaves a margin above the two that were measured
 BLOCK_ROWS = 16
-PROBE_ROWS = (1, 2, 5, 19, 70)  # around the row counts at which MKL and oneDNN were seen to change kernels
+PROBE_ROWS = (1, 2, 5, 19, 70, 130, 300)  # around the row counts at which MKL and oneDNN were seen to change kernels
+PROBE_WEIGHTS = 2**32  # rows times weight elements, about 0.1 s: more rows of a large weight are not probed
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x [n, in], weight [out, in], bias [out]) -> [n, out]
 
@@ -117,6 +118,8 @@ def keeps_rows(product: Product, weight: Tensor, in_features: int) -> bool:
     row = torch.randn(in_features, generator=generator)
     seen: Tensor | None = None
     for num_rows in PROBE_ROWS:
+        if num_rows > 70 and num_rows * weight.shape[0] * in_features > PROBE_WEIGHTS:
+            break
         x = torch.randn(num_rows, in_features, generator=generator)
         if num_rows > 3:
             x[1] = float("nan")

@@ -26,11 +26,8 @@ class ReferenceOps:
         width = work.max_rank * len(group.value)
         v = torch.empty(x.shape[0], width, dtype=torch.float32, device=x.device)
         for slot, first, count in _segments(work):
-            factors = [
-                _matrix(weights, slot, a_chunk, rank, x.shape[1])
-                for rank, a_chunk, _ in _records(weights, slot, layer, group)
-                if rank
-            ]
+            records = _records(weights, slot, layer, group)
+            factors = _matrices(weights, slot, [(rank, a_chunk, x.shape[1]) for rank, a_chunk, _ in records])
             if factors:
                 a = torch.cat(factors) if len(factors) > 1 else factors[0]  # [total rank, in_features]
                 v[first : first + count, : a.shape[0]] = linear(x[first : first + count].float(), a)
@@ -53,15 +50,16 @@ class ReferenceOps:
             scales = weights.scales[slot, layer].tolist()
             column = 0
             slices = zip(records, group.value, out_starts, out_sizes, strict=True)
-            for (rank, _, b_chunk), module, start, size in slices:
-                if rank == 0:
-                    continue
-                b = _matrix(weights, slot, b_chunk, rank, size)  # [rank, out]
-                shrunk = v[first : first + count, column : column + rank]
+            present = [(rank, chunk, module, start, size) for (rank, _, chunk), module, start, size in slices if rank]
+            factors = _matrices(weights, slot, [(rank, chunk, size) for rank, chunk, _, _, size in present])
+            for (rank, _, module, start, size), b in zip(present, factors, strict=True):  # b is [rank, out]
                 # The scale goes on first: y + scale * delta in one torch call may fuse, and its tail does not.
-                delta = linear(shrunk * scales[module], b.t())
+                delta = linear(v[first : first + count, column : column + rank] * scales[module], b.t())
                 target = y[first : first + count, start : start + size]
-                target.copy_(target.float() + delta)
+                if y.dtype == torch.float32:
+                    target += delta
+                else:
+                    target.copy_(target.float() + delta)
                 column += rank
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
@@ -122,11 +120,20 @@ def _records(weights: AdapterWeights, slot: int, layer: int, group: Group) -> li
     return records
 
 
-def _matrix(weights: AdapterWeights, slot: int, chunk: int, rank: int, row_elements: int) -> Tensor:
-    """float32 [rank, row_elements], gathered from the adapter's stream at `chunk`; the rows' padding is left out."""
+def _matrices(weights: AdapterWeights, slot: int, places: Sequence[tuple[int, int, int]]) -> list[Tensor]:
+    """float32 [rank, row_elements] of each (rank, chunk, row_elements) with a rank; the rows' padding is left out.
+
+    One gather serves them all: what one launch reads lies together in an adapter's stream.
+    """
+    ends = [(chunk * CHUNK, chunk * CHUNK + rank * padded(size)) for rank, chunk, size in places if rank]
+    if not ends:
+        return []
     cell_elements = weights.pool.shape[1]
-    start, length = chunk * CHUNK, rank * padded(row_elements)
-    first_cell, end_cell = start // cell_elements, -(-(start + length) // cell_elements)
+    first_cell = min(start for start, _ in ends) // cell_elements
+    end_cell = -(-max(end for _, end in ends) // cell_elements)
     stream = weights.pool.index_select(0, weights.cells[slot, first_cell:end_cell]).flatten()
-    offset = start - first_cell * cell_elements
-    return stream[offset : offset + length].view(rank, padded(row_elements))[:, :row_elements].float()
+    origin = first_cell * cell_elements
+    return [
+        stream[start - origin : end - origin].view(rank, padded(size))[:, :size].float()
+        for (start, end), (rank, _, size) in zip(ends, [place for place in places if place[0]], strict=True)
+    ]
