@@ -11,9 +11,10 @@ import torch
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
 from flora.identity import base_record
-from flora.kernels import Ops, ReferenceOps
+from flora.kernels import Ops
 from flora.serve.config import EngineConfig
 from flora.serve.engine.arena import Arena
+from flora.serve.engine.cpu.ops import CpuOps
 from flora.serve.engine.engine import Engine
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loader import Loader, ThreadLoader
@@ -150,9 +151,9 @@ def pool_geometry(model: ModelConfig, config: EngineConfig, itemsize: int) -> Po
 
 
 def choose_ops(device: torch.device) -> Ops:
-    """The reference on a CPU, Triton on a GPU: never one for want of the other."""
+    """Plain torch on a CPU, Triton on a GPU: never one for want of the other."""
     if device.type == "cpu":
-        return ReferenceOps()
+        return CpuOps()
     from flora.kernels import TritonOps  # needs Triton
 
     return TritonOps.for_device(device)

@@ -140,7 +140,7 @@ def test_hello_is_answered_by_ready_and_heartbeats_follow(front_end):
     ready = front_end.expect(Ready)
     assert ready.vocab_size == 199
     assert ready.max_context == 512
-    assert ready.kernels["paged_attention"] == "reference"
+    assert ready.kernels["paged_attention"] == "cpu"
     assert front_end.expect(Heartbeat).running == 0
     assert front_end.expect(Heartbeat).free_pages == ready.num_pages - 1
 

@@ -1,0 +1,1 @@
+"""What the engine does in its own way on a CPU."""

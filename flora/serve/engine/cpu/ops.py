@@ -1,0 +1,87 @@
+"""The reference's operations with less to do in each layer of a step. Bits are the reference's."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from flora.kernels import ReferenceOps, rope
+from flora.serve.engine.cpu.attention import DecodePlan, attend, keeps_the_references_bits, plan_decode
+
+Value = TypeVar("Value")
+
+
+class StepValue(Generic[Value]):
+    """What follows from one of the step's tensors: computed in the first layer, kept while the others bring the same.
+
+    A step's tensors are made anew for each step and not written to after that: the same object has the same values.
+    """
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._value: Value
+
+    def get(self, source: Tensor, compute: Callable[[], Value]) -> Value:
+        if source is not self._source:
+            self._source, self._value = source, compute()
+        return self._value
+
+
+class CpuOps(ReferenceOps):
+    """ReferenceOps, with decode attention and rope planned once a step."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._plans: StepValue[tuple[list[DecodePlan], Tensor | None]] = StepValue()
+        self._turns: StepValue[tuple[Tensor, Tensor]] = StepValue()
+        self._places: StepValue[tuple[Tensor, Tensor]] = StepValue()
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_starts: Tensor,
+        softmax_scale: float,
+        *,
+        max_queries: int | None = None,
+    ) -> Tensor:
+        """See Ops.paged_attention."""
+        if not keeps_the_references_bits(q.shape[1], kv.shape[3], q.shape[2]):
+            return super().paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
+
+        def plan() -> tuple[list[DecodePlan], Tensor | None]:
+            """The decoding sequences, and the lengths of the others, if there are any."""
+            decoding = query_starts.diff() == 1
+            others = None if bool(decoding.all()) else seq_lens.masked_fill(decoding, 0)
+            return plan_decode(block_tables, seq_lens, query_starts, kv.shape[2]), others
+
+        plans, others = self._plans.get(block_tables, plan)
+        if others is None:
+            out = torch.zeros_like(q)
+        else:
+            out = super().paged_attention(q, kv, block_tables, others, query_starts, softmax_scale)
+        for group in plans:
+            out[group.rows] = attend(q, kv, group, softmax_scale).to(q.dtype)
+        return out
+
+    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+        """See Ops.rope_store."""
+        num_kv_heads, head_dim = kv.shape[3:]
+        heads = qkv.view(len(qkv), -1, head_dim)
+        num_turned = heads.shape[1] - num_kv_heads
+        turned = rope(heads[:, :num_turned], *self._turns.get(positions, lambda: (cos[positions], sin[positions])))
+        kept, places = self._places.get(slots, lambda: _places(slots, kv.shape[2]))
+        stored = torch.stack((turned[:, num_turned - num_kv_heads :], heads[:, num_turned:]), dim=1)
+        kv[places[0], :, places[1]] = stored[kept].to(kv.dtype)
+        return turned[:, : num_turned - num_kv_heads]
+
+
+def _places(slots: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
+    """The rows that are stored, int64 [k], and their pages and offsets, int64 [2, k]."""
+    kept = (slots >= 0).nonzero().flatten()
+    stored = slots[kept]
+    return kept, torch.stack((torch.div(stored, page_tokens, rounding_mode="floor"), stored % page_tokens))
