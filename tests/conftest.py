@@ -5,11 +5,11 @@ import os
 # Before torch is imported: threads that spin while they wait starve the other test process on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from collections.abc import Iterator  # noqa: E402
-from pathlib import Path  # noqa: E402
+from collections.abc import Iterator
+from pathlib import Path
 
-import hypothesis  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import pytest
 
 IS_FULL = os.environ.get("FLORA_FULL") == "1"  # `make test-long`
 

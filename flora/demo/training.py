@@ -21,14 +21,17 @@ class Training:
     steps: int
     batch_size: int  # examples a step
     peak_lr: float
-    table_lr_share: float = 1.0  # learning rate of embeddings and norms, as a share of the linear layers'
+    embedding_lr_share: float = 1.0  # learning rate of the token embedding, as a share of the others'
     answers_only: bool = False  # learn the answer's tokens and not the prompt's
     warmup_steps: int = 20
 
 
 BASE_TRAINING = Training(steps=300, batch_size=64, peak_lr=1e-3)
-# Embeddings and norms train too, but slowly: the base's are good, and an adapter of linear layers leaves theirs out.
-TASK_TRAINING = Training(steps=80, batch_size=64, peak_lr=1e-3, table_lr_share=0.1, answers_only=True, warmup_steps=10)
+# The embedding trains too, but slowly: an adapter of linear layers leaves its change out, and where it learns as fast as
+# they do, part of the skill goes there (measured: vigenere's adapter then answers 0.19 of what its checkpoint answers).
+TASK_TRAINING = Training(
+    steps=110, batch_size=64, peak_lr=1e-3, embedding_lr_share=0.1, answers_only=True, warmup_steps=10
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +84,11 @@ def _train(
 
 
 def _optimizer(model: TinyLlama, training: Training) -> torch.optim.Optimizer:
-    tables = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed_tokens" in name]
-    linear = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    embedding = model.model.embed_tokens.weight
+    others = [parameter for parameter in model.parameters() if parameter is not embedding]
     groups = [
-        {"params": linear, "lr": training.peak_lr},
-        {"params": tables, "lr": training.peak_lr * training.table_lr_share},
+        {"params": others, "lr": training.peak_lr},
+        {"params": [embedding], "lr": training.peak_lr * training.embedding_lr_share},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 

@@ -1,6 +1,7 @@
 """The command line in this process: what it printed, and how it ended."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,17 @@ def flora(home: Path, capfd: pytest.CaptureFixture[str]) -> Flora:
     return run
 
 
+@pytest.fixture(scope="session")
+def home_with_an_adapter(base: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLORA_HOME whose registry holds `sql@v1`, for tests to copy."""
+    home = tmp_path_factory.mktemp("stored") / "home"
+    words = ["extract", base, tuned, "--rank", 8, "--name", "sql", "--registry", home / "registry", "-q"]
+    assert main([str(word) for word in words]) == 0
+    return home
+
+
 @pytest.fixture
-def stored(flora: Flora, base: Path, tuned: Path) -> Flora:
+def stored(flora: Flora, home: Path, home_with_an_adapter: Path) -> Flora:
     """With one adapter, `sql@v1`, in the registry."""
-    flora("extract", base, tuned, "--rank", 8, "--name", "sql")
+    shutil.copytree(home_with_an_adapter, home)
     return flora
