@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file as load_numpy
 
-from tests.cli.models import make_tuned
+from tests.cli.models import make_base, make_tuned
 
 
 def test_extract_registers_what_it_makes_and_tells_the_whole_story(flora, base, tuned):
@@ -252,6 +252,30 @@ def test_a_foreign_adapter_is_imported(stored, base, tmp_path):
 
     facts = stored("show", "foreign", "--json").json
     assert (facts["operation"], facts["num_modules"], facts["max_rank"], facts["base_id"]) == ("import", 4, 4, None)
+
+
+def test_an_import_is_bound_to_the_base_that_is_given(flora, base, tuned, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "foreign")
+    flora("extract", base, tuned, "--rank", 2, "--name", "own")
+
+    flora("import", tmp_path / "foreign", "--name", "foreign", "--base", base)
+
+    own, foreign = (flora("show", name, "--json").json for name in ("own", "foreign"))
+    assert foreign["base_id"] == own["base_id"]
+
+
+def test_an_adapter_of_floras_is_not_bound_to_other_weights(flora, base, tuned, tmp_path):
+    flora("extract", base, tuned, "--rank", 2, "--out", tmp_path / "own")
+    other = make_base(tmp_path / "other", seed=5)
+
+    done = flora("import", tmp_path / "own", "--name", "own", "--base", other, code=1)
+
+    assert "error[FL-BASE]" in done.err
+    assert flora("ls", "-q").out == ""
 
 
 def test_a_dry_push_shows_the_files_and_the_card(stored):

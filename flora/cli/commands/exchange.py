@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flora.cli.extraction import hash_cache_dir
 from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, open_registry
 from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
 from flora.cli.sizes import show_bytes
+from flora.errors import BaseMismatch
 from flora.names import check_name
+
+if TYPE_CHECKING:
+    from flora.adapter import Adapter
+    from flora.checkpoint import Checkpoint
+    from flora.identity import BaseRecord
 
 
 class ExportFormat(StrEnum):
@@ -35,23 +43,35 @@ _Profile = Annotated[
 def import_(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A PEFT folder, Flora's own or another's.")],
     name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name in the registry.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="Folder or Hub id of its base, to bind it to those weights."),
+    ] = None,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
 ) -> None:
     """Take an adapter folder into the registry. Only safetensors are read.
 
-    [bold]Example[/bold]
+    An adapter that Flora did not make only claims a base by name. With --base, its modules are checked against that
+    checkpoint, and it is served on no other; without, it is checked when a server loads it.
+
+    [bold]Examples[/bold]
 
       flora import ./adapter --name sql
+
+      flora import ./adapter --name sql --base org/model
     """
     from flora.registry.formats.peft import load_peft
 
     form = choose_format(as_json=as_json, ids_only=quiet)
     check_name(name)
     adapter = load_peft(path)
+    bound = _bind(adapter, base) if base is not None else None
     with open_registry(registry, create=True) as store:
-        version = store.add(adapter, name, provenance={"command": "import"})
+        version = store.add(bound.adapter if bound else adapter, name, provenance={"command": "import"})
+        if bound is not None:
+            store.register_base(bound.record, name=bound.checkpoint.name, path=bound.checkpoint.path)
     record = {
         "ref": version.ref,
         "digest": version.digest,
@@ -67,6 +87,32 @@ def import_(
         ("size", show_bytes(version.num_bytes)),
     ]
     print_record(form, record, id_key="ref", facts=facts, title=version.ref)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bound:
+    adapter: Adapter
+    checkpoint: Checkpoint  # of its base
+    record: BaseRecord
+
+
+def _bind(adapter: Adapter, base: str) -> _Bound:
+    """The adapter bound to the weights of `base`. Raises BaseMismatch, also if its own record says other weights."""
+    from flora.checkpoint import locate_checkpoint, open_checkpoint
+    from flora.identity import base_record
+    from flora.registry.binding import bind
+
+    checkpoint = open_checkpoint(locate_checkpoint(base))
+    record = base_record(checkpoint, hash_cache_dir())
+    hashes, binding = record.hashes(), adapter.header.base
+    strange = next((name for name, sha256 in binding.touched.items() if hashes.get(name) != sha256), None)
+    if strange is not None:
+        raise BaseMismatch(
+            f"{strange} of {checkpoint.path} is not the tensor that this adapter was extracted from",
+            cause=f"its record says base {binding.base_id}; this checkpoint is {record.base_id}",
+            fix=f"give the base that it was made for, {binding.name}",
+        )
+    return _Bound(bind(adapter, record, checkpoint.name, checkpoint.architecture), checkpoint, record)
 
 
 def export(

@@ -185,8 +185,9 @@ def _find_base(registry: Registry, source: str | None) -> tuple[Path, str]:
         return checkpoint.path, checkpoint.name
     used = [entry for entry in registry.bases() if entry.num_adapters > 0]
     if not used:
+        lacking = "adapters whose base is known" if registry.names(limit=1) else "adapters"
         raise UsageError(
-            "the registry has no adapters, so nothing says which base to serve",
+            f"the registry has no {lacking}, so nothing says which base to serve",
             fix="give it: flora serve BASE; or make an adapter first: flora extract BASE TUNED",
         )
     if len(used) > 1:

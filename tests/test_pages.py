@@ -1,0 +1,40 @@
+"""The pages beside the code keep up with it: links lead somewhere, verbs and flags exist."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flora.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+VERBS = sorted(command.name or "" for command in app.registered_commands)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_between_pages_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text())
+
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_verb_that_a_page_names_exists(page):
+    assert set(re.findall(r"`flora ([a-z]+)", (ROOT / page).read_text())) <= set(VERBS)
+
+
+def test_every_flag_that_the_readme_names_is_a_flag():
+    flags = {flag for verb in VERBS for flag in re.findall(r"--[a-z][a-z-]+", help_of(verb))}
+    named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
+
+    assert named <= flags
+
+
+def help_of(verb: str) -> str:
+    command = [sys.executable, "-m", "flora", verb, "--help"]
+    env = os.environ | {"COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
