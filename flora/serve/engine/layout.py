@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flora.adapter import AdapterHeader, ChangeReport, Module
 from flora.errors import ShapeMismatch, Unsupported
-from flora.kernels.modules import CHUNK, MODULES, padded
+from flora.kernels.modules import CHUNK, MODULES, padded, row_alignment
 from flora.serve.engine.model.config import ModelConfig
 
 _MODULE_NAME = re.compile(
@@ -118,6 +118,12 @@ def adapter_layout(
             for (index, module), shape, a_chunk, b_chunk in zip(present, shapes, a_chunks, b_chunks, strict=True)
         ]
     return AdapterLayout(tuple(placed), chunk * CHUNK)
+
+
+def stream_alignment(config: ModelConfig, geometry: PoolGeometry) -> int:
+    """Elements on which every row of any adapter's stream starts: kernels look a cell up once for as many."""
+    sizes = (size for module in MODULES for size in config.module_shape(module))
+    return row_alignment(sizes, geometry.cell_elements)
 
 
 def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> tuple[int, int]:

@@ -4,15 +4,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import MODULES, AdapterWeights
+from flora.kernels import CHUNK, MODULES, AdapterWeights
 from flora.serve.engine.layout import AdapterLayout
 
 
 class AdapterTables:
     """Which cells a slot's adapter lies in, and where in its stream each factor starts."""
 
-    def __init__(self, num_slots: int, num_layers: int, pool_cells: Tensor, max_cells: int = 64) -> None:
-        """max_cells  of an adapter, at first: a larger one makes the table wider, and it then lies elsewhere"""
+    def __init__(
+        self, num_slots: int, num_layers: int, pool_cells: Tensor, max_cells: int = 64, alignment: int = CHUNK
+    ) -> None:
+        """max_cells  of an adapter, at first: a larger one makes the table wider, and it then lies elsewhere
+        alignment  elements on which every stored row starts: layout.stream_alignment
+        """
+        self._alignment = alignment
         self._pool_cells = pool_cells
         device = pool_cells.device
         self._cells = torch.zeros(num_slots, max_cells, dtype=torch.int32, device=device)
@@ -22,12 +27,17 @@ class AdapterTables:
 
     @property
     def weights(self) -> AdapterWeights:
-        return AdapterWeights(self._pool_cells, self._cells, self._modules, self._scales)
+        return AdapterWeights(self._pool_cells, self._cells, self._modules, self._scales, self._alignment)
 
     @property
     def max_rank(self) -> int:
         """The highest rank of any module of a resident adapter."""
         return max(self._max_ranks)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Each slot's highest rank; 0 for a free one."""
+        return self._max_ranks
 
     def publish(self, slot: int, layout: AdapterLayout, cells: list[int]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""

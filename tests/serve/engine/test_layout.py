@@ -4,8 +4,8 @@ import pytest
 
 from flora.adapter import AdapterHeader, BaseBinding, ChangeReport, Module, Recipe, TensorChange
 from flora.errors import ShapeMismatch, Unsupported
-from flora.kernels import CHUNK, MODULES
-from flora.serve.engine.layout import PoolGeometry, adapter_layout
+from flora.kernels import CHUNK, MODULES, padded
+from flora.serve.engine.layout import PoolGeometry, adapter_layout, stream_alignment
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
 from tests.serve.engine.adapters import module_name, random_adapter
 
@@ -169,3 +169,33 @@ def test_a_module_of_another_shape_is_refused_with_both_shapes(config):
 def test_a_layer_that_the_base_does_not_have_is_refused(config):
     with pytest.raises(ShapeMismatch, match="the base has 2 layers"):
         adapter_layout(config, header_of(module(module_name(2, "q"), 100, 80)))
+
+
+@pytest.mark.parametrize(("hidden", "ff", "kv_heads"), [(4096, 14336, 8), (576, 1536, 3), (896, 4864, 2)])
+def test_every_row_of_every_stream_starts_on_the_alignment_that_kernels_are_promised(hidden, ff, kv_heads):
+    head_dim = 128 if hidden == 4096 else 64
+    config = parse_model_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_size": hidden,
+            "intermediate_size": ff,
+            "num_hidden_layers": 2,
+            "num_attention_heads": hidden // head_dim,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "vocab_size": 100,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+        }
+    )
+    geometry = PoolGeometry(2, 10, page_tokens=16, num_kv_heads=kv_heads, head_dim=head_dim, itemsize=2)
+    alignment = stream_alignment(config, geometry)
+
+    for seed in range(5):
+        layout = adapter_layout(config, random_adapter(config, seed, ranks=(1, 3, 5, 8, 13)).header)
+        for placed in layout.modules:
+            starts = (placed.a_chunk * CHUNK, placed.b_chunk * CHUNK)
+            rows = (padded(placed.in_features), padded(placed.out_features))
+            assert not [n for n in (*starts, *rows, geometry.cell_elements) if n % alignment]
+    assert alignment == {4096: 1024, 576: 64, 896: 128}[hidden]

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import WorkList
+from flora.kernels import WorkList, heaviest_first
 from flora.serve.engine.batch import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
 from flora.serve.engine.cuda.graphs import StepGraphs, StepOutput, decode_sizes, mixed_sizes
 from flora.serve.engine.cuda.inputs import Arrays, InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.cuda.sampler import draw_rows
+from flora.serve.engine.layout import stream_alignment
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.packing import PackedAdapter
 from flora.serve.engine.pool import DevicePool
@@ -78,7 +79,8 @@ class CudaRunner:
         self.model = model
         self.pool = pool
         self.device = pool.cells.device
-        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells, max_cells)
+        alignment = stream_alignment(model.config, pool.geometry)
+        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells, max_cells, alignment)
         self._copies = AdapterCopies(pool.cells)
         self._copied: dict[str, torch.cuda.Event] = {}  # of adapters in host memory: when their last copy was done
         self._max_sequences = limits.max_sequences
@@ -191,14 +193,27 @@ class CudaRunner:
         host["sampled_lanes"][:num_sampled] = lanes[samples]
         num_decoding = int((counts == 1).sum())
         first_rows = ends - counts
-        _fill_segments(
-            host, "decode_segments", slots[:num_decoding], first_rows[:num_decoding], num_decoding, DECODE_BLOCK_ROWS
-        )
-        _fill_segments(
-            host, "prefill_segments", slots[num_decoding:], first_rows[num_decoding:], rows, PREFILL_BLOCK_ROWS
-        )
+        decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
+        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, DECODE_BLOCK_ROWS)
+        self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, PREFILL_BLOCK_ROWS)
         self._pad(host, rows, padded_rows, num_sequences, self._max_sequences, num_sampled)
         self._inputs.send()
+
+    def _fill_segments(
+        self, host: Arrays, name: str, slots: np.ndarray, first_rows: np.ndarray, end_row: int, block_rows: int
+    ) -> None:
+        """Runs of rows with one adapter, cut to `block_rows`. slots, first_rows  of sequences in order of their rows"""
+        edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
+        run_slots = slots[edges].tolist()
+        run_starts = first_rows[edges].tolist()
+        segments = [
+            (slot, row, min(block_rows, end - row))
+            for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
+            for row in range(start, end, block_rows)
+        ]
+        if segments:
+            host[name][: len(segments)] = heaviest_first(segments, self.tables.ranks)
+        host[f"num_{name}"][:] = len(segments)
 
     def _pad(
         self, host: Arrays, row: int, end_row: int, sequence: int, end_sequence: int, num_sampled: int = 0
@@ -274,23 +289,6 @@ class CudaRunner:
                 top = logprob.topk(min(draw.sampling.logprobs, len(logprob)))
                 logprobs[row] = (logprob.gather(0, tokens[row : row + 1])[0], top.indices, top.values)
         return CudaStep(sampled, tokens, output.highest, logprobs)
-
-
-def _fill_segments(
-    host: Arrays, name: str, slots: np.ndarray, first_rows: np.ndarray, end_row: int, block_rows: int
-) -> None:
-    """Runs of rows with one adapter, cut to `block_rows`. slots, first_rows  of sequences in the order of their rows"""
-    edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
-    run_slots = slots[edges].tolist()
-    run_starts = first_rows[edges].tolist()
-    segments = [
-        (slot, row, min(block_rows, end - row))
-        for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
-        for row in range(start, end, block_rows)
-    ]
-    if segments:
-        host[name][: len(segments)] = segments
-    host[f"num_{name}"][:] = len(segments)
 
 
 def _to_host(tensor: Tensor) -> Tensor:
