@@ -65,6 +65,9 @@ class Outcome:
 
     @property
     def adapter_bytes(self) -> int:
+        """Of the stored weights."""
+        if self.version is not None:
+            return self.version.num_bytes
         return sum(factors.num_bytes for factors in self.adapter.factors.values())
 
     def record(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _print_rich(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) ->
         )
     for row in rows:
         table.add_row(*(escape(column.show(row[column.key])) for column in columns))
-    Console().print(table)
+    Console(highlight=False).print(table)
 
 
 def _print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
@@ -135,7 +135,7 @@ def _print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(escape(name), escape(value))
-    console = Console()
+    console = Console(highlight=False)
     if title:
         console.print(escape(title), style="bold")
     console.print(table)

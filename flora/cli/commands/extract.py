@@ -21,7 +21,7 @@ DEFAULT_RANK = 64  # where no rule is given: what people train LoRA with at the 
 
 def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the pretrained checkpoint.")],
-    tuned: Annotated[list[str], typer.Argument(metavar="TUNED...", help="The same for its full fine-tunes.")],
+    tuned: Annotated[list[str], typer.Argument(metavar="TUNED", help="The same for its full fine-tunes.")],
     rank: MaxRank = None,
     energy: Energy = None,
     budget: Budget = None,
@@ -100,9 +100,10 @@ def _print_outcome(form: Format, outcome: Outcome) -> None:
 
     report, header = outcome.adapter.report, outcome.adapter.header
     assert report is not None
-    ranks = [module.rank for module in header.modules]
+    ranks = sorted({module.rank for module in header.modules})
+    shown_ranks = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
     facts = [
-        ("modules", f"{len(ranks)}, ranks {min(ranks)} to {max(ranks)}"),
+        ("modules", f"{len(header.modules)}, {shown_ranks}"),
         (
             "size",
             f"{show_bytes(outcome.adapter_bytes)}, {percent(outcome.adapter_bytes / outcome.tuned_bytes)} of the "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def ls(
-    prefix: Annotated[str, typer.Argument(metavar="[PREFIX]", help="Only names that begin like this.")] = "",
+    prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Only names that begin like this.")] = "",
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="At most N names.")] = None,
     registry: RegistryUrl = None,
     as_json: AsJson = False,

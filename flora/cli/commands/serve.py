@@ -32,7 +32,7 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def serve(
     base: Annotated[
         str | None,
-        typer.Argument(metavar="[BASE]", help="Folder or Hub id. Default: the base of the registry's adapters."),
+        typer.Argument(metavar="BASE", help="Folder or Hub id. Default: the base of the registry's adapters."),
     ] = None,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", rich_help_panel=_ACCESS)] = "127.0.0.1",
     port: Annotated[
