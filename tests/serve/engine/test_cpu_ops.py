@@ -1,4 +1,4 @@
-"""The CPU's operations give the bits of the reference, whatever is in the step."""
+"""The CPU's operations against the reference: attention and rope to the bit, LoRA within rounding and row-invariant."""
 
 import random
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora.kernels import ReferenceOps
+from flora.kernels import CHUNK, AdapterWeights, Group, ReferenceOps, WorkList, padded, split_segments
 from flora.serve.engine.cpu.attention import keeps_the_references_bits
 from flora.serve.engine.cpu.ops import CpuOps
 
@@ -77,7 +77,7 @@ def test_each_steps_plan_is_its_own():
 
 
 def test_this_machine_takes_the_wide_products():
-    assert keeps_the_references_bits(9, 3, 64)
+    assert keeps_the_references_bits(9, 3, 64, torch.get_num_threads())
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -95,3 +95,87 @@ def test_rope_and_the_stored_keys_are_the_references(heads):
 
     assert same_bits(q.contiguous(), expected.contiguous())
     assert same_bits(ours, theirs)
+
+
+# --- LoRA ---
+
+SIZES = (40, 24, 24)  # outputs of q, k and v, for 100 inputs
+STARTS = (0, 40, 64)
+
+
+class Adapters:
+    """Random adapters of one layer, q, k and v only, in a pool whose every other element is NaN."""
+
+    def __init__(self, ranks: list[tuple[int, int, int]]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        cell_elements, max_cells = 192, 90
+        self.pool = torch.full((1 + max_cells * len(ranks), cell_elements), float("nan"))
+        self.cells = (torch.randperm(max_cells * len(ranks), generator=generator) + 1).int().view(len(ranks), max_cells)
+        self.modules = torch.zeros(len(ranks), 1, 7, 3, dtype=torch.int32)
+        self.scales = torch.rand(len(ranks), 1, 7, generator=generator)
+        for slot, by_module in enumerate(ranks):
+            stream = torch.full((max_cells * cell_elements,), float("nan"))
+            chunk = 0
+            for factor in (1, 2):  # every A, then every B
+                for module, rank in enumerate(by_module):
+                    features = 100 if factor == 1 else SIZES[module]
+                    self.modules[slot, 0, module, 0] = rank
+                    self.modules[slot, 0, module, factor] = chunk
+                    rows = stream[chunk * CHUNK :][: rank * padded(features)].view(rank, padded(features))
+                    rows[:, :features] = torch.randn(rank, features, generator=generator)
+                    chunk += rank * padded(features) // CHUNK
+            self.pool[self.cells[slot].long()] = stream.view(max_cells, cell_elements)
+
+    @property
+    def weights(self) -> AdapterWeights:
+        return AdapterWeights(self.pool, self.cells, self.modules, self.scales)
+
+    def deltas(self, ops: ReferenceOps, x: Tensor, row_slots: list[int | None], dtype=torch.float32) -> Tensor:
+        """What the adapters add to zeros."""
+        work = WorkList.build(split_segments(row_slots, 64), block_rows=64, max_rank=64)
+        y = torch.zeros(len(x), sum(SIZES), dtype=dtype)
+        v = ops.lora_shrink(x.to(dtype), self.weights, 0, Group.QKV, work)
+        ops.lora_expand(y, v, self.weights, 0, Group.QKV, STARTS, SIZES, work)
+        return y
+
+
+RANKS = [(16, 16, 16), (16, 16, 16), (1, 0, 5), (0, 0, 0), (64, 3, 17), (16, 16, 16)]
+
+
+def rows_of(*counts: tuple[int | None, int]) -> list[int | None]:
+    return [slot for slot, count in counts for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "row_slots",
+    [
+        rows_of((None, 2), (0, 1), (1, 1), (2, 1), (4, 1), (5, 1)),
+        rows_of((0, 9), (1, 3), (3, 2), (4, 70)),
+        rows_of((None, 5)),
+        rows_of((2, 1)),
+    ],
+    ids=["decode", "prefill", "base", "one row"],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_lora_is_the_references(row_slots, dtype, tolerance):
+    adapters = Adapters(RANKS)
+    x = torch.randn(len(row_slots), 100, generator=torch.Generator().manual_seed(4))
+
+    ours, theirs = (adapters.deltas(ops, x, row_slots, dtype).float() for ops in (CpuOps(), REFERENCE))
+
+    assert float((ours - theirs).abs().max()) <= tolerance * max(1.0, float(theirs.abs().max()))
+    assert all((ours[i] == 0).all() for i, slot in enumerate(row_slots) if slot in (None, 3))
+
+
+def test_a_rows_lora_has_the_same_bits_in_any_company():
+    """Alone, in a full tile, in many tiles, beside adapters laid out alike or not, beside NaN."""
+    adapters = Adapters(RANKS)
+    x = torch.randn(200, 100, generator=torch.Generator().manual_seed(5))
+    for slot in (0, 2, 4):
+        alone = adapters.deltas(CpuOps(), x[:1], [slot])[0]
+        for before, own, after in ((0, 8, 0), (0, 70, 0), (5, 1, 1), (3, 40, 20), (0, 1, 9)):
+            row_slots = rows_of((None, before), (slot, own), (1, after), (5, after))
+            for place in {before, before + own // 2, before + own - 1}:
+                rows = torch.cat((x[1 : place + 1], x[:1], x[place + 1 : len(row_slots)]))
+                rows[[i for i in range(len(rows)) if row_slots[i] != slot]] = float("nan")
+                assert same_bits(adapters.deltas(CpuOps(), rows, row_slots)[place], alone)

@@ -106,14 +106,18 @@ def _in_order(blocks: Tensor) -> Tensor:
 
 
 @cache
-def keeps_the_references_bits(num_q_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-    """Whether this machine's wide products give the reference's bits, for contexts of one block to many."""
+def keeps_the_references_bits(num_q_heads: int, num_kv_heads: int, head_dim: int, num_threads: int) -> bool:
+    """Whether this machine's wide products give the reference's bits, for contexts of one block to many.
+
+    num_threads  torch's now: another number may take another way
+    """
     generator = torch.Generator().manual_seed(0)
     page_tokens, lengths = 16, (1, 2, 63, 64, 65, 130, 700, 701)
     num_pages = -(-max(lengths) // page_tokens)
     kv = torch.randn(num_pages + 1, 2, page_tokens, num_kv_heads, head_dim, generator=generator)
-    for count in (1, 3, len(lengths)):
-        seq_lens = torch.tensor(lengths[-count:], dtype=torch.int32)
+    for together in (*((length,) for length in lengths), lengths[:3], lengths):
+        count = len(together)
+        seq_lens = torch.tensor(together, dtype=torch.int32)
         starts = torch.arange(count + 1, dtype=torch.int32)
         tables = (torch.rand(count, num_pages, generator=generator).argsort(1) + 1).int()
         q = torch.randn(count, num_q_heads, head_dim, generator=generator)

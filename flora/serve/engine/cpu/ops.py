@@ -1,13 +1,14 @@
-"""The reference's operations with less to do in each layer of a step. Bits are the reference's."""
+"""The reference's operations with fewer calls in each layer of a step: what plans them is computed once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from flora.kernels import ReferenceOps, rope
+from flora.kernels import AdapterWeights, Group, ReferenceOps, WorkList, rope
 from flora.serve.engine.cpu.attention import DecodePlan, attend, keeps_the_references_bits, plan_decode
+from flora.serve.engine.cpu.lora import Tiles, expand, plan_tiles, shrink
 
 Value = TypeVar("Value")
 
@@ -29,14 +30,37 @@ class StepValue(Generic[Value]):
 
 
 class CpuOps(ReferenceOps):
-    """ReferenceOps, with decode attention and rope planned once a step."""
+    """ReferenceOps for one model's steps, one after the other: row-invariant like it, and faster."""
 
     name = "cpu"
 
     def __init__(self) -> None:
+        self._tiles: StepValue[list[Tiles]] = StepValue()
         self._plans: StepValue[tuple[list[DecodePlan], Tensor | None]] = StepValue()
         self._turns: StepValue[tuple[Tensor, Tensor]] = StepValue()
         self._places: StepValue[tuple[Tensor, Tensor]] = StepValue()
+
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+        """See Ops.lora_shrink; here splits is 1."""
+        v = torch.empty(1, len(x), work.max_rank * len(group.value))
+        for tiles in self._tiles.get(work.segments, lambda: plan_tiles(work, weights)):
+            shrink(x, v[0], tiles, weights, layer, group)
+        return v
+
+    def lora_expand(
+        self,
+        y: Tensor,
+        v: Tensor,
+        weights: AdapterWeights,
+        layer: int,
+        group: Group,
+        out_starts: Sequence[int],
+        out_sizes: Sequence[int],
+        work: WorkList,
+    ) -> None:
+        """See Ops.lora_expand."""
+        for tiles in self._tiles.get(work.segments, lambda: plan_tiles(work, weights)):
+            expand(y, v[0], tiles, weights, layer, group, out_starts, out_sizes)
 
     def paged_attention(
         self,
@@ -50,7 +74,7 @@ class CpuOps(ReferenceOps):
         max_queries: int | None = None,
     ) -> Tensor:
         """See Ops.paged_attention."""
-        if not keeps_the_references_bits(q.shape[1], kv.shape[3], q.shape[2]):
+        if not keeps_the_references_bits(q.shape[1], kv.shape[3], q.shape[2], torch.get_num_threads()):
             return super().paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
 
         def plan() -> tuple[list[DecodePlan], Tensor | None]:
