@@ -55,7 +55,7 @@ class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
     norm_squared: float
     kept: float = 0.0  # norm_squared less the squared residual of the factors as stored; 0 where nothing is extracted
     rank: int | None = None
-    noise: float = 0.0  # estimate of what rounding both checkpoints put into norm_squared
+    noise: float = 0.0  # estimate of what rounding the tuned weights to their dtype put into norm_squared
     reason: str | None = None  # of a status other than extracted; or of a rank that missed the target
 
 
