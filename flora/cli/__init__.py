@@ -3,7 +3,8 @@
     app.py        the verbs, and `main`: every way that a command can end, as an exit code
     options.py    flags that several verbs share, and the words their values are written in
     output.py     data on stdout, for people, for pipes or as JSON; everything else on stderr
-    progress.py, logs.py, sizes.py, verdict.py, machine.py, remote.py   what the verbs need besides
+    progress.py, logs.py, sizes.py, verdict.py, machine.py, sizing.py, remote.py   what the verbs need besides
+    demonstration.py, gates.py, server_process.py   the demo's steps, its bounds, its server
     commands/     one file per verb or family of verbs; each imports what it drives only when it runs
 
 `flora --help` imports no torch, nor anything else that is slow.

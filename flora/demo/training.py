@@ -26,7 +26,7 @@ class Training:
     warmup_steps: int = 20
 
 
-BASE_TRAINING = Training(steps=300, batch_size=64, peak_lr=1e-3)
+BASE_TRAINING = Training(steps=350, batch_size=64, peak_lr=1e-3)
 # The embedding trains too, but slowly: an adapter of linear layers leaves its change out, and where it learns as fast
 # as they do, part of the skill goes there (measured: vigenere's checkpoint then has 1.00, its adapter 0.19).
 TASK_TRAINING = Training(

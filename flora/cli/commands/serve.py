@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flora.cli.machine import available_memory_bytes, gpus, num_cores
 from flora.cli.options import RegistryUrl, open_registry
 from flora.cli.sizes import parse_bytes, parse_length
+from flora.cli.sizing import PACE, default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
 from flora.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
@@ -20,13 +19,8 @@ if TYPE_CHECKING:
 
 _MEMORY = "Memory"
 _ACCESS = "Access"
-_MIN_POOL_BYTES = 64 << 20
-_MAX_CPU_POOL_BYTES = 4 << 30  # tokens of a CPU server rarely need more
-_CPU_POOL_SHARE = 0.25  # of the memory that the base leaves; the system and its file cache need the rest
-_GPU_POOL_SHARE = 0.85  # of what the base leaves: activations, graphs and the allocator's slack take the rest
-_HOST_CACHE_SHARE = 0.125  # of the host's available memory
-_MAX_HOST_CACHE_BYTES = 8 << 30
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -144,8 +138,8 @@ def serve(
         folder, name = _find_base(store, base)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
-    pace = _PACE["cpu" if device == "cpu" else "cuda"]
-    num_bytes = _weights_bytes(folder, dtype)
+    pace = PACE["cpu" if device == "cpu" else "cuda"]
+    num_bytes = weights_bytes(folder, dtype)
     if num_bytes == 0:
         raise CheckpointError(f"{folder} holds no weights")
     engine = EngineConfig(
@@ -173,6 +167,10 @@ def serve(
         api_keys=_read_keys(api_key_file) if api_key_file else (),
         insecure=insecure,
     )
+    log.info(
+        "starting base=%s device=%s dtype=%s pool_bytes=%d host_cache_bytes=%d registry=%s",
+        config.base_name, device, dtype, engine.pool_bytes, engine.host_cache_bytes, registry_root
+    )  # fmt: skip
     run_server(config)
 
 
@@ -205,60 +203,6 @@ def _find_base(registry: Registry, source: str | None) -> tuple[Path, str]:
             fix="give its folder or Hub id: flora serve BASE",
         )
     return entry.path, entry.name
-
-
-@dataclass(frozen=True, slots=True)
-class _Pace:
-    """What suits a kind of device where nothing is said."""
-
-    max_sequences: int
-    max_batch_tokens: int
-    max_loaders: int
-
-    def num_loaders(self) -> int:
-        return min(self.max_loaders, num_cores() // 2)  # the other half is the engine's and the front end's
-
-
-_PACE = {"cpu": _Pace(64, 512, 0), "cuda": _Pace(256, 2048, 8)}
-
-
-def resolve_device(device: str, dtype: str) -> tuple[str, str]:
-    """Device and dtype with "auto" replaced by what this machine has. Raises UsageError."""
-    if device == "auto":
-        device = "cuda" if gpus() else "cpu"
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    if dtype not in _ITEM_BYTES:
-        raise UsageError(f"{dtype!r} is no dtype to serve in", fix=f"give one of {', '.join(_ITEM_BYTES)}")
-    return device, dtype
-
-
-def default_pool_bytes(device: str, weights_bytes: int) -> int:
-    """Of the pool on `device`, once the base's weights lie there. Raises UsageError if nothing would be left."""
-    if device.startswith("cuda"):
-        found, ordinal = gpus(), int(device.partition(":")[2] or 0)
-        memory_bytes = found[ordinal].memory_bytes if ordinal < len(found) else 0
-        share, most = _GPU_POOL_SHARE, memory_bytes
-    else:
-        memory_bytes, share, most = available_memory_bytes(), _CPU_POOL_SHARE, _MAX_CPU_POOL_BYTES
-    left = int(share * (memory_bytes - weights_bytes))
-    if left < _MIN_POOL_BYTES:
-        raise UsageError(
-            f"the base takes {weights_bytes >> 20} MiB of the {memory_bytes >> 20} MiB on {device}, too much",
-            fix="use a device with more memory, or another --dtype; --pool SIZE sets the rest by hand",
-        )
-    return min(left, most)
-
-
-def default_host_cache_bytes() -> int:
-    return min(_MAX_HOST_CACHE_BYTES, int(_HOST_CACHE_SHARE * available_memory_bytes()))
-
-
-def _weights_bytes(folder: Path, dtype: str) -> int:
-    """Of the base in the dtype that it is served in."""
-    from flora.checkpoint import open_checkpoint
-
-    return sum(info.numel for info in open_checkpoint(folder).tensors.values()) * _ITEM_BYTES[dtype]
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

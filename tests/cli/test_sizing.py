@@ -1,0 +1,59 @@
+"""What a server gets where nothing is said."""
+
+import pytest
+import torch
+
+from flora.cli.commands.serve import _read_keys
+from flora.cli.machine import available_memory_bytes, gpus, num_cores
+from flora.cli.sizing import default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
+from flora.errors import UsageError
+
+
+def test_auto_is_what_the_machine_has():
+    expected = ("cuda", "bfloat16") if gpus() else ("cpu", "float32")
+
+    assert resolve_device("auto", "auto") == expected
+    assert resolve_device("cpu", "auto") == ("cpu", "float32")
+    assert resolve_device("cuda:1", "float16") == ("cuda:1", "float16")
+
+
+def test_the_driver_shows_as_many_gpus_as_torch():
+    assert len(gpus()) == torch.cuda.device_count()
+
+
+def test_weights_count_in_the_dtype_that_they_are_served_in(base):
+    stored = num_weights(base)
+
+    assert weights_bytes(base, "float32") == 4 * stored
+    assert weights_bytes(base, "bfloat16") == 2 * stored
+
+
+def num_weights(folder):
+    from safetensors.torch import load_file
+
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_the_pool_leaves_memory_for_the_rest():
+    pool_bytes = default_pool_bytes("cpu", weights_bytes=1 << 20)
+
+    assert 0 < pool_bytes <= available_memory_bytes() / 3
+    assert 0 < default_host_cache_bytes() <= available_memory_bytes() / 4
+
+
+def test_a_base_that_fills_the_machine_is_refused():
+    with pytest.raises(UsageError, match="too much"):
+        default_pool_bytes("cpu", weights_bytes=1 << 60)
+
+
+def test_cores_are_those_that_this_process_may_use():
+    assert 1 <= num_cores() <= 4096
+
+
+def test_a_key_file_has_one_key_a_line(tmp_path):
+    (tmp_path / "keys").write_text("# ours\none\n\n  two  \n")
+    (tmp_path / "empty").write_text("# nothing\n")
+
+    assert _read_keys(tmp_path / "keys") == ("one", "two")
+    with pytest.raises(UsageError, match="no key"):
+        _read_keys(tmp_path / "empty")
