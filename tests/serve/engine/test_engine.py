@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+import torch
 
-from flora.adapter import AdapterHeader, make_adapter
+from flora.adapter import AdapterHeader, ChangeReport, TensorChange, make_adapter
 from flora.lowrank import LowRank
 from flora.serve.engine import Engine
 from flora.serve.engine.pages import Use
@@ -316,8 +317,6 @@ def newest_blob(world: World) -> int:
 
 
 def adapter_of(world: World, name: str, in_features: int, out_features: int, value: float = 0.1, **binding: object):
-    import torch
-
     header: AdapterHeader = random_adapter(world.config, seed=1).header
     factors = LowRank(A=torch.full((2, in_features), value), B=torch.full((out_features, 2), 0.1))
     return make_adapter({name: factors}, msgspec.structs.replace(header.base, **binding), header.recipe)
@@ -340,6 +339,28 @@ def test_a_module_that_the_server_cannot_adapt_is_refused_never_skipped(world, n
 
     assert refused.code == "FL-UNSUPPORTED"
     assert name in refused.message
+
+
+def test_a_refused_module_is_named_with_its_share_of_the_change(world):
+    adapter = adapter_of(world, "lm_head", 64, VOCAB)
+    changes = tuple(
+        TensorChange(name=name, shape=(1, 1), status="extracted", norm_squared=norm)
+        for name, norm in (("lm_head.weight", 1.0), ("model.layers.0.self_attn.q_proj.weight", 3.0))
+    )
+
+    refused = refusal(world, replace(adapter, report=ChangeReport(tensors=changes)))
+
+    assert "lm_head (25.0% of the change)" in refused.message
+
+
+def test_an_adapter_of_the_served_base_needs_no_further_proof(world, caplog):
+    engine = world.engine()
+    adapter = random_adapter(world.config, seed=1, base_id=engine.ready.base_id)
+    ask(engine, "r", [1, 2], world.add(adapter, "a"))
+
+    assert run_to_end(engine)["r"].finish_reason == "length"
+    assert "unproven" not in caplog.text
+    engine.close()
 
 
 def test_a_module_of_another_size_is_refused(world):
