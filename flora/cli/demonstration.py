@@ -41,6 +41,7 @@ from flora.demo import (
 
 BASE_NAME = "cipher-base"
 MAX_TOKENS = 12  # an answer has seven tokens at most, its end included
+_MAX_THREADS = 4  # matrices of 256 columns keep no more busy
 _STREAMS = 24  # requests under way at once
 _BACKGROUND_STREAMS = 4  # that go on until the last adapter is loaded
 _ITEM_SEED = 20_000  # of the held-out words; another seed than any training's
@@ -83,7 +84,7 @@ def demonstrate(folder: Path, *, seed: int, energy: float) -> Findings:
     """Runs the whole of it in `folder`, which is empty. Raises what its parts raise."""
     import torch
 
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(min(num_cores(), _MAX_THREADS))
     started_s = time.monotonic()
     shape = LlamaShape()
     items = {task.name: held_out(task, MIN_ITEMS, _ITEM_SEED) for task in TASKS}
@@ -93,7 +94,7 @@ def demonstrate(folder: Path, *, seed: int, energy: float) -> Findings:
     outcomes = {task.name: _extract(folder, task, energy, seed) for task in early}
     asked: list[_Asked] = []
     tally = _Tally()
-    arguments = ["--registry", str(folder / "registry"), "--pool", "256MiB", "--host-cache", "64MiB"]
+    arguments = ["--registry", str(folder / "registry"), "--device", "cpu", "--pool", "256MiB", "--host-cache", "64MiB"]
     _step("flora serve " + " ".join(arguments))
     with running_server(arguments, folder / "home") as url, Server(url) as server:
         note(f"  serves {BASE_NAME} and what the registry holds at {url}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from flora.errors import UsageError
 
+_PIPE_WIDTH = 140
 SCHEMA_VERSION = 1  # of every JSON object that a command prints
 
 
@@ -122,7 +123,8 @@ def _print_rich(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) ->
         )
     for row in rows:
         table.add_row(*(escape(column.show(row[column.key])) for column in columns))
-    Console(highlight=False).print(table)
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH  # a log has no width of its own
+    Console(highlight=False, width=width).print(table)
 
 
 def _print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:

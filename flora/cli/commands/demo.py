@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flora.cli.options import AsJson
-from flora.cli.output import Column, Format, choose_format, note, percent, print_json, print_table
+from flora.cli.output import Column, Format, note, percent, print_json, print_table
 from flora.cli.sizes import show_bytes
 from flora.errors import CheckFailed, UsageError
 
@@ -50,7 +50,7 @@ def demo(
     from flora.cli.demonstration import demonstrate
     from flora.cli.gates import broken_gates
 
-    form = choose_format(as_json=as_json, ids_only=False)
+    form = Format.JSON if as_json else Format.HUMAN  # a report, so a table for people in a pipe too
     with _folder(out) as folder:
         findings = demonstrate(folder, seed=seed, energy=energy)
         broken = broken_gates(findings.hidden_size, findings.results, findings.tokens_during_load)
@@ -104,10 +104,10 @@ def _print(form: Format, record: dict[str, Any], findings: Findings) -> None:
         Column("served_accuracy", "served adapter", _accuracy, is_number=True),
         Column("max_rank", "rank", lambda rank: f"<= {rank}", is_number=True),
         Column("kept_share_of_modules", "kept energy", percent, is_number=True),
-        Column("kept_share", "of all", percent, is_number=True),
+        Column("kept_share", "of whole change", percent, is_number=True),
         Column("checkpoint_bytes", "checkpoint", show_bytes, is_number=True),
         Column("adapter_bytes", "adapter", show_bytes, is_number=True),
-        Column("size_share", "of it", percent, is_number=True),
+        Column("size_share", "adapter size", percent, is_number=True),
     )
     print_table(form, "tasks", columns, record["tasks"], id_key="task")
     num_items = min(result.num_items for result in findings.results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -57,6 +56,8 @@ def doctor(registry: RegistryUrl = None, as_json: AsJson = False, quiet: IdsOnly
 
 
 def _check_package() -> Iterator[Finding]:
+    import importlib.metadata
+
     yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
     try:
         version = importlib.metadata.version(DISTRIBUTION)
