@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flora.kernels import CHUNK, AdapterWeights, Group, ReferenceOps, WorkList, padded, split_segments
-from flora.serve.engine.cpu.attention import keeps_the_references_bits
+from flora.serve.engine.cpu.attention import keeps_the_references_bits, plan_decode
 from flora.serve.engine.cpu.ops import CpuOps
 
 HEADS = [(9, 3, 64), (14, 2, 64), (4, 2, 16), (4, 4, 24), (8, 1, 32), (32, 8, 128)]  # query heads, key heads, head size
@@ -54,6 +54,14 @@ def test_decode_attention_gives_the_references_bits(heads, page_tokens):
 def test_a_mixed_step_gives_the_references_bits(heads):
     step = Step(heads, [40, 7, 70, 16, 130], [1, 7, 30, 0, 1])
 
+    assert same_bits(step.attention(CpuOps()), step.attention(REFERENCE))
+
+
+def test_contexts_of_very_different_lengths_give_the_references_bits():
+    """Two short ones are not padded to a long one's length: there are two plans."""
+    step = Step((4, 2, 16), [3, 20, 2100], [1, 1, 1])
+
+    assert len(plan_decode(step.block_tables, step.seq_lens, step.query_starts, 16)) == 2
     assert same_bits(step.attention(CpuOps()), step.attention(REFERENCE))
 
 

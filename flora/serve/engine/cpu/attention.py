@@ -18,13 +18,14 @@ from flora.kernels import ReferenceOps
 
 BLOCK = 64  # tokens, the reference's own: sums are cut at the same places
 ROWS = 8  # query rows of a product come in multiples of it
+FEW_BLOCKS = 16  # computed for nothing in less time than another round of calls takes
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodePlan:
-    """S sequences with one query each, and B blocks of context: the most that any of them has, to a power of two."""
+    """S sequences with one query each, and B blocks of context: as many as the longest of them needs, or more."""
 
     rows: Tensor  # int64 [S]: of q
     pages: Tensor  # int64 [S * pages of B blocks]; the null page past a sequence's last
@@ -33,12 +34,14 @@ class DecodePlan:
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, query_starts: Tensor, page_tokens: int) -> list[DecodePlan]:
-    """The sequences with exactly one query, those of about equal length together."""
+    """The sequences with exactly one query: all together, or those of about equal length where that would waste much."""
     starts, lengths = query_starts.tolist(), seq_lens.tolist()
+    blocks = {s: -(-length // BLOCK) for s, length in enumerate(lengths) if length and starts[s + 1] - starts[s] == 1}
+    longest = max(blocks.values(), default=0)
+    together = len(blocks) * longest <= 2 * sum(blocks.values()) + FEW_BLOCKS
     by_blocks: dict[int, list[int]] = {}
-    for s, length in enumerate(lengths):
-        if length and starts[s + 1] - starts[s] == 1:
-            by_blocks.setdefault(1 << (-(-length // BLOCK) - 1).bit_length(), []).append(s)
+    for s, needed in blocks.items():
+        by_blocks.setdefault(longest if together else 1 << (needed - 1).bit_length(), []).append(s)
     plans = []
     for num_blocks, sequences in by_blocks.items():
         picked = torch.tensor(sequences)
