@@ -34,7 +34,7 @@ class DecodePlan:
 
 
 def plan_decode(block_tables: Tensor, seq_lens: Tensor, query_starts: Tensor, page_tokens: int) -> list[DecodePlan]:
-    """The sequences with exactly one query: all together, or those of about equal length where that would waste much."""
+    """The sequences with exactly one query: all together, or those of like length where that would waste much."""
     starts, lengths = query_starts.tolist(), seq_lens.tolist()
     blocks = {s: -(-length // BLOCK) for s, length in enumerate(lengths) if length and starts[s + 1] - starts[s] == 1}
     longest = max(blocks.values(), default=0)
