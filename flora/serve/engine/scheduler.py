@@ -13,13 +13,14 @@ adapter plus one whole sequence exceeds the pool is refused when it arrives.
 """
 
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from flora.errors import OutOfPages, Overloaded
+from flora.errors import Overloaded
 from flora.serve.engine.pages import PagePool, Use
 from flora.serve.engine.residency import Residency, Resident
+from flora.serve.engine.room import Room
 from flora.serve.engine.sequence import PENDING, Key, Sequence, State
 from flora.serve.request import AdapterTarget
 
@@ -73,6 +74,7 @@ class Scheduler:
         self.limits = limits
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self.room = Room(pages, residency, packed_pages, limits.page_tokens)
         self._pages = pages
         self._residency = residency
         self._packed_pages = packed_pages
@@ -93,9 +95,14 @@ class Scheduler:
     def get(self, key: Key) -> Sequence | None:
         return self._by_key.get(key)
 
+    @property
+    def live(self) -> Iterable[Sequence]:
+        """Every sequence that waits or runs."""
+        return self._by_key.values()
+
     def of_client(self, client: bytes) -> list[Sequence]:
         """Every live sequence of one front end."""
-        return [sequence for sequence in self._by_key.values() if sequence.key[0] == client]
+        return [sequence for sequence in self.live if sequence.key[0] == client]
 
     def wanted_adapters(self) -> list[AdapterTarget]:
         """What waiting sequences need, each adapter once, in the order in which it was first asked for."""
@@ -115,47 +122,9 @@ class Scheduler:
         """Queues a sequence. Raises Overloaded, and OutOfPages where it could never run."""
         if len(self._waiting) >= self.limits.max_waiting:
             raise Overloaded(f"{len(self._waiting)} requests wait already", fix="try again later, or raise max_waiting")
-        self.check_fits(sequence, self.adapter_pages(sequence.digest) or 0)
+        self.room.check_sequence(sequence, self.room.for_adapter(sequence.digest) or 0)
         self._by_key[sequence.key] = sequence
         self._enqueue(sequence)
-
-    def check_fits(self, sequence: Sequence, adapter_pages: int) -> None:
-        """Raises OutOfPages if the sequence could not finish even alone beside the adapters pinned by request."""
-        needed = self._whole(sequence) + adapter_pages
-        pinned = self._pinned_pages(without=sequence.digest)
-        if needed + pinned > self._pages.num_usable:
-            raise OutOfPages(
-                f"the request needs {needed} pages of the pool and {self._pages.num_usable - pinned} can be had",
-                cause=f"{self._whole(sequence)} pages for {sequence.max_len} tokens, {adapter_pages} for the adapter, "
-                f"and {pinned} are taken by pinned adapters",
-                fix="ask for fewer tokens, unpin adapters, or give the server a larger pool",
-                needed=needed,
-            )
-
-    def check_room(self, digest: str, num_pages: int) -> None:
-        """Raises OutOfPages if an adapter would find no room even beside nothing but pinned adapters."""
-        pinned = self._pinned_pages(without=digest)
-        if pinned + num_pages > self._pages.num_usable:
-            raise OutOfPages(
-                f"the adapter needs {num_pages} pages of the pool and {self._pages.num_usable - pinned} can be had",
-                cause=f"{pinned} of {self._pages.num_usable} pages are taken by pinned adapters",
-                fix="unload a pinned adapter, or give the server a larger pool",
-                needed=num_pages,
-            )
-
-    def check_pin(self, digest: str, num_pages: int) -> None:
-        """Raises OutOfPages if some live sequence could not finish once this adapter holds its pages for good."""
-        pinned = self._pinned_pages(without=digest) + num_pages
-        largest = max((self._need_beside(sequence, digest) for sequence in self._by_key.values()), default=1)
-        num_pinned = sum(resident.pinned and resident.digest != digest for resident in self._residency)
-        if pinned + largest > self._pages.num_usable or num_pinned + 1 >= self._residency.num_slots:
-            raise OutOfPages(
-                f"pinning {num_pages} more pages leaves too few for the requests that are here",
-                cause=f"{pinned} of {self._pages.num_usable} pages would be pinned, {num_pinned + 1} of "
-                f"{self._residency.num_slots} adapter slots, and the largest request needs {largest} pages",
-                fix="unload another adapter, or load this one without a pin",
-                needed=num_pages,
-            )
 
     def finish(self, sequence: Sequence) -> None:
         """Takes the sequence out, in whatever state, with all it holds."""
@@ -235,7 +204,7 @@ class Scheduler:
         new_pages = self._packed_pages(digest) if digest and resident is None else 0  # of the adapter
         if new_pages is None:
             return _Admission.NOT_READY
-        kv_pages = self._pages_for(len(sequence.tokens))
+        kv_pages = self.room.for_tokens(len(sequence.tokens))
         own_idle = len(resident.pages) if resident and not resident.running and not resident.pinned else 0
         room = self._pages.num_free + residency.idle_pages - own_idle
         if kv_pages + new_pages + len(self.running) > room:
@@ -276,33 +245,6 @@ class Scheduler:
             del waiting[sequence.key]
             if not waiting:
                 del self._waiting_by_adapter[sequence.digest]
-
-    # --- arithmetic of pages ---
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.page_tokens)
-
-    def _whole(self, sequence: Sequence) -> int:
-        """Pages of the sequence at its longest."""
-        return self._pages_for(sequence.max_len)
-
-    def adapter_pages(self, digest: str | None) -> int | None:
-        """Pages that the adapter takes, as far as that is known yet; 0 for the base."""
-        if digest is None:
-            return 0
-        resident = self._residency.get(digest)
-        return len(resident.pages) if resident else self._packed_pages(digest)
-
-    def _pinned_pages(self, without: str | None = None) -> int:
-        return sum(
-            len(resident.pages) for resident in self._residency if resident.pinned and resident.digest != without
-        )
-
-    def _need_beside(self, sequence: Sequence, pinned_digest: str) -> int:
-        """Pages that the sequence needs apart from adapters that are pinned, or are about to be."""
-        resident = self._residency.get(sequence.digest) if sequence.digest else None
-        shared = sequence.digest == pinned_digest or (resident is not None and resident.pinned)
-        return self._whole(sequence) + (0 if shared else self.adapter_pages(sequence.digest) or 0)
 
 
 def _age(sequence: Sequence) -> int:

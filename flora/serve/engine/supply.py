@@ -150,7 +150,7 @@ class AdapterSupply:
         refused = []
         for sequence in self._scheduler.waiting_for(packed.digest):
             try:
-                self._scheduler.check_fits(sequence, packed.num_pages)
+                self._scheduler.room.check_sequence(sequence, packed.num_pages)
             except FloraError as error:
                 refused.append((sequence, error))
         return refused
@@ -165,12 +165,13 @@ class AdapterSupply:
     def _fill(self, order: _Order) -> bool:
         """Whether the order is answered. Raises OutOfPages."""
         message, digest = order.message, order.digest
-        num_pages = self._scheduler.adapter_pages(digest)
+        room = self._scheduler.room
+        num_pages = room.for_adapter(digest)
         if num_pages is None:
             return False  # still to come
         if message.pinned:
-            self._scheduler.check_pin(digest, num_pages)
-        self._scheduler.check_room(digest, num_pages)
+            room.check_pin(digest, num_pages, self._scheduler.live)
+        room.check_adapter(digest, num_pages)
         if self._residency.get(digest) is None:
             if not self._residency.can_place(num_pages):
                 return False

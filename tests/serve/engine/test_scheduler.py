@@ -262,15 +262,15 @@ def test_a_pin_that_would_strand_a_live_request_is_refused():
     desk.submit("a", 8, max_tokens=4)
 
     with pytest.raises(OutOfPages, match="the largest request needs 3 pages"):
-        desk.scheduler.check_pin("x", 3)
-    desk.scheduler.check_pin("x", 2)
+        desk.scheduler.room.check_pin("x", 3, desk.scheduler.live)
+    desk.scheduler.room.check_pin("x", 2, desk.scheduler.live)
 
 
 def test_a_pin_leaves_one_slot():
     desk = Desk(num_slots=1, packed={"x": 3})
 
     with pytest.raises(OutOfPages):
-        desk.scheduler.check_pin("x", 3)
+        desk.scheduler.room.check_pin("x", 3, desk.scheduler.live)
 
 
 def test_a_request_without_room_is_overtaken_only_so_long():

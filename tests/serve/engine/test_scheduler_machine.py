@@ -46,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.desk.packed[adapter] = SIZES[adapter]
         for sequence in self.desk.scheduler.waiting_for(adapter):
             try:
-                self.desk.scheduler.check_fits(sequence, SIZES[adapter])
+                self.desk.scheduler.room.check_sequence(sequence, SIZES[adapter])
             except OutOfPages:
                 self.desk.scheduler.finish(sequence)
 
@@ -61,7 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if resident is None:
             return
         try:
-            self.desk.scheduler.check_pin(adapter, len(resident.pages))
+            self.desk.scheduler.room.check_pin(adapter, len(resident.pages), self.desk.scheduler.live)
         except OutOfPages:
             return
         self.desk.residency.pin(adapter)
