@@ -13,7 +13,7 @@ class LlamaShape:
     vocab_size: int = 64
     hidden_size: int = 256
     intermediate_size: int = 512
-    num_layers: int = 3
+    num_layers: int = 2
     num_heads: int = 4
     num_kv_heads: int = 2
     max_positions: int = 256
