@@ -27,6 +27,13 @@ def test_every_verb_that_a_page_names_exists(page):
     assert set(re.findall(r"`flora ([a-z]+)", (ROOT / page).read_text())) <= set(VERBS)
 
 
+def test_every_verb_that_a_message_or_docstring_names_exists():
+    files = sorted((ROOT / "flora").rglob("*.py"))
+    named = {(verb, path.name) for path in files for verb in re.findall(r"`flora ([a-z]+)", path.read_text())}
+
+    assert [found for found in sorted(named) if found[0] not in VERBS] == []
+
+
 def test_every_flag_that_the_readme_names_is_a_flag():
     flags = {flag for verb in VERBS for flag in re.findall(r"--[a-z][a-z-]+", help_of(verb))}
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))

@@ -1,1 +1,1 @@
-"""Workloads and measurements behind `flora bench`: only the CLI and `benchmarks/` come here."""
+"""Workloads and measurements behind `benchmarks/`, which alone comes here."""

@@ -133,7 +133,7 @@ def serve(
     from flora.serve import EngineConfig, ServeConfig
     from flora.serve import serve as run_server
 
-    configure_logs(logging.INFO, as_json=log_json)
+    configure_logs(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.INFO, as_json=log_json)
     with open_registry(registry, create=True) as store:
         folder, name = _find_base(store, base)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)

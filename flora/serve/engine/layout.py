@@ -133,7 +133,7 @@ def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> 
         raise Unsupported(
             f"the adapter changes {module.name}{_share(module, report)}, which this server cannot adapt",
             cause="it adapts the projections q, k, v, o, gate, up and down of the decoder's layers",
-            fix=f"extract again with --exclude {module.name}, or merge the adapter into its base with `flora merge`",
+            fix=f"extract again with --exclude {module.name}",
             module=module.name,
         )
     layer, kind = int(match["layer"]), match["attn"] or match["mlp"]
