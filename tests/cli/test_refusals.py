@@ -261,6 +261,8 @@ def test_ctrl_c_ends_with_130(home):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # a test run that a script started in the background ignores the signal, and its children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         connection, _ = listener.accept()  # it waits for an answer that never comes
         with connection:
