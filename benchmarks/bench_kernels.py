@@ -16,7 +16,7 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,18 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Ops, ReferenceOps, WorkList, heaviest_first, padded
+from flora.kernels import (
+    CHUNK,
+    FEW_ROWS,
+    MODULES,
+    AdapterWeights,
+    Group,
+    Ops,
+    ReferenceOps,
+    WorkList,
+    heaviest_first,
+    padded,
+)
 from flora.kernels.triton_ops import TritonOps
 
 SEED = 20261121
@@ -195,7 +206,7 @@ def lora_step(
 def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1) -> None:
     """Relative error of one layer's update against float32, and the same for torch's own rounding of it to bf16."""
     slots = list(range(0, len(ranks), max(1, len(ranks) // 16)))
-    work = work_list(bench, slots, 16, rows_each, ranks)
+    work = work_list(bench, slots, FEW_ROWS, rows_each, ranks)
     for group, (x, y) in lora_inputs(bench, len(slots) * rows_each, ALL).items():
         result, wanted = y.clone(), y.float()
         starts, sizes = bench.model.outs(group)
@@ -224,7 +235,7 @@ def lora_bytes(model: Model, ranks: list[int], groups: tuple[Group, ...], layers
 
 def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int]) -> None:
     layers, n = weights.modules.shape[1], len(ranks)
-    work = work_list(bench, list(range(n)), 16, 1, ranks)
+    work = work_list(bench, list(range(n)), FEW_ROWS, 1, ranks)
     data = lora_inputs(bench, n, ALL)
     for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
         read = sum(lora_bytes(bench.model, ranks, groups, layers))
@@ -273,10 +284,10 @@ def padded_baseline(bench: Bench, n: int, rank: int) -> None:
 def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, WorkList, int]]:
     """(name, work list, rows): decode over all adapters, over few, over none; and prefill of one adapter."""
     n, hot = len(ranks), [ranks.index(rank) for rank in RANKS]
-    yield "distinct", work_list(bench, list(range(n)), 16, 1, ranks), n
-    yield "four adapters", work_list(bench, hot, 16, n // 4, ranks), n
-    yield "one of rank 64", work_list(bench, hot[-1:], 16, n, ranks), n
-    yield "none", WorkList.build([], block_rows=16, max_rank=max(ranks), capacity=n, device=bench.device), n
+    yield "distinct", work_list(bench, list(range(n)), FEW_ROWS, 1, ranks), n
+    yield "four adapters", work_list(bench, hot, FEW_ROWS, n // 4, ranks), n
+    yield "one of rank 64", work_list(bench, hot[-1:], FEW_ROWS, n, ranks), n
+    yield "none", WorkList.build([], block_rows=FEW_ROWS, max_rank=max(ranks), capacity=n, device=bench.device), n
     yield "prefill 2048, rank 64", work_list(bench, hot[-1:], 64, 2048, ranks), 2048
     yield "prefill 2048, rank 16", work_list(bench, hot[1:2], 64, 2048, ranks), 2048
 
@@ -383,21 +394,23 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     """The tilings that are tried around the defaults of flora/kernels/tuning.py, which are the winners so far."""
     for part in ("lora", "wide_lora", "decode", "prefill"):
         yield part, {}
+    yield "lora", {"shrink_warps": 1, "shrink_block_k": 64}
+    yield "lora", {"shrink_warps": 1}
+    yield "lora", {"shrink_warps": 4}
+    yield "lora", {"shrink_block_k": 256}
+    yield "lora", {"shrink_stages": 3}
+    yield "lora", {"shrink_stages": 6}
     yield "lora", {"split_elements": 2048}
-    yield "lora", {"split_elements": 4096}
     yield "lora", {"shrink_lanes": 2}
-    yield "lora", {"shrink_warps": 1, "shrink_matrix_k": 64, "shrink_stages": 3}
-    yield "lora", {"shrink_vector_k": 128}
-    yield "lora", {"expand_vector_n": 256}
-    yield "lora", {"expand_vector_n": 256, "expand_registers": None}
-    yield "lora", {"expand_registers": 96}
     yield "lora", {"expand_registers": None}
-    yield "lora", {"expand_matrix_n": 32, "expand_registers": 96}
-    yield "lora", {"expand_matrix_n": 128, "expand_registers": None}
-    for programs in (8, 16, 64):
+    yield "lora", {"expand_registers": 96}
+    yield "lora", {"expand_vector_n": 256, "expand_registers": None}
+    for programs in (16, 64):
         yield "lora", {"programs_per_sm": programs}
+    yield "wide_lora", {"programs_per_sm": 16}
+    yield "wide_lora", {"programs_per_sm": 32}
     yield "wide_lora", {"split_elements": 4096}
-    yield "wide_lora", {"shrink_warps": 4, "shrink_matrix_k": 64}
+    yield "wide_lora", {"shrink_warps": 4, "shrink_block_k": 64}
     yield "wide_lora", {"expand_vector_n": 256, "expand_matrix_n": 256}
     yield "wide_lora", {"expand_warps": 8, "expand_vector_n": 256, "expand_matrix_n": 256}
     yield "decode", {"split_tokens": 1024}
@@ -405,13 +418,21 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "prefill", {"block_tokens": 128}
 
 
-def sweep(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int], shard: tuple[int, int]) -> TritonOps:
+def sweep(
+    bench: Bench,
+    ops: TritonOps,
+    weights: AdapterWeights,
+    ranks: list[int],
+    parts: Sequence[str],
+    shard: tuple[int, int],
+) -> TritonOps:
     """Times every tiling on top of what has helped so far, and returns the best.
 
     shard  (i, n): only each n-th tiling from the i-th on, so that n processes can compile them all in parallel first.
     """
     best: dict[str, float] = {}
-    for part, sizes in list(variants())[shard[0] :: shard[1]]:
+    chosen_variants = [(part, sizes) for part, sizes in variants() if part in parts]
+    for part, sizes in chosen_variants[shard[0] :: shard[1]]:
         tiling = dataclasses.replace(getattr(ops.tuning, part), **sizes)
         chosen = TritonOps(ops.num_sms, dataclasses.replace(ops.tuning, **{part: tiling}), overlap=ops.overlap)
         try:
@@ -485,6 +506,7 @@ def main() -> None:
     parser.add_argument(
         "--sweep", action="store_true", help="first time every tiling of `variants`, then run with the best"
     )
+    parser.add_argument("--parts", default="lora,wide_lora,decode,prefill", help="with --sweep: only these tilings")
     parser.add_argument("--shard", default="0/1", help="with --sweep: only each N-th tiling from the I-th on, as I/N")
     parser.add_argument("--adapters", type=int, default=128)
     parser.add_argument("--dry", action="store_true", help="tiny sizes on this machine's CPU, under TRITON_INTERPRET=1")
@@ -500,7 +522,7 @@ def main() -> None:
     check_lora(bench, ops, weights, ranks, rows_each=20)
     if args.sweep:
         shard, shards = args.shard.split("/")
-        ops = sweep(bench, ops, weights, ranks, (int(shard), int(shards)))
+        ops = sweep(bench, ops, weights, ranks, args.parts.split(","), (int(shard), int(shards)))
         check_lora(bench, ops, weights, ranks)
         check_lora(bench, ops, weights, ranks, rows_each=20)
     if not args.sweep or args.shard == "0/1":

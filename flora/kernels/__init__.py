@@ -7,15 +7,18 @@ use, so that a machine without Triton can import this room.
 from typing import Any
 
 from flora.kernels.linear import PackedLinear, linear
-from flora.kernels.modules import CHUNK, MODULES, Group, padded, row_alignment
+from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, padded, row_alignment
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList, heaviest_first, split_segments
+from flora.kernels.work import FEW_ROWS, WorkList, heaviest_first, split_segments
 
 __all__ = [
+    "ALL_GROUPS",
+    "ATTENTION_GROUPS",
     "CHUNK",
+    "FEW_ROWS",
     "MODULES",
     "AdapterWeights",
     "Group",

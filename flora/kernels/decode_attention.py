@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flora.kernels.tuning import DecodeTuning
+from flora.kernels.tuning import DecodeTuning, overlapped
 
 
 def decode_attention(
@@ -17,6 +18,8 @@ def decode_attention(
     query_starts: Tensor,
     softmax_scale: float,
     tuning: DecodeTuning,
+    *,
+    overlap: bool,
 ) -> None:
     """Rows of `out` that belong to sequences with exactly one query; the other rows are left alone.
 
@@ -60,6 +63,7 @@ def decode_attention(
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **overlapped(overlap),
     )
     if max_splits > 1:
         _decode_combine_kernel[(num_sequences, num_q_heads)](
@@ -75,6 +79,7 @@ def decode_attention(
             BLOCK_DIM=block_dim,
             SPLIT_TOKENS=tuning.split_tokens,
             num_warps=2,
+            **overlapped(overlap),
         )
 
 
@@ -110,7 +115,11 @@ def _decode_split_kernel(  # type: ignore[no-untyped-def]
     BLOCK_TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
     SAME_DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     i_seq = tl.program_id(0).to(tl.int64)
     i_kv_head = tl.program_id(1)
     row = tl.load(p_starts + i_seq).to(tl.int64)
@@ -172,7 +181,11 @@ def _decode_combine_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     i_seq = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     row = tl.load(p_starts + i_seq).to(tl.int64)

@@ -2,30 +2,38 @@
 
 A decode step of 32 layers would launch some thirty small kernels a layer for these in plain torch, and each costs as
 much as its launch. Rounding follows `pointwise.py`: float32 inside, and a rounding wherever that file has one.
+
+overlap, everywhere: start while the launch before ends (programmatic dependent launch). A kernel touches no memory
+before `gdc_wait`, which waits for all of that launch, so only the latency of starting is hidden.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from flora.kernels.tuning import overlapped
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool) -> Tensor:
     """See Ops.rms_norm.  Ground truth: pointwise.rms_norm."""
     x = x.contiguous()  # heads of a fused product are not
     out = torch.empty_like(x)
-    _launch_norm(x, x, weight, out, eps, add=False)
+    _launch_norm(x, x, weight, out, eps, add=False, overlap=overlap)
     return out
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, overlap: bool) -> Tensor:
     """See Ops.add_rms_norm: x += delta in place, and the norm of the sum."""
     out = torch.empty_like(x)
-    _launch_norm(x, delta, weight, out, eps, add=True)
+    _launch_norm(x, delta, weight, out, eps, add=True, overlap=overlap)
     return out
 
 
-def rope_store(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+def rope_store(
+    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor, *, overlap: bool
+) -> Tensor:
     """See Ops.rope_store: q is rotated where it lies; k, rotated, and v go straight to their pages."""
     n = qkv.shape[0]
     num_kv_heads, head_dim = kv.shape[3:]
@@ -50,34 +58,43 @@ def rope_store(qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Ten
             HALF=triton.next_power_of_2(head_dim // 2),
             BLOCK_HEADS=block_heads,
             num_warps=2,
+            **overlapped(overlap),
         )
     return qkv[:, : num_q_heads * head_dim].view(n, num_q_heads, head_dim)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, *, overlap: bool) -> Tensor:
     """See Ops.silu_mul.  Ground truth: pointwise.silu_mul."""
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
     if n:
-        _silu_mul_kernel[(n, triton.cdiv(size, block))](gate_up, out, size, gate_up.stride(0), BLOCK=block, num_warps=4)
+        _silu_mul_kernel[(n, triton.cdiv(size, block))](
+            gate_up, out, size, gate_up.stride(0), BLOCK=block, num_warps=4, **overlapped(overlap)
+        )
     return out
 
 
-def _launch_norm(x: Tensor, delta: Tensor, weight: Tensor, out: Tensor, eps: float, add: bool) -> None:
+def _launch_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, out: Tensor, eps: float, *, add: bool, overlap: bool
+) -> None:
     size = x.shape[-1]
     rows = x.numel() // size
     if rows:
         block = triton.next_power_of_2(size)
+        num_warps = max(1, min(8, block // 512))
         _norm_kernel[(rows,)](
-            x, delta, weight, out, eps, size, ADD=add, BLOCK=block, num_warps=max(1, min(8, block // 512))
+            x, delta, weight, out, eps, size, ADD=add, BLOCK=block, num_warps=num_warps, **overlapped(overlap)
         )
 
 
 @triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    p_x, p_delta, p_weight, p_out, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr
+    p_x, p_delta, p_weight, p_out, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     o_row = tl.program_id(0).to(tl.int64) * size
     o = tl.arange(0, BLOCK)
     mask = o < size
@@ -114,7 +131,11 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # head_dim / 2, rounded up to a power of two
     BLOCK_HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     o_dim = tl.arange(0, HALF)
@@ -150,8 +171,11 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    p_gate_up, p_out, size, row_stride, BLOCK: tl.constexpr
+    p_gate_up, p_out, size, row_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size

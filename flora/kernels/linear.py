@@ -48,6 +48,14 @@ class PackedLinear:
         rows = self._product(x.reshape(-1, self.in_features).float(), self._weight, self._bias)
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def into(self, out: Tensor | None, x: Tensor) -> Tensor:
+        """As a call, in `out` [n, out_features] if there is one, of x's dtype and device; x is [n, in_features]."""
+        if out is None:
+            return self(x)
+        if x.device.type == "cpu" or self._bias is not None:
+            return out.copy_(self(x))
+        return torch.mm(x, self._weight.t(), out=out)
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T for a weight that is not worth packing, such as an adapter's factor; row-invariant on a CPU.

@@ -9,9 +9,9 @@ from triton.language.extra.cuda import gdc_wait
 
 from flora.kernels.lora_shrink import load_segment, matrix_offsets
 from flora.kernels.modules import CHUNK, MODULES, Group
-from flora.kernels.tuning import LoraTuning, grid_size
+from flora.kernels.tuning import LoraTuning, grid_size, overlapped
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList
+from flora.kernels.work import FEW_ROWS, WorkList
 
 
 def lora_expand(
@@ -60,16 +60,16 @@ def lora_expand(
         weights.modules.stride(0),
         weights.scales.stride(0),
         SPLITS=v.shape[0],
-        SINGLE_ROWS=work.block_rows <= 16,
+        FEW=work.block_rows <= FEW_ROWS,
         VECTOR_N=vector_n,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
-        OVERLAP=overlap,
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,
         maxnreg=tuning.expand_registers,
-        **({"launch_pdl": True} if overlap else {}),
+        enable_fp_fusion=work.block_rows > FEW_ROWS,
+        **overlapped(overlap),
     )
 
 
@@ -99,7 +99,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     modules_slot_stride,
     scales_slot_stride,
     SPLITS: tl.constexpr,
-    SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
+    FEW: tl.constexpr,  # segments have at most four rows
     VECTOR_N: tl.constexpr,  # outputs per item
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
     BLOCK_ROWS: tl.constexpr,
@@ -133,11 +133,17 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
         if OVERLAP:
             gdc_wait()
         if rank > 0:
-            if SINGLE_ROWS and num_rows == 1:
-                _expand_row(
-                    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                    size, v_split_stride, SPLITS, BLOCK_RANK, VECTOR_N,
-                )  # fmt: skip
+            if FEW:
+                if num_rows == 1:
+                    _expand_few(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, SPLITS, BLOCK_RANK, VECTOR_N,
+                    )  # fmt: skip
+                else:
+                    _expand_few(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, SPLITS, BLOCK_RANK, VECTOR_N,
+                    )  # fmt: skip
             else:
                 for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
                     _expand_rows(
@@ -148,9 +154,9 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _expand_row(  # type: ignore[no-untyped-def]
-    p_y,
-    p_v,
+def _expand_few(  # type: ignore[no-untyped-def]
+    p_rows_y,
+    p_rows_v,
     p_pool,
     p_slot_cells,
     b_chunk,
@@ -160,26 +166,62 @@ def _expand_row(  # type: ignore[no-untyped-def]
     scale,
     n,
     size,
+    num_rows,
+    y_row_stride,
     v_split_stride,
+    v_row_stride,
+    ROWS: tl.constexpr,  # 1 or 4
     SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One row: a matrix-vector product in float32, every weight straight into registers."""
-    o_n = tl.arange(0, BLOCK_N)
-    m_n = n + o_n < size
-    b_y = tl.load(p_y + n + o_n, mask=m_n, other=0.0)
-    b_delta = tl.zeros((BLOCK_N,), tl.float32)
+    """Matrix-vector products in float32, every weight straight into registers, once.
+
+    A row's sums are taken in the same order whether it is alone or one of four. With products and sums rounded apart
+    (enable_fp_fusion off: the compiler would else fuse other products with sums in each case), its bits are the same.
+    """
+    o_1 = tl.minimum(1, num_rows - 1)  # rows that the segment lacks repeat its last, and are not stored
+    o_2 = tl.minimum(2, num_rows - 1)
+    o_3 = num_rows - 1
+    o_n = n + tl.arange(0, BLOCK_N)
+    m_n = o_n < size
+    b_y0 = tl.load(p_rows_y + o_n, mask=m_n, other=0.0)
+    b_y1, b_y2, b_y3 = b_y0, b_y0, b_y0
+    if ROWS > 1:
+        b_y1 = tl.load(p_rows_y + o_1 * y_row_stride + o_n, mask=m_n, other=0.0)
+        b_y2 = tl.load(p_rows_y + o_2 * y_row_stride + o_n, mask=m_n, other=0.0)
+        b_y3 = tl.load(p_rows_y + o_3 * y_row_stride + o_n, mask=m_n, other=0.0)
+    b_d0 = tl.zeros((BLOCK_N,), tl.float32)
+    b_d1 = tl.zeros((BLOCK_N,), tl.float32)
+    b_d2 = tl.zeros((BLOCK_N,), tl.float32)
+    b_d3 = tl.zeros((BLOCK_N,), tl.float32)
     for j in range(0, rank, BLOCK_RANK):
         o_j = j + tl.arange(0, BLOCK_RANK)
         m_j = o_j < rank
         o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
-        b_b = tl.load(p_pool + o_b[:, None] + o_n[None, :], mask=m_j[:, None] & m_n[None, :], other=0.0)
-        b_v = tl.zeros((BLOCK_RANK,), tl.float32)
-        for s in tl.static_range(SPLITS):
-            b_v += tl.load(p_v + s * v_split_stride + o_j)
-        b_delta += tl.sum(b_v[:, None] * b_b.to(tl.float32), 0)
-    tl.store(p_y + n + o_n, (b_y.to(tl.float32) + scale * b_delta).to(b_y.dtype), mask=m_n)
+        p_b = p_pool + o_b[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        b_b = tl.load(p_b, mask=m_j[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        b_d0 += _weighted_sum(b_b, p_rows_v + o_j, v_split_stride, SPLITS)
+        if ROWS > 1:
+            b_d1 += _weighted_sum(b_b, p_rows_v + o_1 * v_row_stride + o_j, v_split_stride, SPLITS)
+            b_d2 += _weighted_sum(b_b, p_rows_v + o_2 * v_row_stride + o_j, v_split_stride, SPLITS)
+            b_d3 += _weighted_sum(b_b, p_rows_v + o_3 * v_row_stride + o_j, v_split_stride, SPLITS)
+    tl.store(p_rows_y + o_n, (b_y0.to(tl.float32) + scale * b_d0).to(b_y0.dtype), mask=m_n)
+    if ROWS > 1:
+        p_y1 = p_rows_y + y_row_stride + o_n
+        m_2, m_3 = m_n & (num_rows > 2), m_n & (num_rows > 3)
+        tl.store(p_y1, (b_y1.to(tl.float32) + scale * b_d1).to(b_y0.dtype), mask=m_n)
+        tl.store(p_y1 + y_row_stride, (b_y2.to(tl.float32) + scale * b_d2).to(b_y0.dtype), mask=m_2)
+        tl.store(p_y1 + 2 * y_row_stride, (b_y3.to(tl.float32) + scale * b_d3).to(b_y0.dtype), mask=m_3)
+
+
+@triton.jit
+def _weighted_sum(b_b, p_v, v_split_stride, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 [columns of b_b]: its rows, weighted by one row's v, whose partials are summed first."""
+    b_v = tl.load(p_v)
+    for s in tl.static_range(1, SPLITS):
+        b_v += tl.load(p_v + s * v_split_stride)
+    return tl.sum(b_v[:, None] * b_b, 0)
 
 
 @triton.jit

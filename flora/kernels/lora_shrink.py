@@ -59,9 +59,7 @@ def lora_shrink(
         SPLITS=splits,
         SPLIT=split,
         SPAN=span,
-        SINGLE_ROWS=work.block_rows <= 16,
-        VECTOR_K=min(tuning.shrink_vector_k, span),
-        MATRIX_K=min(tuning.shrink_matrix_k, span),
+        BLOCK_K=min(tuning.shrink_block_k, span),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         RANK_LANES=tuning.shrink_lanes,
@@ -96,9 +94,7 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,  # input elements that one partial sums
     SPAN: tl.constexpr,  # elements of a stored row that lie in one cell wherever they start
-    SINGLE_ROWS: tl.constexpr,  # whether segments of one row go their own, faster way
-    VECTOR_K: tl.constexpr,
-    MATRIX_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
@@ -125,55 +121,15 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         p_rows_v = p_v + i_split * v_split_stride + first_row * v_row_stride + i_slice * v_slice_stride
         k_begin = i_split * SPLIT
         k_end = tl.minimum(in_features, k_begin + SPLIT)
-        if SINGLE_ROWS and num_rows == 1:
-            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-                b_v = _shrink_row(
-                    p_rows_x, p_pool, p_slot_cells, a_chunk, row_chunks, cell_chunks, j, rank, k_begin, k_end,
-                    SPAN, BLOCK_RANK, VECTOR_K,
-                )  # fmt: skip
-                tl.store(p_rows_v + j + tl.arange(0, BLOCK_RANK), b_v)
-        else:
-            o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
-            m_rows = (o_rows < num_rows)[:, None]
-            for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-                b_v = _shrink_rows(
-                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                    cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, MATRIX_K, SAME_DTYPE,
-                )  # fmt: skip
-                o_j = j + tl.arange(0, BLOCK_RANK)
-                tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
-
-
-@triton.jit
-def _shrink_row(  # type: ignore[no-untyped-def]
-    p_x,
-    p_pool,
-    p_slot_cells,
-    a_chunk,
-    row_chunks,
-    cell_chunks,
-    j,
-    rank,
-    k_begin,
-    k_end,
-    SPAN: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """float32 [BLOCK_RANK] of one row: a matrix-vector product, every weight straight into registers."""
-    o_j = j + tl.arange(0, BLOCK_RANK)
-    m_j = o_j < rank
-    b_v = tl.zeros((BLOCK_RANK, BLOCK_K // 8), tl.float32)  # 8 elements are one 16-byte load: a thread adds them up
-    for k in range(k_begin, k_end, SPAN):
-        o_a = matrix_offsets(p_slot_cells, a_chunk + k // 64, row_chunks, cell_chunks, o_j, m_j)
-        for k_block in range(0, SPAN, BLOCK_K):
-            o_k = k_block + tl.arange(0, BLOCK_K)
-            m_k = k + o_k < k_end
-            b_x = tl.load(p_x + k + o_k, mask=m_k, other=0.0)
-            b_a = tl.load(p_pool + o_a[:, None] + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0)
-            b_product = b_a.to(tl.float32) * b_x.to(tl.float32)[None, :]
-            b_v += tl.sum(tl.reshape(b_product, (BLOCK_RANK, BLOCK_K // 8, 8)), 2)
-    return tl.sum(b_v, 1)
+        o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        m_rows = (o_rows < num_rows)[:, None]
+        for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
+            b_v = _shrink_rows(
+                p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
+            )  # fmt: skip
+            o_j = j + tl.arange(0, BLOCK_RANK)
+            tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
 
 
 @triton.jit
@@ -195,7 +151,9 @@ def _shrink_rows(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     SAME_DTYPE: tl.constexpr,
 ):
-    """float32 [BLOCK_ROWS, BLOCK_RANK] of several rows that share the adapter."""
+    """float32 [BLOCK_ROWS, BLOCK_RANK] of rows that share the adapter. On tensor cores also where there is one row: its
+    bits are then the same alone and beside others, and the weights' way from memory is the same length.
+    """
     o_j = j + tl.arange(0, BLOCK_RANK)
     m_j = o_j < rank
     b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)

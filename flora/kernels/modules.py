@@ -17,6 +17,10 @@ class Group(Enum):
     DOWN = (6,)
 
 
+ATTENTION_GROUPS = frozenset({Group.QKV, Group.OUT})
+ALL_GROUPS = frozenset(Group)
+
+
 def padded(row_elements: int) -> int:
     """Elements that one stored row takes: `row_elements` rounded up to whole chunks."""
     return -(-row_elements // CHUNK) * CHUNK

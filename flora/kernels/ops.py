@@ -61,6 +61,7 @@ class Ops(Protocol):
         softmax_scale: float,
         *,
         max_queries: int | None = None,
+        prefill_range: Tensor | None = None,
     ) -> Tensor:
         """Causal attention of each sequence's last tokens over its whole context, which store_kv has already stored.
 
@@ -69,6 +70,7 @@ class Ops(Protocol):
         seq_lens      int32 [num_sequences]: context tokens, the queries' own among them; 0 is padding
         query_starts  int32 [num_sequences + 1]: sequence s owns rows query_starts[s] : query_starts[s + 1]
         max_queries   no sequence has more queries than this (None: unknown). 1 spares a GPU the prefill launch.
+        prefill_range int32 [2], first and end: sequences outside have at most one query (None: unknown)
         returns       [n, num_q_heads, head_dim] in q's dtype; zeros for rows of a sequence with seq_len 0.
         """
         ...

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flora.kernels.decode_attention import LOG2_E
-from flora.kernels.tuning import WIDE_HEADS, PrefillTuning
+from flora.kernels.tuning import WIDE_HEADS, PrefillTuning, grid_size, overlapped
 
 
 def prefill_attention(
@@ -17,8 +18,15 @@ def prefill_attention(
     query_starts: Tensor,
     softmax_scale: float,
     tuning: PrefillTuning,
+    *,
+    prefill_range: Tensor | None,
+    num_sms: int,
+    overlap: bool,
 ) -> None:
     """Rows of `out` that belong to sequences with two queries or more; the other rows are left alone.
+
+    prefill_range  int32 [2]: only sequences from the first up to the second have so many (None: any may). A captured
+                   step has room for hundreds of sequences and mostly a few prompts: their tiles are then the only ones.
 
     The query heads of one KV head share its tile: row r of a tile is token r // group, head r % group.
     Ground truth: ReferenceOps.paged_attention.  Source: FlashAttention-2 (arXiv:2307.08691).
@@ -34,22 +42,27 @@ def prefill_attention(
     tile_tokens = block_rows // group
     if num_sequences == 0 or q.shape[0] == 0:
         return
-    # Sequence s starts at tile query_starts[s] // tile_tokens + s: no two overlap, and n and S alone bound the grid.
-    _prefill_kernel[(q.shape[0] // tile_tokens + num_sequences, num_kv_heads)](
+    # Sequence s starts at tile query_starts[s] // tile_tokens + s, both counted from the range's first: no two overlap,
+    # and n and S alone bound the number of tiles.
+    items = (q.shape[0] // tile_tokens + num_sequences) * num_kv_heads
+    _prefill_kernel[(grid_size(items, tuning.programs_per_sm, num_sms),)](
         q,
         kv,
         block_tables,
         seq_lens,
         query_starts,
+        query_starts if prefill_range is None else prefill_range,
         out,
         softmax_scale * LOG2_E,
         num_sequences,
+        num_kv_heads,
         q.stride(0),
         q.stride(1),
         out.stride(0),
         out.stride(1),
         *kv.stride()[:4],
         block_tables.stride(0),
+        HAS_RANGE=prefill_range is not None,
         PAGE_TOKENS=page_tokens,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -60,6 +73,7 @@ def prefill_attention(
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        **overlapped(overlap),
     )
 
 
@@ -70,9 +84,11 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     p_tables,
     p_seq_lens,
     p_starts,
+    p_range,
     p_out,
     scale_log2,
     num_sequences,
+    num_kv_heads,
     q_row_stride,
     q_head_stride,
     out_row_stride,
@@ -82,6 +98,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     token_stride,
     head_stride,
     table_stride,
+    HAS_RANGE: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -90,60 +107,69 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SAME_DTYPE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    i_tile = tl.program_id(0)
-    i_kv_head = tl.program_id(1)
-    low = i_tile * 0  # the last sequence that starts at or before this tile lies in [low, high)
-    high = low + num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(p_starts + middle) // TILE_TOKENS + middle <= i_tile:
-            low = middle
-        else:
-            high = middle
-    i_seq = low
-    query_start = tl.load(p_starts + i_seq)
-    num_queries = tl.load(p_starts + i_seq + 1) - query_start
-    seq_len = tl.load(p_seq_lens + i_seq)
-    first_query = (i_tile - (query_start // TILE_TOKENS + i_seq)) * TILE_TOKENS
-    if num_queries > 1 and first_query < num_queries:
-        o_rows = tl.arange(0, BLOCK_ROWS)
-        o_queries = first_query + o_rows // GROUP
-        m_rows = (o_rows < TILE_TOKENS * GROUP) & (o_queries < num_queries)
-        positions = seq_len - num_queries + o_queries
-        heads = i_kv_head * GROUP + o_rows % GROUP
-        rows = (query_start + o_queries).to(tl.int64)
-        o_dim = tl.arange(0, BLOCK_DIM)
-        m_dim = o_dim < HEAD_DIM
-        m_q = m_rows[:, None] & m_dim[None, :]
-        p_rows = p_q + rows * q_row_stride + heads * q_head_stride
-        b_q = tl.load(p_rows[:, None] + o_dim[None, :], mask=m_q, other=0.0)
-        b_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-        b_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
-        b_out = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-        p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
-        p_table = p_tables + i_seq.to(tl.int64) * table_stride
-        end = tl.minimum(seq_len, seq_len - num_queries + first_query + TILE_TOKENS)
-        for first in range(0, end, BLOCK_TOKENS):
-            o_tokens = first + tl.arange(0, BLOCK_TOKENS)
-            m_tokens = o_tokens < end
-            page = tl.load(p_table + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
-            o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
-            m_kv = m_tokens[:, None] & m_dim[None, :]
-            b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-            b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-            if not SAME_DTYPE:
-                b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-            b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
-            m_seen = (o_tokens[None, :] <= positions[:, None]) & m_tokens[None, :]
-            b_scores = tl.where(m_seen, b_scores, float("-inf"))
-            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-            b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row past the last query sees nothing
-            b_decay = tl.exp2(b_max - b_shift)
-            b_p = tl.exp2(b_scores - b_shift[:, None])
-            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
-            b_max = b_new_max
-        b_out = tl.where(b_sum[:, None] > 0, b_out / b_sum[:, None], 0.0)
-        p_rows = p_out + rows * out_row_stride + heads * out_head_stride
-        tl.store(p_rows[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    first_seq = tl.program_id(0) * 0
+    end_seq = first_seq + num_sequences
+    if HAS_RANGE:
+        first_seq, end_seq = tl.load(p_range), tl.load(p_range + 1)
+    first_start = tl.load(p_starts + first_seq)
+    num_tiles = (tl.load(p_starts + end_seq) - first_start) // TILE_TOKENS + end_seq - first_seq
+    for item in range(tl.program_id(0), num_tiles * num_kv_heads, tl.num_programs(0)):
+        i_tile, i_kv_head = item // num_kv_heads, item % num_kv_heads
+        low, high = first_seq, end_seq  # the last sequence that starts at or before this tile lies in [low, high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if (tl.load(p_starts + middle) - first_start) // TILE_TOKENS + middle - first_seq <= i_tile:
+                low = middle
+            else:
+                high = middle
+        i_seq = low
+        query_start = tl.load(p_starts + i_seq)
+        num_queries = tl.load(p_starts + i_seq + 1) - query_start
+        seq_len = tl.load(p_seq_lens + i_seq)
+        first_query = (i_tile - (query_start - first_start) // TILE_TOKENS - (i_seq - first_seq)) * TILE_TOKENS
+        if num_queries > 1 and first_query < num_queries:
+            o_rows = tl.arange(0, BLOCK_ROWS)
+            o_queries = first_query + o_rows // GROUP
+            m_rows = (o_rows < TILE_TOKENS * GROUP) & (o_queries < num_queries)
+            positions = seq_len - num_queries + o_queries
+            heads = i_kv_head * GROUP + o_rows % GROUP
+            rows = (query_start + o_queries).to(tl.int64)
+            o_dim = tl.arange(0, BLOCK_DIM)
+            m_dim = o_dim < HEAD_DIM
+            m_q = m_rows[:, None] & m_dim[None, :]
+            p_rows = p_q + rows * q_row_stride + heads * q_head_stride
+            b_q = tl.load(p_rows[:, None] + o_dim[None, :], mask=m_q, other=0.0)
+            b_max = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+            b_sum = tl.zeros((BLOCK_ROWS,), tl.float32)
+            b_out = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+            p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
+            p_table = p_tables + i_seq.to(tl.int64) * table_stride
+            end = tl.minimum(seq_len, seq_len - num_queries + first_query + TILE_TOKENS)
+            for first in range(0, end, BLOCK_TOKENS):
+                o_tokens = first + tl.arange(0, BLOCK_TOKENS)
+                m_tokens = o_tokens < end
+                page = tl.load(p_table + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
+                o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
+                m_kv = m_tokens[:, None] & m_dim[None, :]
+                b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+                b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+                if not SAME_DTYPE:
+                    b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+                b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
+                m_seen = (o_tokens[None, :] <= positions[:, None]) & m_tokens[None, :]
+                b_scores = tl.where(m_seen, b_scores, float("-inf"))
+                b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+                b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row past the last query sees nothing
+                b_decay = tl.exp2(b_max - b_shift)
+                b_p = tl.exp2(b_scores - b_shift[:, None])
+                b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
+                b_max = b_new_max
+            b_out = tl.where(b_sum[:, None] > 0, b_out / b_sum[:, None], 0.0)
+            p_rows = p_out + rows * out_row_stride + heads * out_head_stride
+            tl.store(p_rows[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)

@@ -80,6 +80,7 @@ class ReferenceOps:
         softmax_scale: float,
         *,
         max_queries: int | None = None,
+        prefill_range: Tensor | None = None,
     ) -> Tensor:
         """See Ops.paged_attention."""
         return reference_attention.paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)

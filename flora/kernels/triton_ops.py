@@ -25,7 +25,7 @@ class TritonOps:
     def __init__(self, num_sms: int, tuning: Tuning | None = None, *, overlap: bool = False) -> None:
         self.num_sms = num_sms  # multiprocessors
         self.tuning = tuning or Tuning()
-        self.overlap = overlap  # start expand while shrink ends; Hopper and later can
+        self.overlap = overlap  # launches start while the ones before them end; Hopper and later can
 
     @classmethod
     def for_device(cls, device: torch.device, tuning: Tuning | None = None) -> "TritonOps":
@@ -49,7 +49,13 @@ class TritonOps:
         work: WorkList,
     ) -> None:
         """See Ops.lora_expand."""
-        tuning, num_sms, overlap = self._lora_tuning(work), self.num_sms, self.overlap
+        import os
+
+        tuning, num_sms, overlap = (
+            self._lora_tuning(work),
+            self.num_sms,
+            self.overlap and not os.environ.get("XP_BESIDE"),
+        )
         lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, tuning, num_sms=num_sms, overlap=overlap)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
@@ -69,26 +75,29 @@ class TritonOps:
         softmax_scale: float,
         *,
         max_queries: int | None = None,
+        prefill_range: Tensor | None = None,
     ) -> Tensor:
         """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
-        decode_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.decode)
+        of, overlap = (q, kv, block_tables, seq_lens, query_starts, softmax_scale), self.overlap
+        decode_attention(out, *of, self.tuning.decode, overlap=overlap)
         if max_queries != 1:
-            prefill_attention(out, q, kv, block_tables, seq_lens, query_starts, softmax_scale, self.tuning.prefill)
+            tuning, num_sms = self.tuning.prefill, self.num_sms
+            prefill_attention(out, *of, tuning, prefill_range=prefill_range, num_sms=num_sms, overlap=overlap)
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops.rms_norm."""
-        return fused.rms_norm(x, weight, eps)
+        return fused.rms_norm(x, weight, eps, overlap=self.overlap)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops.add_rms_norm."""
-        return fused.add_rms_norm(x, delta, weight, eps)
+        return fused.add_rms_norm(x, delta, weight, eps, overlap=self.overlap)
 
     def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
         """See Ops.rope_store."""
-        return fused.rope_store(qkv, positions, cos, sin, kv, slots)
+        return fused.rope_store(qkv, positions, cos, sin, kv, slots, overlap=self.overlap)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See Ops.silu_mul."""
-        return fused.silu_mul(gate_up)
+        return fused.silu_mul(gate_up, overlap=self.overlap)

@@ -9,25 +9,23 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
-    """Shrink and expand. Rows that share an adapter go to the tensor cores, a single row is a matrix-vector product.
-
-    Which of the two a row meets may change its last bit; nothing else in the batch does.
+    """Shrink and expand. Shrink is a tensor core's; expand is that only in work lists of many rows a segment, and else
+    works row by row in float32. The list decides, never the segment: nothing else in the batch changes a row's bits.
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
-    split_elements: int = 1024  # of the input per partial sum; part of the rounding, so never by batch
+    split_elements: int = 2048  # of the input per partial sum; part of the rounding, so never by batch
     max_splits: int = 8  # split_elements doubles until they are no more
-    shrink_vector_k: int = 256  # input elements per step: of a single row,
-    shrink_matrix_k: int = 128  # and of several
+    shrink_block_k: int = 128  # input elements per step
     shrink_lanes: int = 4  # programs that share one slice and split, by rank block
     shrink_warps: int = 2
-    shrink_stages: int = 4
+    shrink_stages: int = 3
     expand_vector_n: int = 128  # outputs per program
     expand_matrix_n: int = 64  # outputs per tensor core product
     expand_warps: int = 1
     expand_stages: int = 1
     expand_registers: int | None = 128  # per thread, for 16 warps a multiprocessor; None leaves it to the compiler
-    programs_per_sm: int = 32
+    programs_per_sm: int = 32  # of the persistent grid: many where they are small and a step has work for all
 
     def split_of(self, in_features: int) -> int:
         """Input elements per partial sum: at most max_splits of them cover in_features."""
@@ -52,6 +50,7 @@ class PrefillTuning:
     block_tokens: int = 64
     num_warps: int = 8
     num_stages: int = 5
+    programs_per_sm: int = 4  # of the persistent grid
     max_head_bytes: int = 256  # of one head of one token; wider heads take WIDE_HEADS, which fits 227 KiB of smem
 
 
@@ -70,15 +69,21 @@ def _wide_lora() -> LoraTuning:
         expand_matrix_n=128,
         expand_warps=4,
         expand_registers=None,
+        programs_per_sm=8,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    lora: LoraTuning = field(default_factory=LoraTuning)  # work lists of up to 16 rows per segment: decode
+    lora: LoraTuning = field(default_factory=LoraTuning)  # work lists of up to 16 rows per segment, decode's among them
     wide_lora: LoraTuning = field(default_factory=_wide_lora)  # more rows per segment: prefill
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)
+
+
+def overlapped(overlap: bool) -> dict[str, bool]:
+    """Options of a launch that may start while the one before it on the stream ends."""
+    return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}  # the interpreter knows no launch_pdl
 
 
 def grid_size(items: int, programs_per_sm: int, num_sms: int) -> int:

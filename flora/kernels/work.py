@@ -7,6 +7,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+FEW_ROWS = 4  # rows of a segment in a decode step's list; a row's bits are the same in any segment of up to so many
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkList:
@@ -18,7 +20,7 @@ class WorkList:
 
     segments: Tensor  # int32 [capacity, 3]: slot, first_row, num_rows <= block_rows; unread past num_segments
     num_segments: Tensor  # int32 [1]
-    block_rows: int  # 16 suits decode, 64 prefill; the CPU path takes any
+    block_rows: int  # on a GPU FEW_ROWS suits decode and 64 prefill; the CPU path takes any
     max_rank: int  # no module of a resident adapter has a higher rank; sizes buffers, changes no result
 
     @classmethod

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, WorkList, padded, split_segments
+from flora.kernels import CHUNK, FEW_ROWS, MODULES, AdapterWeights, Group, WorkList, padded, split_segments
 
 NAN = float("nan")
 
@@ -91,7 +91,7 @@ def pack_adapters(
 def work_for(
     row_slots: list[int | None],
     *,
-    block_rows: int = 16,
+    block_rows: int = FEW_ROWS,
     max_rank: int = 64,
     spare: int = 3,
     device: torch.device | str = "cpu",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import WorkList, split_segments
+from flora.kernels import ALL_GROUPS, Group, WorkList, split_segments
 from flora.serve.engine.pages import NULL_PAGE
 from flora.serve.engine.scheduler import Chunk
 
@@ -29,6 +29,8 @@ class Batch:
     logits_rows: Tensor  # int64 [m]
     work: tuple[WorkList, ...]  # none if no row has an adapter
     max_queries: int  # rows of the longest chunk
+    prefill_range: Tensor | None = None  # see Ops.paged_attention
+    groups: frozenset[Group] = ALL_GROUPS  # that any of its adapters may touch
 
     @property
     def sampled(self) -> list[Chunk]:

@@ -89,6 +89,6 @@ class SerialRunner:
     def forward(self, batch: Batch) -> Tensor:
         """Logits of the batch's sampled rows, float32 [m, vocab_size]. Raises EngineDead if the device is lost."""
         try:
-            return self.model.forward(batch, self.pool, self.tables.weights)
+            return self.model.forward(batch, self.pool, self.tables.weights).float()
         except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
             raise EngineDead(f"the device {self.device} failed", cause=str(error)) from error

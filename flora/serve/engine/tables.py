@@ -1,10 +1,12 @@
 """The kernels' tables of resident adapters: a row per slot, written when an adapter becomes resident."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, MODULES, AdapterWeights
+from flora.kernels import CHUNK, MODULES, AdapterWeights, Group
 from flora.serve.engine.layout import AdapterLayout
 
 
@@ -24,6 +26,7 @@ class AdapterTables:
         self._modules = torch.zeros(num_slots, num_layers, len(MODULES), 3, dtype=torch.int32, device=device)
         self._scales = torch.zeros(num_slots, num_layers, len(MODULES), dtype=torch.float32, device=device)
         self._max_ranks = [0] * num_slots
+        self._groups: list[frozenset[Group]] = [frozenset()] * num_slots
 
     @property
     def weights(self) -> AdapterWeights:
@@ -39,6 +42,10 @@ class AdapterTables:
         """Each slot's highest rank; 0 for a free one."""
         return self._max_ranks
 
+    def groups(self, slots: Iterable[int]) -> frozenset[Group]:
+        """Which groups of modules any of these slots' adapters touches."""
+        return frozenset[Group]().union(*(self._groups[slot] for slot in slots))
+
     def publish(self, slot: int, layout: AdapterLayout, cells: list[int]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""
         self._make_room(len(cells))
@@ -51,11 +58,14 @@ class AdapterTables:
         self._fill(self._modules[slot], modules)
         self._fill(self._scales[slot], scales)
         self._max_ranks[slot] = layout.max_rank
+        touched = {placed.module for placed in layout.modules}
+        self._groups[slot] = frozenset(group for group in Group if touched.intersection(group.value))
 
     def clear(self, slot: int) -> None:
         """The slot's adapter has left the device."""
         self._modules[slot] = 0
         self._max_ranks[slot] = 0
+        self._groups[slot] = frozenset()
 
     def _fill(self, place: Tensor, values: np.ndarray) -> None:
         """In stream order, without a wait: from pinned memory, which torch keeps until the copy is done."""

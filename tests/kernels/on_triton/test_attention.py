@@ -14,13 +14,14 @@ SMALL = Tuning(
 HEADS = [(9, 3, 64), (4, 4, 16), (8, 1, 80)]  # query heads, KV heads, head_dim
 
 
-def attend(ops, cache, q, lengths, queries, device, order=None, max_queries=None):
+def attend(ops, cache, q, lengths, queries, device, order=None, max_queries=None, prefill_range=None):
     order = list(range(len(lengths))) if order is None else order
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
     lens = torch.tensor(lengths, dtype=torch.int32)
     tables = cache.block_tables(order, spare=2)
     inputs = [t.to(device) for t in (q, cache.kv, tables, lens, starts)]
-    return ops.paged_attention(*inputs, cache.head_dim**-0.5, max_queries=max_queries)
+    scale = cache.head_dim**-0.5
+    return ops.paged_attention(*inputs, scale, max_queries=max_queries, prefill_range=prefill_range)
 
 
 def queries_of(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -54,6 +55,18 @@ def test_a_mixed_batch_of_chunks_and_single_tokens_agrees_with_the_reference(
 
     wanted = attend(ReferenceOps(), cache, q, lengths, queries, device)
     torch.testing.assert_close(result, wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tuning", [Tuning(), SMALL], ids=["default", "small-tiles"])
+def test_naming_the_sequences_that_prefill_changes_no_bit(device, dtype, tuning):
+    lengths, queries = [40, 1, 33, 70, 17, 0], [1, 1, 33, 21, 2, 0]
+    cache = PagedCache(lengths, 2, 16, 16, dtype=dtype)
+    q = queries_of(sum(queries), 4, 16, dtype)
+    named = torch.tensor([2, 5], dtype=torch.int32, device=device)
+
+    result = attend(TritonOps(2, tuning), cache, q, lengths, queries, device, prefill_range=named)
+
+    assert torch.equal(result, attend(TritonOps(2, tuning), cache, q, lengths, queries, device))
 
 
 def test_a_decode_row_keeps_its_bits_in_any_company(device, dtype):

@@ -9,6 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # an ulp or two of each
 EPS = 1e-5
+OVERLAP = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -21,7 +22,10 @@ def test_the_norm_is_the_references(size, dtype):
     x, weight = draw(7, size, dtype=dtype, seed=0), draw(size, dtype=dtype, seed=1)
 
     torch.testing.assert_close(
-        fused.rms_norm(x, weight, EPS), pointwise.rms_norm(x, weight, EPS), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        fused.rms_norm(x, weight, EPS, overlap=OVERLAP),
+        pointwise.rms_norm(x, weight, EPS),
+        rtol=TOLERANCE[dtype],
+        atol=TOLERANCE[dtype],
     )
 
 
@@ -34,7 +38,7 @@ def test_the_sum_before_the_norm_is_kept_in_place(dtype):
     )
     total = x + delta
 
-    normed = fused.add_rms_norm(x, delta, weight, EPS)
+    normed = fused.add_rms_norm(x, delta, weight, EPS, overlap=OVERLAP)
 
     assert torch.equal(x, total)
     torch.testing.assert_close(
@@ -55,7 +59,7 @@ def test_rotated_keys_and_plain_values_land_in_their_slots(q_heads, kv_heads, he
     kv, expected_kv = nan.clone(), nan.clone()
 
     expected_q = ReferenceOps().rope_store(qkv.clone(), positions, cos, sin, expected_kv, slots)
-    q = fused.rope_store(qkv, positions, cos, sin, kv, slots)
+    q = fused.rope_store(qkv, positions, cos, sin, kv, slots, overlap=OVERLAP)
 
     torch.testing.assert_close(q, expected_q, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     torch.testing.assert_close(kv, expected_kv, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
@@ -67,5 +71,8 @@ def test_the_gated_activation_is_the_references(dtype):
     gate_up = draw(3, 2 * 1100, dtype=dtype, seed=5)
 
     torch.testing.assert_close(
-        fused.silu_mul(gate_up), pointwise.silu_mul(gate_up), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        fused.silu_mul(gate_up, overlap=OVERLAP),
+        pointwise.silu_mul(gate_up),
+        rtol=TOLERANCE[dtype],
+        atol=TOLERANCE[dtype],
     )

@@ -1,7 +1,8 @@
-"""Steps as CUDA graphs, one per padded number of rows, with and without LoRA.
+"""Steps as CUDA graphs, one per padded number of rows and per reach of the adapters in it.
 
 What a step holds (tokens, pages, adapters, ranks) is data in the step's inputs and in the tables, so a graph is
-captured once and replayed for any of it. Grids depend on capacities alone (flora/kernels).
+captured once and replayed for any of it. Grids depend on capacities alone (flora/kernels). An adapter's reach, the
+groups of modules that it touches, is not: a launch that finds nothing to do still costs 4 us, 64 of them a step.
 """
 
 from bisect import bisect_left
@@ -12,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora.kernels import ALL_GROUPS, ATTENTION_GROUPS, Group
+
+Reach = frozenset[Group]
+_REACHES: tuple[Reach, ...] = (frozenset(), ATTENTION_GROUPS, ALL_GROUPS)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepOutput:
     """Where a step leaves its results. They hold until the next one is launched."""
 
-    logits: Tensor  # float32 [sampled rows, vocab_size]
+    logits: Tensor  # [sampled rows, vocab_size], the model's dtype; the same memory in every graph
     tokens: Tensor  # int64 [sampled rows]: the likeliest
-    highest: Tensor  # float32 [sampled rows]: its logit
+    highest: Tensor  # [sampled rows]: its logit, the model's dtype
 
     def first(self, count: int) -> "StepOutput":
         return StepOutput(self.logits[:count], self.tokens[:count], self.highest[:count])
@@ -40,14 +46,14 @@ def mixed_sizes(max_rows: int) -> tuple[int, ...]:
 class StepGraphs:
     """Captured steps of one kind."""
 
-    def __init__(self, run: Callable[[int, bool], StepOutput], sizes: Sequence[int], memory: Any = None) -> None:
-        """run  (rows, with LoRA) -> its results, from the step's inputs as they lie on the device
+    def __init__(self, run: Callable[[int, Reach], StepOutput], sizes: Sequence[int], memory: Any = None) -> None:
+        """run  (rows, reach) -> its results, from the step's inputs as they lie on the device
         memory  a memory pool to share with other graphs, of which only one ever runs
         """
         self.memory = memory
         self._run = run
         self._sizes = sizes
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
+        self._graphs: dict[tuple[int, Reach], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
 
     def padded(self, rows: int) -> int:
         """The rows of the graph that a step of `rows` runs in."""
@@ -56,20 +62,20 @@ class StepGraphs:
     def capture(self) -> None:
         """Captures every size, the largest first, so that the smaller ones find their memory in its."""
         for rows in reversed(self._sizes):
-            for with_lora in (False, True):
-                self._capture(rows, with_lora)
+            for reach in _REACHES:
+                self._capture(rows, reach)
 
-    def replay(self, rows: int, with_lora: bool) -> StepOutput:
-        """Launches the graph of exactly `rows` rows, one of the sizes."""
-        graph, output = self._graphs[rows, with_lora]
+    def replay(self, rows: int, reach: Reach) -> StepOutput:
+        """Launches the graph of exactly `rows` rows, one of the sizes, that reaches as far or farther."""
+        graph, output = self._graphs[rows, next(wider for wider in _REACHES if reach <= wider)]
         graph.replay()
         return output
 
-    def _capture(self, rows: int, with_lora: bool) -> None:
-        self._run(rows, with_lora)  # compiles kernels and sizes libraries' workspaces: neither can be captured
+    def _capture(self, rows: int, reach: Reach) -> None:
+        self._run(rows, reach)  # compiles kernels and sizes libraries' workspaces: neither can be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.memory):
-            output = self._run(rows, with_lora)
+            output = self._run(rows, reach)
         self.memory = graph.pool()
-        self._graphs[rows, with_lora] = graph, output
+        self._graphs[rows, reach] = graph, output

@@ -41,6 +41,7 @@ class InputSizes:
             "num_decode_segments": (i32, (1,)),
             "prefill_segments": (i32, (self.prefill_segments, 3)),
             "num_prefill_segments": (i32, (1,)),
+            "prefill_range": (i32, (2,)),
             "block_tables": (i32, (self.sequences, self.table_pages)),
         }
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import WorkList, heaviest_first
-from flora.serve.engine.batch import DECODE_BLOCK_ROWS, PREFILL_BLOCK_ROWS, Batch
+from flora.kernels import FEW_ROWS, WorkList, heaviest_first
+from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
-from flora.serve.engine.cuda.graphs import StepGraphs, StepOutput, decode_sizes, mixed_sizes
+from flora.serve.engine.cuda.graphs import Reach, StepGraphs, StepOutput, decode_sizes, mixed_sizes
 from flora.serve.engine.cuda.inputs import Arrays, InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.cuda.sampler import draw_rows
@@ -35,7 +35,7 @@ class CudaStep:
     def __init__(
         self, sampled: list[Chunk], tokens: Tensor, highest: Tensor, logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]
     ) -> None:
-        """tokens int64, highest float32 [len(sampled)]; logprobs  of a row: chosen [], the top's ids and values [k]"""
+        """tokens int64, highest [len(sampled)]; logprobs  of a row: chosen [], the top's ids and values [k]"""
         self._sampled = sampled
         self._tokens = _to_host(tokens)
         self._highest = _to_host(highest)
@@ -95,6 +95,9 @@ class CudaRunner:
         self._inputs = StepInputs(sizes, self.device)
         # twice: sequences that ended may still have a row in the step that runs
         self._lanes = Lanes(2 * limits.max_sequences, table_pages)
+        self._logits = torch.empty(
+            limits.max_sequences, model.config.vocab_size, dtype=pool.cells.dtype, device=self.device
+        )
         self._lane_tokens = torch.zeros(self._lanes.num_lanes + 1, dtype=torch.int64, device=self.device)
         self._decode_graphs: StepGraphs | None = None
         self._mixed_graphs: StepGraphs | None = None
@@ -119,6 +122,7 @@ class CudaRunner:
         host = self._inputs.begin()
         self._pad(host, 0, self._max_rows, 0, self._max_sequences)
         host["num_decode_segments"][:] = host["num_prefill_segments"][:] = 0
+        host["prefill_range"][:] = 0
         self._inputs.send()
         self._captured = self.tables.weights.cells
         mixed = StepGraphs(self._mixed, mixed_sizes(self._max_rows))
@@ -150,15 +154,15 @@ class CudaRunner:
         assert self._decode_graphs is not None
         assert self._mixed_graphs is not None
         counts = np.fromiter((chunk.count for chunk in chunks), np.int64, len(chunks))
-        rows, with_lora = int(counts.sum()), bool((slots >= 0).any())
+        rows, reach = int(counts.sum()), self.tables.groups({slot for slot in slots.tolist() if slot >= 0})
         is_decode = rows == len(chunks)
         graphs, run = (self._decode_graphs, self._decode) if is_decode else (self._mixed_graphs, self._mixed)
-        if with_lora and self.tables.max_rank > _GRAPH_MAX_RANK:
+        if reach and self.tables.max_rank > _GRAPH_MAX_RANK:
             self._fill(chunks, counts, slots, rows)
-            return run(rows, with_lora, self.tables.max_rank)
+            return run(rows, reach, self.tables.max_rank)
         padded = graphs.padded(rows)
         self._fill(chunks, counts, slots, padded)
-        return graphs.replay(padded, with_lora)
+        return graphs.replay(padded, reach)
 
     # --- the inputs ---
 
@@ -192,9 +196,10 @@ class CudaRunner:
         host["logits_rows"][:num_sampled] = ends[samples] - 1
         host["sampled_lanes"][:num_sampled] = lanes[samples]
         num_decoding = int((counts == 1).sum())
+        host["prefill_range"][:] = num_decoding, num_sequences
         first_rows = ends - counts
         decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
-        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, DECODE_BLOCK_ROWS)
+        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, FEW_ROWS)
         self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, PREFILL_BLOCK_ROWS)
         self._pad(host, rows, padded_rows, num_sequences, self._max_sequences, num_sampled)
         self._inputs.send()
@@ -230,28 +235,30 @@ class CudaRunner:
 
     # --- the step on the device ---
 
-    def _decode(self, rows: int, with_lora: bool, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
+    def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""
-        work = (self._work("decode_segments", rows, DECODE_BLOCK_ROWS, max_rank),) if with_lora else ()
-        return self._forward(rows, rows, work, max_queries=1)
+        work = (self._work("decode_segments", rows, FEW_ROWS, max_rank),) if reach else ()
+        return self._forward(rows, rows, work, reach, max_queries=1)
 
-    def _mixed(self, rows: int, with_lora: bool, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
+    def _mixed(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """Any rows of as many sequences as may run."""
         work: tuple[WorkList, ...] = ()
-        if with_lora:
+        if reach:
             decoding = min(rows, self._max_sequences)
             prefilling = self._max_sequences + rows // PREFILL_BLOCK_ROWS
             work = (
-                self._work("decode_segments", decoding, DECODE_BLOCK_ROWS, max_rank),
+                self._work("decode_segments", decoding, FEW_ROWS, max_rank),
                 self._work("prefill_segments", prefilling, PREFILL_BLOCK_ROWS, max_rank),
             )
-        return self._forward(rows, self._max_sequences, work, max_queries=rows)
+        return self._forward(rows, self._max_sequences, work, reach, max_queries=rows)
 
     def _work(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
         inputs = self._inputs.device
         return WorkList(inputs[segments][:capacity], inputs[f"num_{segments}"], block_rows, max_rank)
 
-    def _forward(self, rows: int, num_sequences: int, work: tuple[WorkList, ...], max_queries: int) -> StepOutput:
+    def _forward(
+        self, rows: int, num_sequences: int, work: tuple[WorkList, ...], reach: Reach, *, max_queries: int
+    ) -> StepOutput:
         inputs = self._inputs.device
         token_ids = inputs["token_ids"][:rows]
         token_ids = torch.where(token_ids == PENDING, self._lane_tokens[inputs["lanes"][:rows]], token_ids)
@@ -266,8 +273,10 @@ class CudaRunner:
             logits_rows=inputs["logits_rows"][:num_sequences],
             work=work,
             max_queries=max_queries,
+            prefill_range=inputs["prefill_range"],
+            groups=reach,
         )
-        logits = self.model.forward(batch, self.pool, self.tables.weights)
+        logits = self.model.forward(batch, self.pool, self.tables.weights, self._logits[:num_sequences])
         best = logits.max(-1)
         self._lane_tokens.index_copy_(0, inputs["sampled_lanes"][:num_sequences], best.indices)
         return StepOutput(logits, best.indices, best.values)
@@ -280,12 +289,12 @@ class CudaRunner:
         if drawn:
             rows = torch.tensor(drawn).pin_memory().to(self.device, non_blocking=True)
             tokens = tokens.clone()
-            tokens[rows] = draw_rows(output.logits[rows], [draws[row] for row in drawn])
+            tokens[rows] = draw_rows(output.logits[rows].float(), [draws[row] for row in drawn])
             self._lane_tokens.index_copy_(0, self._inputs.device["sampled_lanes"][: len(sampled)], tokens)
         logprobs = {}
         for row, draw in enumerate(draws):
             if draw.sampling.logprobs is not None:
-                logprob = output.logits[row].log_softmax(0)
+                logprob = output.logits[row].float().log_softmax(0)
                 top = logprob.topk(min(draw.sampling.logprobs, len(logprob)))
                 logprobs[row] = (logprob.gather(0, tokens[row : row + 1])[0], top.indices, top.values)
         return CudaStep(sampled, tokens, output.highest, logprobs)

@@ -23,6 +23,9 @@ class LlamaModel:
         self.config = config
         self.weights = weights
         self.ops = ops
+        import os
+
+        self.beside = torch.cuda.Stream() if os.environ.get("XP_BESIDE") else None
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_context, weights.embedding.device)
         self._softmax_scale = config.head_dim**-0.5
         q, kv, ff, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
@@ -33,8 +36,12 @@ class LlamaModel:
             Group.DOWN: ((0,), (hidden,)),
         }
 
-    def forward(self, batch: Batch, pool: DevicePool, adapters: AdapterWeights) -> Tensor:
-        """Logits of the rows in `batch.logits_rows`, float32 [len(logits_rows), vocab_size]; KV goes to the pool."""
+    def forward(self, batch: Batch, pool: DevicePool, adapters: AdapterWeights, logits: Tensor | None = None) -> Tensor:
+        """Logits of the rows in `batch.logits_rows`, [len(logits_rows), vocab_size], in the model's dtype; KV goes to
+        the pool.
+
+        logits  where to leave them (None: in memory of their own)
+        """
         weights, eps, ops = self.weights, self.config.rms_norm_eps, self.ops
         x = F.embedding(batch.token_ids, weights.embedding)
         normed = ops.rms_norm(x, weights.layers[0].input_norm, eps)
@@ -45,7 +52,7 @@ class LlamaModel:
             gate_up = self._project(layer.gate_up, normed, index, Group.GATE_UP, batch, adapters)
             down = self._project(layer.down, ops.silu_mul(gate_up), index, Group.DOWN, batch, adapters)
             normed = ops.add_rms_norm(x, down, next_norm, eps)
-        return weights.head(normed[batch.logits_rows]).float()
+        return weights.head.into(logits, normed[batch.logits_rows])
 
     def _attention(
         self,
@@ -72,6 +79,7 @@ class LlamaModel:
             batch.query_starts,
             self._softmax_scale,
             max_queries=batch.max_queries,
+            prefill_range=batch.prefill_range,
         )
         return self._project(layer.o, attended.reshape(len(x), config.q_size), index, Group.OUT, batch, adapters)
 
@@ -81,7 +89,7 @@ class LlamaModel:
         """The base's product, and on the rows of adapters their low-rank terms."""
         y: Tensor = linear(x)
         starts, sizes = self._outputs[group]
-        for work in batch.work:
+        for work in batch.work if group in batch.groups else ():
             v = self.ops.lora_shrink(x, adapters, layer, group, work)
             self.ops.lora_expand(y, v, adapters, layer, group, starts, sizes, work)
         return y
