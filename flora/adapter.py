@@ -57,6 +57,9 @@ class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
     rank: int | None = None
     noise: float = 0.0  # estimate of what rounding the tuned weights to their dtype put into norm_squared
     reason: str | None = None  # of a status other than extracted; or of a rank that missed the target
+    changed_share: float | None = None  # of the tensor's elements; None where nobody counted
+    signal_rank: int | None = None  # terms that stand out of noise (`flora.rank.signal_rank`); None: more than computed
+    signal_energy: float = 0.0  # of those terms; where signal_rank is None, of all that were computed
 
 
 class ChangeReport(msgspec.Struct, frozen=True, kw_only=True):

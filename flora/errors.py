@@ -9,6 +9,7 @@
     ├── CheckpointError              1   FL-CHECKPOINT   a checkpoint is missing, damaged or of an unread kind
     │   ├── ShapeMismatch            1   FL-SHAPE        base and tuned (or base and adapter) disagree on a shape
     │   ├── NotFinite                1   FL-NOTFINITE    NaN or infinity among the weights
+    │   ├── NothingChanged           1   FL-UNCHANGED    two checkpoints hold the same weights
     │   └── PickleRefused            1   FL-PICKLE       weights stored as pickled Python objects
     ├── AdapterInvalid               1   FL-INVALID      an adapter's files are damaged or are no LoRA that Flora reads
     │   └── Unsupported              1   FL-UNSUPPORTED  sound, but a part of it cannot be applied here
@@ -90,6 +91,10 @@ class ShapeMismatch(CheckpointError):
 
 class NotFinite(CheckpointError):
     code = "FL-NOTFINITE"
+
+
+class NothingChanged(CheckpointError):
+    code = "FL-UNCHANGED"
 
 
 class PickleRefused(CheckpointError):

@@ -1,5 +1,6 @@
-"""How many singular values to keep: by energy, by rank, by stored bytes."""
+"""How many singular values to keep: by energy, by rank, by stored bytes; and how many stand out of noise."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flora.errors import UsageError
+
+_NEGLIGIBLE = 1e-6  # of the norm: rounding of float32, in which no direction stands out
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,31 @@ def rank_for_energy(singular_values: Tensor, norm_squared: float, energy: float)
         return 0
     kept = singular_values.double().square().cumsum(0)
     return min(int((kept < energy * norm_squared).sum()) + 1, len(kept))
+
+
+def signal_rank(singular_values: Tensor, norm_squared: float, shape: tuple[int, ...]) -> int | None:
+    """How many leading terms stand above what white noise of the remaining energy would show; None if all of [k] do.
+
+    singular_values  [k], descending, of a matrix of `shape` and squared norm `norm_squared`
+
+    White noise of variance v in [m, n] has its largest squared singular value near v (√m + √n)² (Marchenko, Pastur).
+    The noise is what the signal leaves, and the signal what stands above the noise: from no signal on, until it holds.
+    The edge of a finite matrix fluctuates by about min(m, n)^(-2/3) of itself, so it counts as that much higher.
+    """
+    squares = singular_values.double().square()
+    m, n = shape
+    rank = 0
+    while rank < min(m, n):
+        variance = max(norm_squared - float(squares[:rank].sum()), 0.0) / ((m - rank) * (n - rank))
+        edge = variance * (math.sqrt(m - rank) + math.sqrt(n - rank)) ** 2 * (1 + min(m, n) ** (-2 / 3))
+        found = int((squares > edge).sum())
+        if found <= rank:
+            return rank
+        rank = found
+        if rank == len(squares) < min(m, n):
+            rest = norm_squared - float(squares.sum())
+            return None if rest > _NEGLIGIBLE * norm_squared else rank
+    return rank
 
 
 def ranks_for_budget(

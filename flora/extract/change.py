@@ -18,7 +18,7 @@ from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pairs import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
-from flora.rank import rank_for_energy
+from flora.rank import rank_for_energy, signal_rank
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +30,9 @@ class Change:
     noise: float = 0.0
     fit: Fit | None = None  # of an extractable pair that changed
     energies: Tensor | None = None  # squared singular values of the fitted terms, float64 [rank]
+    num_changed: int = 0  # elements that differ
+    signal_rank: int | None = None  # of an extractable pair that changed: `flora.rank.signal_rank`
+    signal_energy: float = 0.0
     tied: bool = False  # an output head that is its token embedding again on both sides
     seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
 
@@ -54,7 +57,7 @@ class PairWorker:
         delta = self._delta(pair)
         seconds = {"delta": time.perf_counter() - start}
         if delta.values is None:
-            return Change(pair, delta.norm_squared, delta.noise, seconds=seconds)
+            return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed, seconds=seconds)
         return self._factorize(pair, delta, delta.values, seconds)
 
     def _is_tied(self, pair: TensorPair) -> bool:
@@ -91,8 +94,19 @@ class PairWorker:
         start = time.perf_counter()
         fitted = self._fit_rank(pair, delta.norm_squared, values, basis)
         seconds["fit"] = time.perf_counter() - start
-        energies = basis.values[: fitted.factors.rank].square().cpu()
-        return Change(pair, delta.norm_squared, delta.noise, fitted, energies, seconds=seconds)
+        squares = basis.values.square().cpu()
+        signal = signal_rank(basis.values.cpu(), delta.norm_squared, tuple(values.shape))
+        return Change(
+            pair,
+            delta.norm_squared,
+            delta.noise,
+            fitted,
+            energies=squares[: fitted.factors.rank],
+            num_changed=delta.num_changed,
+            signal_rank=signal,
+            signal_energy=float(squares[:signal].sum()),
+            seconds=seconds,
+        )
 
     def _fit_rank(self, pair: TensorPair, norm_squared: float, values: Tensor, basis: Basis) -> Fit:
         """The smallest rank whose stored factors keep the asked energy, fitting no more terms than that takes."""

@@ -21,6 +21,7 @@ class Delta:
     values: Tensor | None  # [out, in] float32; None where nothing changed, or without a workspace
     norm_squared: float  # of the whole tensor, summed in float64; NaN or infinite if a weight is
     noise: float  # estimated part of norm_squared that rounding to the tuned checkpoint's dtype put there
+    num_changed: int = 0  # elements that differ
 
 
 class Workspace:
@@ -48,13 +49,14 @@ def compute_delta(base: Tensor, tuned: Tensor, workspace: Workspace | None = Non
     if same_bits(base, tuned):
         return Delta(None, 0.0 if is_finite(tuned) else math.nan, 0.0)
     values = workspace.matrix(tuned.shape) if workspace else None
-    norm_squared = 0.0
+    norm_squared, num_changed = 0.0, 0
     for rows in _row_chunks(tuned):
         chunk = _subtract(base[rows], tuned[rows], values[rows] if values is not None else None)
         norm_squared += float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2
+        num_changed += int(torch.count_nonzero(chunk))
     if norm_squared == 0:
         return Delta(None, 0.0, 0.0)
-    return Delta(values, norm_squared, storage_noise(base, tuned, norm_squared))
+    return Delta(values, norm_squared, storage_noise(base, tuned, norm_squared), num_changed)
 
 
 def storage_noise(base: Tensor, tuned: Tensor, norm_squared: float) -> float:

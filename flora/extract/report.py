@@ -1,11 +1,13 @@
 """What became of every tensor of the pair, in numbers and in words; and whether that is an adapter at all."""
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Literal
 
 from flora.adapter import ChangeReport, TensorChange
 from flora.checkpoint import Checkpoint
-from flora.errors import CheckFailed, CheckpointError, UsageError
+from flora.diagnosis import WRONG_TOOL, diagnose_report, kinds
+from flora.errors import CheckFailed, CheckpointError, NothingChanged, UsageError
 from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
 from flora.extract.rank import shortfall
@@ -62,6 +64,9 @@ def _tensor_change(
         rank=rank,
         noise=change.noise,
         reason=reason,
+        changed_share=change.num_changed / math.prod(change.pair.shape) if change.pair.tuned is not None else None,
+        signal_rank=change.signal_rank,
+        signal_energy=change.signal_energy,
     )
 
 
@@ -69,7 +74,7 @@ def check_report(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, conf
     """Raises CheckpointError if there is nothing to make an adapter of, CheckFailed if `strict` does not hold."""
     extracted = [tensor for tensor in report.tensors if tensor.status == "extracted"]
     if report.norm_squared == 0:
-        raise CheckpointError(
+        raise NothingChanged(
             f"{tuned.path} holds the same weights as {base.path}",
             cause="nothing was tuned, or one of the two is a copy of the other",
             fix="give the checkpoint that the tuning wrote",
@@ -85,6 +90,14 @@ def check_report(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, conf
         raise UsageError(
             f"a budget of {config.rule.budget_bytes} bytes is less than the smallest module takes at rank 1",
             fix="give a larger --budget",
+        )
+    kind = diagnose_report(report)
+    if config.strict and kind in WRONG_TOOL:
+        raise CheckFailed(
+            f"the change from {base.path} to {tuned.path} is {kind.replace('_', ' ')}",
+            cause=f"{kinds(report)[kind]:.0%} of what changed in the modules is so: low rank is the wrong tool for it",
+            fix="serve the checkpoint itself; or leave out --strict, and measure your task with the adapter",
+            kind=kind,
         )
     missed = [tensor for tensor in extracted if tensor.kept < (config.rule.energy or 0.0) * tensor.norm_squared]
     if config.strict and missed:

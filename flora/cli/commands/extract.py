@@ -11,7 +11,7 @@ from flora.cli.extraction import Outcome, Target, extract_one, hash_cache_dir, p
 from flora.cli.options import AsJson, Budget, Device, DryRun, Energy, IdsOnly, MaxRank, RegistryUrl, rank_rule
 from flora.cli.output import Format, choose_format, note, percent, print_json, print_record
 from flora.cli.sizes import show_bytes
-from flora.errors import UsageError
+from flora.errors import CheckFailed, NothingChanged, UsageError
 
 if TYPE_CHECKING:
     from flora.extract import ExtractionPlan
@@ -42,7 +42,10 @@ def extract(
         str, typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16 or float32.")
     ] = "bfloat16",
     exact: Annotated[bool, typer.Option("--exact", help="A full SVD of every matrix: slow, for audits.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 3 if a module misses the asked energy.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit 3 if a module misses the asked energy, or low rank is the wrong tool."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Same inputs and seed, same digests.")] = 0,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -85,14 +88,27 @@ def extract(
         plans = [plan_one(base, target, config) for target in targets]
         _print_plans(form, plans)
         return
-    outcomes = []
+    outcomes, unchanged = [], []
     for target in targets:
-        outcome = extract_one(base, target, config, registry, is_quiet=form is Format.IDS)
+        try:
+            outcome = extract_one(base, target, config, registry, is_quiet=form is Format.IDS)
+        except NothingChanged as error:
+            unchanged.append(_tell_unchanged(target, error, is_strict=strict))
+            continue
         outcomes.append(outcome)
         if form is not Format.JSON:
             _print_outcome(form, outcome)
     if form is Format.JSON:
-        print_json({"adapters": [outcome.record() for outcome in outcomes]})
+        print_json({"adapters": [outcome.record() for outcome in outcomes], "unchanged": unchanged})
+
+
+def _tell_unchanged(target: Target, error: NothingChanged, *, is_strict: bool) -> dict[str, Any]:
+    """A verdict, and no failure: there is nothing to make. Raises CheckFailed where the user asked to be strict."""
+    if is_strict:
+        raise CheckFailed(error.what, cause=error.cause, fix=error.fix) from error
+    note(f"verdict: unchanged: {error.what}, so no adapter was made")
+    note(f"note: {error.cause}; {error.fix}")
+    return {"source": target.source, "verdict": "unchanged", "what": error.what}
 
 
 def _print_outcome(form: Format, outcome: Outcome) -> None:
