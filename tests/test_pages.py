@@ -12,7 +12,8 @@ from flora.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-VERBS = sorted(command.name or "" for command in app.registered_commands)
+GROUPS = {group.name or "": group.typer_instance for group in app.registered_groups}
+VERBS = sorted([*(command.name or "" for command in app.registered_commands), *GROUPS])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -35,13 +36,17 @@ def test_every_verb_that_a_message_or_docstring_names_exists():
 
 
 def test_every_flag_that_the_readme_names_is_a_flag():
-    flags = {flag for verb in VERBS for flag in re.findall(r"--[a-z][a-z-]+", help_of(verb))}
+    commands = [[verb] for verb in VERBS]
+    for name, group in GROUPS.items():
+        assert group
+        commands += [[name, command.name or ""] for command in group.registered_commands]
+    flags = {flag for command in commands for flag in re.findall(r"--[a-z][a-z-]+", help_of(command))}
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
 
     assert named <= flags
 
 
-def help_of(verb: str) -> str:
-    command = [sys.executable, "-m", "flora", verb, "--help"]
+def help_of(verbs: list[str]) -> str:
+    command = [sys.executable, "-m", "flora", *verbs, "--help"]
     env = os.environ | {"COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout

@@ -14,7 +14,20 @@ from typing import Annotated, Any
 import typer
 
 import flora
-from flora.cli.commands import aliases, care, client, demo, doctor, exchange, extract, inspection, listing, prune, serve
+from flora.cli.commands import (
+    aliases,
+    bench,
+    care,
+    client,
+    demo,
+    doctor,
+    exchange,
+    extract,
+    inspection,
+    listing,
+    prune,
+    serve,
+)
 from flora.cli.output import SCHEMA_VERSION, note
 from flora.errors import FloraError
 
@@ -92,10 +105,19 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Try it out": {"demo": demo.demo, "doctor": doctor.doctor},
 }
+
+
+def _add(group: typer.Typer, name: str, verb: Callable[..., None], panel: str | None = None) -> None:
+    text = _help_text(verb)
+    group.command(name, help=text, short_help=_first_sentence(text), rich_help_panel=panel)(verb)
+
+
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
-        _text = _help_text(_verb)
-        app.command(_name, help=_text, short_help=_first_sentence(_text), rich_help_panel=_panel)(_verb)
+        _add(app, _name, _verb, _panel)
+for _name, _verb in bench.VERBS.items():
+    _add(bench.app, _name, _verb)
+app.add_typer(bench.app, name="bench", help="Measure serving.", rich_help_panel="Try it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

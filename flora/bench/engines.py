@@ -1,0 +1,82 @@
+"""The world of an engine under measurement: a base without weights, a registry of random adapters, a sized engine."""
+
+import gc
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from flora.bench.registering import register_random_adapters
+from flora.bench.settings import ServeBench, Setting
+from flora.bench.shapes import MODULE_SETS, features, module_names, write_config
+from flora.serve.config import EngineConfig
+from flora.serve.engine import Engine, build_engine
+from flora.serve.request import AdapterTarget
+
+_SMALL_CACHE_BYTES = 3 << 29  # the least: pinning memory takes a second for every few GiB, so no more than is useful
+_CACHE_SLACK = 1.25  # pages are filled to their end, and an arena has gaps
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    folder: Path
+    bench: ServeBench
+    targets: Mapping[int, AdapterTarget]  # adapter number -> what requests name
+
+    def config(self, numbers: Iterable[int]) -> EngineConfig:
+        """The engine's, for requests that want these adapters."""
+        config = self.bench.engine
+        wanted = list(numbers)
+        return msgspec.structs.replace(
+            config,
+            base=self.folder / "base",
+            registry=str(self.folder / "registry"),
+            cache_dir=self.folder / "cache",
+            dummy_weights=True,
+            host_cache_bytes=host_cache_bytes(config, self.bench.setting, wanted),
+            num_loaders=config.num_loaders if wanted else 0,
+        )
+
+
+def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World:
+    """Writes config.json and registers the adapters of these numbers, on all cores."""
+    setting = bench.setting
+    write_config(folder / "base", setting.shape)
+    targets = register_random_adapters(
+        folder / "registry", setting.shape, setting.modules, setting.ranks, numbers, os.cpu_count() or 1
+    )
+    return World(folder, bench, targets)
+
+
+@contextmanager
+def running_engine(config: EngineConfig) -> Iterator[Engine]:
+    """An engine, and its memory given back: it is full of cycles and holds most of a GPU."""
+    import torch
+
+    engine = build_engine(config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+        del engine
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def host_cache_bytes(config: EngineConfig, setting: Setting, numbers: Iterable[int]) -> int:
+    """What these adapters can fill, at most as much as the configuration allows."""
+    needed = sum(adapter_bytes(setting, number, config.dtype) for number in numbers)
+    return min(config.host_cache_bytes, max(_SMALL_CACHE_BYTES, math.ceil(_CACHE_SLACK * needed)))
+
+
+def adapter_bytes(setting: Setting, number: int, dtype: str) -> int:
+    """Of one adapter's factors."""
+    rank = setting.ranks[number % len(setting.ranks)]
+    names = module_names(setting.shape, MODULE_SETS[setting.modules])
+    return sum(rank * sum(features(setting.shape, module)) for module, _ in names) * _ITEM_BYTES[dtype]

@@ -1,0 +1,154 @@
+"""The flags of `flora bench serve`, and what they make together: a setting, and an engine's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from flora.cli.machine import available_memory_bytes
+from flora.cli.sizes import parse_bytes, parse_length
+from flora.cli.sizing import PACE
+from flora.errors import UsageError
+
+if TYPE_CHECKING:
+    from flora.bench.settings import Setting
+    from flora.serve.config import EngineConfig
+
+_GPU_POOL_GIB, _CPU_POOL_GIB = 54, 1  # 54: beside the 16 GB of the 8B shape on 80 GB
+_HOST_CACHE_SHARE = 0.4  # of the memory that is available
+_MAX_CONTEXT = 2048  # more than any request of the settings has
+MAX_ADAPTERS = 1024
+
+_T = TypeVar("_T")
+
+
+def _flag(panel: str, name: str, metavar: str | None = None, help: str | None = None, **bounds: Any) -> Any:
+    return typer.Option(name, metavar=metavar, help=help, rich_help_panel=panel, **bounds)
+
+
+_WHAT, _WHEN, _ENGINE = "What is asked", "When, and by what it is judged", "Engine"
+
+Preset = Annotated[
+    str | None,
+    _flag(
+        _WHAT, "--preset", "NAME",
+        "S1, S2, S4 (S-LoRA's), G1 (Llama-3-8B shape), small; default: G1 on a GPU, else small. Other flags change it.",
+    ),
+]  # fmt: skip
+Shape = Annotated[str | None, _flag(_WHAT, "--shape", "NAME", "Of the base: llama3-8b, llama-7b, smollm2-135m, …")]
+Modules = Annotated[str | None, _flag(_WHAT, "--modules", "NAME", "attention: q, k, v, o; all: gate, up, down too.")]
+Ranks = Annotated[str | None, _flag(_WHAT, "--ranks", "LIST", "Dealt out in turn: 64,32,16,8.")]
+Adapters = Annotated[str | None, _flag(_WHAT, "--adapters", "LIST", "How many, a row each: 0,5,100; 0 is the base.")]
+Requests = Annotated[int | None, _flag(_WHAT, "--requests", "N", min=1)]
+Lengths = Annotated[str | None, _flag(_WHAT, "--lengths", "LOW,HIGH", "Tokens of prompts and answers, HIGH left out.")]
+Alpha = Annotated[float, _flag(_WHAT, "--alpha", "A", "Popularity: 1 is uniform, less is skewed.", min=0.01)]
+Cancel = Annotated[float, _flag(_WHAT, "--cancel", "SHARE", "Of the requests, given up midway.", min=0, max=1)]
+Seeds = Annotated[str, _flag(_WHAT, "--seeds", "LIST", "A pass each: the first is cold, the others are warm.")]
+Rate = Annotated[float, _flag(_WHEN, "--rate", "R", "Requests a second; 0: all at once.", min=0)]
+Cv = Annotated[float, _flag(_WHEN, "--cv", "CV", "Variation of the gaps between requests; 1: Poisson.", min=0.01)]
+SloTtft = Annotated[float, _flag(_WHEN, "--slo-ttft", "SECONDS", "A first token until then attains the objective.")]
+Dtype = Annotated[str, _flag(_ENGINE, "--dtype", "NAME")]
+DeviceName = Annotated[str, _flag(_ENGINE, "--device", "NAME", "cpu, cuda, cuda:1; auto.")]
+Pool = Annotated[
+    str | None, _flag(_ENGINE, "--pool", "SIZE", f"Default: {_GPU_POOL_GIB}GiB on a GPU, {_CPU_POOL_GIB}GiB on a CPU.")
+]
+HostCache = Annotated[str | None, _flag(_ENGINE, "--host-cache", "SIZE", "At most; what cannot fill is not taken.")]
+MaxLen = Annotated[str | None, _flag(_ENGINE, "--max-len", "TOKENS")]
+MaxSequences = Annotated[int | None, _flag(_ENGINE, "--max-sequences", "N", min=1)]
+MaxBatchTokens = Annotated[int | None, _flag(_ENGINE, "--max-batch-tokens", "N", min=1)]
+MaxAdapters = Annotated[int, _flag(_ENGINE, "--max-adapters", "N", min=1)]
+Loaders = Annotated[int | None, _flag(_ENGINE, "--loaders", "N", min=0)]
+Threads = Annotated[int | None, _flag(_ENGINE, "--threads", "N", "Of torch on a CPU.", min=1)]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Append a JSON line for each row as it comes.")]
+Scratch = Annotated[
+    Path | None, typer.Option("--scratch", metavar="DIR", help="For config, registry and adapters meanwhile.")
+]
+Commit = Annotated[str | None, typer.Option("--commit", metavar="NAME", help="Of this code, where there is no git.")]
+
+
+def make_setting(
+    preset: str,
+    *,
+    shape: str | None,
+    modules: str | None,
+    ranks: str | None,
+    adapters: str | None,
+    requests: int | None,
+    lengths: str | None,
+) -> Setting:
+    """The preset, changed by the flags that were given. Raises UsageError."""
+    from flora.bench.settings import SETTINGS
+    from flora.bench.shapes import MODULE_SETS, SHAPES
+
+    setting = _one_of(SETTINGS, preset, "--preset")
+    changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests}
+    if ranks:
+        changes["ranks"] = numbers(ranks, "--ranks", least=1)
+    if adapters:
+        changes["adapters"] = numbers(adapters, "--adapters")
+    if lengths:
+        changes["lengths"] = numbers(lengths, "--lengths", least=1)
+    setting = replace(setting, **{name: value for name, value in changes.items() if value is not None})
+    _one_of(SHAPES, setting.shape, "--shape")
+    _one_of(MODULE_SETS, setting.modules, "--modules")
+    if len(setting.lengths) != 2 or setting.lengths[0] >= setting.lengths[1]:
+        raise UsageError(
+            f"--lengths {lengths} leaves no length", fix="give the least and one more than the most: 8,512"
+        )
+    return setting
+
+
+def make_engine_config(
+    device: str,
+    dtype: str,
+    *,
+    pool: str | None,
+    host_cache: str | None,
+    max_len: str | None,
+    max_sequences: int | None,
+    max_batch_tokens: int | None,
+    max_adapters: int,
+    loaders: int | None,
+    threads: int | None,
+) -> EngineConfig:
+    """An engine for measuring, its folders still to be filled in. Raises UsageError."""
+    from flora.serve.config import EngineConfig
+
+    is_gpu = device != "cpu"
+    pace = PACE["cuda" if is_gpu else "cpu"]
+    default_pool_bytes = (_GPU_POOL_GIB if is_gpu else _CPU_POOL_GIB) << 30
+    default_host_bytes = int(_HOST_CACHE_SHARE * available_memory_bytes())
+    return EngineConfig(
+        base=Path(),
+        registry="",
+        cache_dir=Path(),
+        device=device,
+        dtype=dtype,
+        dummy_weights=True,
+        pool_bytes=parse_bytes(pool) if pool else default_pool_bytes,
+        host_cache_bytes=parse_bytes(host_cache) if host_cache else default_host_bytes,
+        max_context=parse_length(max_len) if max_len else _MAX_CONTEXT,
+        max_sequences=max_sequences or pace.max_sequences,
+        max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
+        max_adapters=max_adapters,
+        num_loaders=pace.num_loaders() if loaders is None else loaders,
+        num_threads=threads,
+    )
+
+
+def numbers(text: str, flag: str, *, least: int = 0) -> tuple[int, ...]:
+    """`5,100` -> (5, 100). Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text!r} is no list of numbers from {least} on", fix="separate them by commas: 5,100")
+    return tuple(map(int, parts))
+
+
+def _one_of(choices: Mapping[str, _T], name: str, flag: str) -> _T:
+    if name not in choices:
+        raise UsageError(f"{flag} {name!r} is not known", fix=f"give one of {', '.join(choices)}")
+    return choices[name]

@@ -1,0 +1,137 @@
+"""`flora bench serve`: serving, measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from flora.cli import bench_options as flag
+from flora.cli.options import AsJson
+from flora.cli.output import Column, Format, choose_format, note, print_table
+from flora.cli.sizing import resolve_device
+
+if TYPE_CHECKING:
+    from flora.bench.row import Row
+
+
+def serve(
+    preset: flag.Preset = None,
+    shape: flag.Shape = None,
+    modules: flag.Modules = None,
+    ranks: flag.Ranks = None,
+    adapters: flag.Adapters = None,
+    requests: flag.Requests = None,
+    lengths: flag.Lengths = None,
+    alpha: flag.Alpha = 1.0,
+    cancel: flag.Cancel = 0.0,
+    seeds: flag.Seeds = "42",
+    rate: flag.Rate = 0.0,
+    cv: flag.Cv = 1.0,
+    slo_ttft: flag.SloTtft = 6.0,
+    device: flag.DeviceName = "auto",
+    dtype: flag.Dtype = "auto",
+    pool: flag.Pool = None,
+    host_cache: flag.HostCache = None,
+    max_len: flag.MaxLen = None,
+    max_sequences: flag.MaxSequences = None,
+    max_batch_tokens: flag.MaxBatchTokens = None,
+    max_adapters: flag.MaxAdapters = flag.MAX_ADAPTERS,
+    loaders: flag.Loaders = None,
+    threads: flag.Threads = None,
+    out: flag.Out = None,
+    scratch: flag.Scratch = None,
+    commit: flag.Commit = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure serving with random weights: requests and tokens a second, and the time to tokens.
+
+    The engine is driven in this process: no HTTP and no text, as the offline classes of other engines are. Traces are
+    S-LoRA's: power-law popularity, uniform lengths, Gamma arrivals. A row is printed only if every request got the
+    tokens of its trace and the idle engine holds no page of keys and values.
+
+    [bold]Examples[/bold]
+
+      flora bench serve --adapters 0,5,100,1000 --out rows.jsonl
+
+      flora bench serve --preset S2 --adapters 200 --rate 20 --cv 2
+    """
+    from flora.bench.row import append_row, commit_of_this_code
+    from flora.bench.serving import measure_engine
+    from flora.bench.settings import ServeBench
+
+    form = choose_format(as_json=as_json, ids_only=False)
+    device, dtype = resolve_device(device, dtype)
+    bench = ServeBench(
+        setting=flag.make_setting(
+            preset or ("small" if device == "cpu" else "G1"),
+            shape=shape,
+            modules=modules,
+            ranks=ranks,
+            adapters=adapters,
+            requests=requests,
+            lengths=lengths,
+        ),
+        engine=flag.make_engine_config(
+            device,
+            dtype,
+            pool=pool,
+            host_cache=host_cache,
+            max_len=max_len,
+            max_sequences=max_sequences,
+            max_batch_tokens=max_batch_tokens,
+            max_adapters=max_adapters,
+            loaders=loaders,
+            threads=threads,
+        ),
+        seeds=flag.numbers(seeds, "--seeds"),
+        alpha=alpha,
+        rate=rate,
+        cv=cv,
+        cancel=cancel,
+        slo_ttft_s=slo_ttft,
+    )
+    logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
+    rows = []
+    for row in measure_engine(bench, commit=commit or commit_of_this_code(), scratch=scratch, tell=note):
+        note(f"{row.adapters} adapters, seed {row.seed}, {row.order}: {row.req_s} requests/s in {row.elapsed_s} s")
+        rows.append(row)
+        if out:
+            append_row(out, row)
+    _print_rows(form, rows)
+
+
+def _print_rows(form: Format, rows: Sequence[Row]) -> None:
+    import msgspec
+
+    columns = (
+        Column("adapters", "adapters", is_number=True),
+        Column("seed", "seed", is_number=True),
+        Column("order", "order"),
+        Column("rate", "rate", lambda rate: f"{rate:g}" if rate else "at once", is_number=True),
+        Column("req_s", "requests/s", _number, is_number=True),
+        Column("out_tok_s", "tokens/s", _number, is_number=True),
+        Column("ttft_ms_p50", "first token p50, ms", _number, is_number=True),
+        Column("ttft_ms_p99", "p99", _number, is_number=True),
+        Column("tpot_ms_p50", "a token p50, ms", _number, is_number=True),
+        Column("tpot_ms_p99", "p99", _number, is_number=True),
+        Column("slo_attainment", "SLO met", _share, is_number=True),
+    )
+    print_table(form, "rows", columns, [msgspec.to_builtins(row) for row in rows], id_key="adapters")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+VERBS = {"serve": serve}
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
+)

@@ -1,0 +1,139 @@
+"""The engine under measurement is the real one, on a CPU, with a base and adapters drawn at random."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flora.bench.asks import Ask
+from flora.bench.engines import World, host_cache_bytes, make_world, running_engine
+from flora.bench.in_process import drive_engine
+from flora.bench.serving import all_numbers, check_nothing_leaks, measure_engine
+from flora.bench.settings import ServeBench, Setting
+from flora.bench.timeline import check_timelines
+from flora.errors import CheckFailed
+from flora.serve.config import EngineConfig
+from flora.serve.engine import Engine
+from flora.serve.engine.pages import Use
+
+TINY = Setting("tiny", "attention", ranks=(8, 4), adapters=(0, 3), num_requests=12, lengths=(4, 16))
+ENGINE = EngineConfig(base=Path(), registry="", cache_dir=Path(), pool_bytes=32 << 20, max_sequences=8, num_threads=1)
+
+
+class SteppingClock:
+    """Time that passes by a millisecond whenever someone looks, and jumps where someone sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.slept: list[float] = []  # until when, each time
+
+    def now(self) -> float:
+        self.now_s += 0.001
+        return self.now_s
+
+    def sleep_until(self, moment_s: float) -> None:
+        assert moment_s >= self.now_s - 0.01, "nobody waits for the past"
+        self.slept.append(moment_s)
+        self.now_s = max(self.now_s, moment_s)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    bench = ServeBench(setting=TINY, engine=ENGINE)
+    return make_world(tmp_path_factory.mktemp("bench"), bench, range(4))
+
+
+@pytest.fixture
+def engine(world: World) -> Iterator[Engine]:
+    with running_engine(world.config(range(4))) as engine:
+        yield engine
+
+
+def ask(due_s: float, *, num_tokens: int = 4, adapter: int | None = None, cancel_after: int | None = None) -> Ask:
+    return Ask(prompt=(10, 11, 12), num_tokens=num_tokens, due_s=due_s, adapter=adapter, cancel_after=cancel_after)
+
+
+def test_a_request_is_submitted_when_it_is_due_and_the_loop_sleeps_until_then(world, engine):
+    asks = [ask(0.5, adapter=0), ask(0.502), ask(7.0, adapter=1)]
+    clock = SteppingClock()
+
+    seen = drive_engine(engine, asks, world.targets, clock)
+
+    check_timelines(asks, seen.timelines)
+    for asked, timeline in zip(asks, seen.timelines, strict=True):
+        assert timeline.sent_s is not None
+        assert timeline.first_s is not None
+        assert asked.due_s <= timeline.sent_s < timeline.first_s
+        assert timeline.sent_s - asked.due_s < 0.05
+    # twice there is nothing to do: before the first request, and between the second and the third
+    assert [round(moment_s - clock.slept[0], 1) for moment_s in clock.slept] == [0.0, 6.5]
+
+
+def test_requests_that_are_there_at_once_are_all_sent_before_the_first_step(world, engine):
+    asks = [ask(0.0, adapter=i % 4) for i in range(12)]
+
+    seen = drive_engine(engine, asks, world.targets)
+
+    check_timelines(asks, seen.timelines)
+    assert max(timeline.sent_s or 0 for timeline in seen.timelines) <= min(t.first_s or 0 for t in seen.timelines)
+    assert seen.counts["loads"] == 4
+    assert seen.full_batch_after_s is not None  # 12 requests for 8 places
+
+
+def test_a_client_that_goes_away_midway_leaves_no_page_behind(world, engine):
+    asks = [ask(0.0, num_tokens=30, adapter=i % 3, cancel_after=5 if i % 2 else None) for i in range(12)]
+
+    seen = drive_engine(engine, asks, world.targets)
+
+    check_timelines(asks, seen.timelines)
+    assert [timeline.outcome for timeline in seen.timelines[:2]] == ["length", "cancelled"]
+    assert check_nothing_leaks(engine) == 0
+
+
+def test_a_page_that_nobody_gives_back_fails_the_check(engine):
+    engine.pages.allocate(1, Use.KV)
+
+    with pytest.raises(CheckFailed, match="holds 1 pages"):
+        check_nothing_leaks(engine)
+
+
+def test_a_request_that_the_engine_refuses_is_no_figure(world, engine):
+    too_long = Ask(prompt=(10,) * 9000, num_tokens=4, due_s=0.0, adapter=None)
+
+    seen = drive_engine(engine, [too_long, ask(0.0)], world.targets)
+
+    assert [timeline.outcome for timeline in seen.timelines] == ["failed", "length"]
+    with pytest.raises(CheckFailed):
+        check_timelines([too_long, ask(0.0)], seen.timelines)
+
+
+def test_each_number_of_adapters_and_each_seed_make_a_row(tmp_path):
+    bench = ServeBench(setting=TINY, engine=ENGINE, seeds=(42, 42), rate=200.0, cv=2.0, cancel=0.2)
+
+    rows = list(measure_engine(bench, commit="abc", scratch=tmp_path))
+
+    assert [(row.adapters, row.order) for row in rows] == [(0, "cold"), (0, "warm"), (3, "cold"), (3, "warm")]
+    assert all(row.completed + row.cancelled == row.requests == 12 for row in rows)
+    assert all(row.cancelled > 0 and row.kv_pages_left == 0 for row in rows)
+    cold, warm = rows[2:]
+    assert (cold.loads, warm.loads) == (cold.distinct, 0)
+    assert set(cold.kernels or {}) >= {"lora_shrink", "lora_expand", "paged_attention"}
+    assert cold.req_s == pytest.approx(cold.completed / cold.elapsed_s, rel=0.1)
+    assert not list(tmp_path.iterdir()), "no folder is left behind"
+
+
+def test_warm_up_adapters_are_none_of_those_that_are_measured():
+    bench = ServeBench(setting=TINY, engine=ENGINE)
+
+    assert {number for number in all_numbers(bench) if number >= 3} <= set(range(3, 11))
+    assert {0, 1, 2} <= all_numbers(bench)
+
+
+def test_the_host_cache_is_no_larger_than_the_adapters_can_fill():
+    g1 = Setting("llama3-8b", "attention", ranks=(64, 32, 16, 8), adapters=(1000,))
+    config = EngineConfig(base=Path(), registry="", cache_dir=Path(), dtype="bfloat16", host_cache_bytes=28 << 30)
+    of_four = (64 + 32 + 16 + 8) * 26_624 * 32 * 2  # bytes: ranks, inputs and outputs of q, k, v, o, layers, bf16
+
+    assert host_cache_bytes(config, g1, range(5)) == 3 << 29
+    assert host_cache_bytes(config, g1, range(100)) == pytest.approx(1.25 * 25 * of_four, abs=1)
+    assert host_cache_bytes(config, g1, range(1000)) == 28 << 30
