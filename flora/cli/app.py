@@ -27,6 +27,7 @@ from flora.cli.commands import (
     listing,
     prune,
     serve,
+    verify,
 )
 from flora.cli.output import SCHEMA_VERSION, note
 from flora.errors import FloraError
@@ -36,7 +37,7 @@ _CliUsageError: Any = typer.BadParameter.__base__  # click's UsageError, whereve
 _EXTRA_OF_MODULE = dict.fromkeys(
     ("fastapi", "starlette", "uvicorn", "h11", "zmq", "tokenizers", "jinja2", "prometheus_client", "httpx2", "triton"),
     "serve",
-)
+) | {"transformers": "hf"}
 
 app = typer.Typer(
     name="flora",
@@ -84,7 +85,12 @@ def _first_sentence(text: str) -> str:
 
 
 _PANELS: dict[str, dict[str, Callable[..., None]]] = {
-    "Make adapters": {"extract": extract.extract, "prune": prune.prune, "inspect": inspection.inspect},
+    "Make adapters": {
+        "extract": extract.extract,
+        "prune": prune.prune,
+        "inspect": inspection.inspect,
+        "verify": verify.verify,
+    },
     "Keep them": {
         "ls": listing.ls,
         "show": listing.show,

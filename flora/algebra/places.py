@@ -1,0 +1,42 @@
+"""Where an adapter's factors go: the tensor of a checkpoint that a module changes, and that tensor as a matrix."""
+
+from collections.abc import Container
+
+from torch import Tensor
+
+from flora.adapter import Module
+from flora.errors import BaseMismatch
+
+
+def tensor_name(module: Module, names: Container[str]) -> str:
+    """The tensor of a checkpoint that `module` changes: its `.weight`, or a parameter of that very name.
+
+    Raises BaseMismatch if `names` holds neither.
+    """
+    for name in (f"{module.name}.weight", module.name):
+        if name in names:
+            return name
+    raise BaseMismatch(
+        f"{module.name} of the adapter is not in the base",
+        cause="the adapter was made for another base, or its names differ",
+        fix="give the base that `flora show` names",
+        tensor=module.name,
+    )
+
+
+def as_matrix(tensor: Tensor, module: Module) -> Tensor:
+    """The tensor as the matrix [out_features, in_features] that the factors add to: a view of it.
+
+    Raises BaseMismatch if it has another shape.
+    """
+    if tensor.dim() >= 2:
+        matrix = tensor.flatten(1)
+        if matrix.shape == (module.out_features, module.in_features):
+            return matrix
+    raise BaseMismatch(
+        f"{module.name} is {[module.out_features, module.in_features]} in the adapter, {list(tensor.shape)} in the "
+        "checkpoint",
+        cause="the adapter was made for another base",
+        fix="give the base that `flora show` names",
+        tensor=module.name,
+    )
