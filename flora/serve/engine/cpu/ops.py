@@ -72,6 +72,7 @@ class CpuOps(ReferenceOps):
         softmax_scale: float,
         *,
         max_queries: int | None = None,
+        prefill_range: Tensor | None = None,
     ) -> Tensor:
         """See Ops.paged_attention."""
         if not keeps_the_references_bits(q.shape[1], kv.shape[3], q.shape[2], torch.get_num_threads()):
