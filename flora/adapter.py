@@ -10,12 +10,13 @@ The records here are msgspec structs: they travel as JSON, and reading them need
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from flora.digests import digest_bytes, digest_json
+from flora.forms import LINEAR, Form, Kind
 from flora.names import Digest
 
 if TYPE_CHECKING:
@@ -29,21 +30,37 @@ GENERATION_CONFIG = "generation_config.json"
 EXTRAS = (CHAT_TEMPLATE, GENERATION_CONFIG)  # files of the tuned checkpoint that an adapter may carry
 
 
-class Module(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapted module, as its header tells it."""
+class Module(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One adapted module, as its header tells it. Defaults are not written: they came after the first digests."""
 
     name: str  # module path in the base checkpoint: model.layers.0.self_attn.q_proj
-    in_features: int
+    in_features: int  # of the weight as a matrix [out, in]; `forms.py` says how it lies in the checkpoint
     out_features: int
     rank: int
     alpha: float  # scale = alpha / rank
-    dtype: str  # of the stored factors: bfloat16, float16, float32
+    dtype: str  # of the stored factors: bfloat16, float16, float32, float8_e4m3fn
     a_sha256: str  # hex, of the stored bytes of A [rank, in] and B [out, rank]
     b_sha256: str
+    kind: Kind = "linear"
+    kernel: tuple[int, ...] = ()
+    tied: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    @property
+    def form(self) -> Form:
+        return Form(kind=self.kind, kernel=self.kernel, tied=self.tied)
+
+
+class ExactTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """A small tensor that the adapter carries whole, as the tuned checkpoint has it: a norm's weight, a bias."""
+
+    name: str  # in the base checkpoint: model.norm.weight
+    shape: tuple[int, ...]
+    dtype: str  # bfloat16, float16, float32
+    sha256: str  # hex, of its bytes
 
 
 class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,9 +68,9 @@ class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     shape: tuple[int, ...]
-    status: Literal["extracted", "unchanged", "not_extractable", "excluded"]
+    status: Literal["extracted", "exact", "unchanged", "not_extractable", "excluded"]  # exact: carried whole
     norm_squared: float
-    kept: float = 0.0  # norm_squared less the squared residual of the factors as stored; 0 where nothing is extracted
+    kept: float = 0.0  # norm_squared less the squared residual of what is stored; 0 where nothing is
     rank: int | None = None
     noise: float = 0.0  # estimate of what rounding the tuned weights to their dtype put into norm_squared
     reason: str | None = None  # of a status other than extracted; or of a rank that missed the target
@@ -121,19 +138,29 @@ class AdapterHeader(msgspec.Struct, frozen=True, kw_only=True):
     extras: dict[str, str] = {}  # file name -> digest
     bench_salt: str = ""  # lets a benchmark make equal files count as different adapters
     schema_version: int = SCHEMA_VERSION
+    exact: tuple[ExactTensor, ...] | msgspec.UnsetType = msgspec.UNSET  # in the order of names; not written if none
 
     @property
     def serving_digest(self) -> Digest:
-        modules = [msgspec.to_builtins(module) for module in self.modules]
-        return digest_json(
-            {
-                "schema_version": self.schema_version,
-                "base": self.base.base_id or f"claimed:{self.base.name}",
-                "modules": modules,
-                "extras": self.extras,
-                "bench_salt": self.bench_salt,
-            }
-        )
+        record = {
+            "schema_version": self.schema_version,
+            "base": self.base.base_id or f"claimed:{self.base.name}",
+            "modules": [msgspec.to_builtins(module) for module in self.modules],
+            "extras": self.extras,
+            "bench_salt": self.bench_salt,
+        }
+        if self.exact_tensors:
+            record["exact"] = [msgspec.to_builtins(tensor) for tensor in self.exact_tensors]
+        return digest_json(record)
+
+    @property
+    def exact_tensors(self) -> tuple[ExactTensor, ...]:
+        return self.exact or ()
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """What each module is, by its name."""
+        return {module.name: module.form for module in self.modules}
 
     @property
     def max_rank(self) -> int:
@@ -146,17 +173,18 @@ class AdapterHeader(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """An adapter in memory: header, factors by module name, the report of its extraction, and the files it carries."""
+    """An adapter in memory: header, factors by module name, the report of its extraction, and what else it carries."""
 
     header: AdapterHeader
     factors: Mapping[str, LowRank]
     report: ChangeReport | None = None
-    extras: Mapping[str, bytes] = field(default_factory=dict)
+    extras: Mapping[str, bytes] = field(default_factory=dict)  # files, by name
+    exact: Mapping[str, Tensor] = field(default_factory=dict)  # whole tensors that replace the base's, by name
 
     def salted(self, salt: str) -> Adapter:
         """The same weights as an adapter of its own: for benchmarks, where equal files must count as different."""
         header = msgspec.structs.replace(self.header, bench_salt=salt)
-        return Adapter(header=header, factors=self.factors, report=self.report, extras=self.extras)
+        return replace(self, header=header)
 
     def __iter__(self) -> Iterator[tuple[Module, LowRank]]:
         for module in self.header.modules:
@@ -170,21 +198,28 @@ def make_adapter(
     report: ChangeReport | None = None,
     extras: Mapping[str, bytes] | None = None,
     bench_salt: str = "",
+    *,
+    forms: Mapping[str, Form] | None = None,
+    exact: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """The adapter of these factors, with its header made from them. Modules of rank 0 are left out."""
+    """The adapter of these factors, with its header made from them. Modules of rank 0 are left out.
+
+    forms  of the modules that are no linear layers;  exact  whole tensors to carry, fp32, fp16 or bf16 on the CPU
+    """
     kept = {name: factors[name] for name in sorted(factors) if factors[name].rank > 0}
     extras = dict(extras or {})
     header = AdapterHeader(
         base=base,
-        modules=tuple(describe(name, lowrank) for name, lowrank in kept.items()),
+        modules=tuple(describe(name, lowrank, (forms or {}).get(name, LINEAR)) for name, lowrank in kept.items()),
         recipe=recipe,
         extras={name: str(digest_bytes(data)) for name, data in sorted(extras.items())},
         bench_salt=bench_salt,
+        exact=tuple(_describe_exact(name, exact[name]) for name in sorted(exact)) if exact else msgspec.UNSET,
     )
-    return Adapter(header=header, factors=kept, report=report, extras=extras)
+    return Adapter(header=header, factors=kept, report=report, extras=extras, exact=dict(exact or {}))
 
 
-def describe(name: str, factors: LowRank) -> Module:
+def describe(name: str, factors: LowRank, form: Form = LINEAR) -> Module:
     return Module(
         name=name,
         in_features=factors.in_features,
@@ -194,7 +229,15 @@ def describe(name: str, factors: LowRank) -> Module:
         dtype=str(factors.A.dtype).removeprefix("torch."),
         a_sha256=tensor_sha256(factors.A),
         b_sha256=tensor_sha256(factors.B),
+        kind=form.kind,
+        kernel=form.kernel,
+        tied=form.tied,
     )
+
+
+def _describe_exact(name: str, tensor: Tensor) -> ExactTensor:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return ExactTensor(name=name, shape=tuple(tensor.shape), dtype=dtype, sha256=tensor_sha256(tensor))
 
 
 def report_of_factors(factors: Mapping[str, LowRank]) -> ChangeReport:

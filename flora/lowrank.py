@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Cosine below which two stored vectors count as orthogonal: over twice the unit roundoff (bf16: 2**-9, fp16: 2**-11).
-_ORTHOGONAL = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# Cosine below which two stored vectors count as orthogonal: over twice the unit roundoff (bf16: 2**-9, fp16: 2**-11,
+# fp8: 2**-4).
+_ORTHOGONAL = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float8_e4m3fn: 0.15}
 _ORTHOGONAL_FP32 = 1e-4
 _NEGLIGIBLE = 1e-7  # of the largest energy: terms so small are subnormal in fp16, and their directions are rounding
 
@@ -92,12 +93,14 @@ def is_svd_ordered(factors: LowRank) -> bool:
 def svd_order(factors: LowRank) -> LowRank:
     """The same product in SVD order, scale folded in: two QR factorizations and an SVD of [rank, rank], in float64.
 
-    A rank over in_features or out_features falls to the smaller of them.
+    A rank over in_features or out_features falls to the smaller of them. What was fp8 comes back as bf16: a narrow
+    format needs a scale of its own for each side.
     """
+    dtype = torch.bfloat16 if factors.A.dtype == torch.float8_e4m3fn else factors.A.dtype
     q_b, r_b = torch.linalg.qr(factors.B.double())
     q_a, r_a = torch.linalg.qr(factors.A.double().T)
     U, S, Vh = torch.linalg.svd(factors.scale * (r_b @ r_a.T), full_matrices=False)
-    return split_svd(q_b @ U, S, Vh @ q_a.T, factors.A.dtype)
+    return split_svd(q_b @ U, S, Vh @ q_a.T, dtype)
 
 
 def trim(factors: LowRank, rank: int) -> LowRank:

@@ -73,6 +73,8 @@ def prune(adapter: Adapter, rule: RankRule, parent_digest: str | None) -> Adapte
         _update(report, {name: (ranks[name], modules[name].kept[ranks[name]]) for name in cut}),
         adapter.extras,
         header.bench_salt,
+        forms=header.forms,
+        exact=adapter.exact,
     )
 
 

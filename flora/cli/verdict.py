@@ -10,6 +10,7 @@ from flora.diagnosis import WRONG_TOOL, diagnose_report, noise_share
 
 _LARGE_SHARE = 0.05  # of the whole change, left out: above it a user has to know before trusting the adapter
 _LARGE_NOISE = 0.02  # of the extracted change
+_TABLES = ("embeddings", "the output head")
 _GOOD, _FAIR = 0.95, 0.80  # kept energy of the extracted modules
 
 
@@ -81,6 +82,7 @@ def advice(report: ChangeReport) -> Iterator[str]:
             yield (
                 f"{percent(group.share)} of the whole change lies in {group.kind}, which this adapter leaves as in the "
                 "base; a skill that lives there is lost at any rank, so compare adapter and checkpoint on your task"
+                + ("; --embeddings carries it, for PEFT, not for Flora's server" if group.kind in _TABLES else "")
             )
     missed = [tensor for tensor in report.tensors if tensor.status == "extracted" and tensor.reason]
     if missed:

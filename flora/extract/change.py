@@ -18,6 +18,7 @@ from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pairs import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
+from flora.forms import as_matrix
 from flora.rank import rank_for_energy, signal_rank
 
 
@@ -30,6 +31,7 @@ class Change:
     noise: float = 0.0
     fit: Fit | None = None  # of an extractable pair that changed
     energies: Tensor | None = None  # squared singular values of the fitted terms, float64 [rank]
+    whole: Tensor | None = None  # the tuned tensor, of an exact pair that changed
     num_changed: int = 0  # elements that differ
     signal_rank: int | None = None  # of an extractable pair that changed: `flora.rank.signal_rank`
     signal_energy: float = 0.0
@@ -56,9 +58,12 @@ class PairWorker:
         start = time.perf_counter()
         delta = self._delta(pair)
         seconds = {"delta": time.perf_counter() - start}
+        if pair.status == "exact" and delta.norm_squared > 0:
+            whole = self._tuned.load(pair.tuned.name).clone()
+            return Change(pair, delta.norm_squared, delta.noise, whole=whole, num_changed=delta.num_changed)
         if delta.values is None:
             return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed, seconds=seconds)
-        return self._factorize(pair, delta, delta.values, seconds)
+        return self._factorize(pair, delta, as_matrix(pair.kind, delta.values), seconds)
 
     def _is_tied(self, pair: TensorPair) -> bool:
         """Whether an output head is the token embedding on both sides, stored twice or left out."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import UsageError
+from flora.extract.kinds import Wish
+from flora.extract.pairs import DEFAULT_WISH
 from flora.rank import RankRule
 
-FACTOR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}  # of one stored number
+FACTOR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}  # of one stored number
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,7 @@ class ExtractConfig:
     exact: bool = False  # a full SVD of every delta, for audits
     include: tuple[str, ...] = ()  # globs over module names; none means every module
     exclude: tuple[str, ...] = ()
+    wish: Wish = DEFAULT_WISH  # what beside the linear layers
     seed: int = 0
     strict: bool = False  # a module that misses the asked energy fails the whole run
     device: str = "cpu"

@@ -1,5 +1,6 @@
 """From singular vectors to factors as they are stored."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +30,27 @@ def fit(delta: Tensor, basis: Basis, rank: int, dtype: torch.dtype) -> Fit:
     with D that this takes is the one that the certificate needs. Terms end, at none perhaps, where the rounded small
     side overflows or loses its rank.
     """
-    small = (basis.values[:rank].sqrt()[:, None] * basis.vectors[:rank]).to(dtype)
+    stored, exponent = _round(basis.values[:rank].sqrt()[:, None] * basis.vectors[:rank], dtype)
+    small = _ldexp(stored, exponent)
     L, first_bad = torch.linalg.cholesky_ex(small.double() @ small.double().T)
     rank = int(first_bad) - 1 if first_bad else rank
-    small, inverse = small[:rank], torch.cholesky_inverse(L[:rank, :rank]).float()
-    product = small.float() @ wide(delta)
-    large = (inverse @ product).to(dtype)
-    kept = kept_by_rank(product, small, large).cpu()
-    A, B = (large, small.T) if delta.shape[0] <= delta.shape[1] else (small, large.T)
-    return Fit(LowRank(A=A.cpu().contiguous(), B=B.cpu().contiguous()), kept)
+    stored, small, inverse = stored[:rank], small[:rank], torch.cholesky_inverse(L[:rank, :rank]).float()
+    product = small @ wide(delta)
+    large, large_exponent = _round(inverse @ product, dtype)
+    kept = kept_by_rank(product, small, _ldexp(large, large_exponent)).cpu()
+    A, B = (large, stored.T) if delta.shape[0] <= delta.shape[1] else (stored, large.T)
+    scale = 2.0 ** (exponent + large_exponent)
+    return Fit(LowRank(A=A.cpu().contiguous(), B=B.cpu().contiguous(), scale=scale), kept)
+
+
+def _round(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """(stored, exponent) with rows ≈ stored * 2**exponent; the exponent is 0 but for fp8, whose range is narrow."""
+    if dtype != torch.float8_e4m3fn or not rows.numel():
+        return rows.to(dtype), 0
+    largest = float(rows.abs().max())
+    exponent = math.frexp(largest / torch.finfo(dtype).max)[1] if 0 < largest < math.inf else 0
+    return (rows * 2.0**-exponent).to(dtype), exponent
+
+
+def _ldexp(stored: Tensor, exponent: int) -> Tensor:
+    return stored.float() * 2.0**exponent

@@ -1,45 +1,105 @@
-"""What a tensor is, by name and shape: the weight of a linear layer, or something that has no such factors."""
+"""What a tensor is, by name and shape: a weight that can become factors, a vector to carry whole, or neither."""
 
+import re
 from collections.abc import Set
+from dataclasses import dataclass
+from typing import Any
 
 from flora.checkpoint import FLOAT_DTYPES
+from flora.forms import Kind
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
-HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "token_embedding")
+HEADS = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "generator_lm_head")
+HEAD_PATHS = ("cls.predictions.decoder", "predictions.decoder", "lm_head.decoder")  # of encoders' masked-word heads
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module tree; lm_head if not named here
+    "bert": "cls.predictions.decoder",
+    "albert": "predictions.decoder",
+    "roberta": "lm_head.decoder",
+    "xlm-roberta": "lm_head.decoder",
+    "distilbert": "vocab_projector",
+    "electra": "generator_lm_head",
+    "gpt_neox": "embed_out",
+    "whisper": "proj_out",
+}
+_TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|embed_positions|wpe|wte")
+_HEADED = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM|ForSpeechSeq2Seq|ForPreTraining")
 
 
-def reason_against(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: str, names: Set[str]) -> str | None:
-    """Why this tensor cannot become factors of a linear layer, in words for the report; None if it can.
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What to extract beside the linear layers of the body, the only ones that every server of adapters takes."""
+
+    embeddings: bool = False  # tables and output heads, as factors
+    vectors: bool = False  # norms and biases, whole
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What becomes of one tensor: factors of that kind, a whole copy, or nothing for a reason in words."""
+
+    kind: Kind | None = None
+    is_vector: bool = False
+    reason: str | None = None
+
+
+def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: str, names: Set[str]) -> Finding:
+    """What a tensor of both sides is.
 
     dtypes  of both sides, in safetensors' words;  names  of every tensor of the pair
     """
     leaf = leaf_of(name)
     if not dtypes <= set(FLOAT_DTYPES):
-        return "a buffer of whole numbers, not a weight"
+        return Finding(reason="a buffer of whole numbers, not a weight")
+    if is_table(name, shape):
+        return Finding("embedding")
+    if ".experts." in name:
+        return Finding(reason="expert weights: the module tree holds them fused in one 3-D parameter")
+    if leaf in ("gate", "router") and any(other.startswith(f"{_parent(name)}.experts.") for other in names):
+        return Finding(reason="the router of a mixture of experts: no linear layer in the module tree")
+    if len(shape) < 2:
+        return Finding(is_vector=len(shape) == 1 and name.endswith((".weight", ".bias")), reason=_vector(name, leaf))
+    if not name.endswith(".weight"):
+        return Finding(reason="a parameter outside any layer that has a LoRA form")
+    if len(shape) > 2:
+        return _classify_conv(name, shape)
+    if model_type in CONV1D_MODELS and leaf in CONV1D_LAYERS:
+        return Finding("conv1d")
+    return Finding("linear")
+
+
+def reason_not_wished(name: str, kind: Kind, names: Set[str], wish: Wish) -> str | None:
+    """Why factors of this tensor are not made unless asked for; None if they are."""
+    if wish.embeddings:
+        return None
     if is_embedding(name):
         tied = not any(is_head(other) for other in names)
-        return "the token embedding" + (", tied to the output head" if tied else "") + ": a table, not a linear layer"
+        return "the token embedding" + (", tied to the output head" if tied else "") + ": only --embeddings extracts it"
     if is_head(name):
-        return "the output head: only the linear layers of the body are extracted"
-    if "embed" in leaf or leaf in ("wpe", "relative_attention_bias"):
-        return "an embedding: a table, not a linear layer"
-    if name.endswith(".bias"):
-        return "a bias: a vector has no low rank"
-    if len(shape) < 2:
-        return "a norm's weight: a vector has no low rank" if "norm" in name or leaf.startswith("ln") else "a vector"
-    if ".experts." in name:
-        return "expert weights: the module tree holds them fused in one 3-D parameter"
-    if leaf in ("gate", "router") and any(other.startswith(f"{_parent(name)}.experts.") for other in names):
-        return "the router of a mixture of experts: no linear layer in the module tree"
-    if len(shape) > 2:
-        return f"a {len(shape)}-dimensional parameter, not a matrix"
-    if not name.endswith(".weight"):
-        return "a parameter outside any linear layer"
-    if model_type in CONV1D_MODELS and leaf in CONV1D_LAYERS:
-        return "a Conv1D layer: its weight lies transposed, [in, out]"
-    return None
+        return "the output head: only --embeddings extracts it"
+    return "an embedding: only --embeddings extracts it" if kind == "embedding" else None
+
+
+def tied_heads(embedding: str, model_type: str, config: dict[str, Any], names: Set[str]) -> tuple[str, ...]:
+    """Modules that use the weight of tensor `embedding` and have none of their own in the files.
+
+    names  of every tensor of the base
+    """
+    module = embedding.removesuffix(".weight")
+    if not is_embedding(embedding):
+        return ()
+    if module.rpartition(".")[2] == "shared":  # T5 and BART: encoder and decoder each look tokens up in it
+        stem = module.removesuffix("shared")
+        tables = tuple(f"{stem}{side}.embed_tokens" for side in ("encoder", "decoder"))
+        tables = tuple(table for table in tables if f"{table}.weight" not in names)
+    else:
+        tables = ()
+    architecture = str((config.get("architectures") or [""])[0])
+    has_head = any(is_head(name) for name in names)
+    if has_head or not _HEADED.search(architecture) or config.get("tie_word_embeddings") is False:
+        return tables
+    return (*tables, TIED_HEADS.get(model_type, "lm_head"))
 
 
 def is_embedding(name: str) -> bool:
@@ -47,14 +107,39 @@ def is_embedding(name: str) -> bool:
     return name.endswith(".weight") and leaf_of(name) in EMBEDDINGS
 
 
+def is_table(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is any table that is looked up by an index: tokens, positions, kinds of token."""
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return False
+    return is_embedding(name) or leaf_of(name) == "relative_attention_bias" or bool(_TABLE.fullmatch(leaf_of(name)))
+
+
 def is_head(name: str) -> bool:
     """Whether this is the weight that turns the last hidden state into logits; it is never inside a layer."""
-    return name.endswith(".weight") and leaf_of(name) in HEADS and name.count(".") <= 2
+    if not name.endswith(".weight"):
+        return False
+    return (leaf_of(name) in HEADS and name.count(".") <= 2) or name.removesuffix(".weight") in HEAD_PATHS
 
 
 def leaf_of(name: str) -> str:
     """The module's own name: `q_proj` of `model.layers.0.self_attn.q_proj.weight`."""
     return name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _vector(name: str, leaf: str) -> str:
+    if name.endswith(".bias"):
+        return "a bias: a vector has no low rank"
+    return "a norm's weight: a vector has no low rank" if "norm" in name or leaf.startswith("ln") else "a vector"
+
+
+def _classify_conv(name: str, shape: tuple[int, ...]) -> Finding:
+    if len(shape) > 5:
+        return Finding(reason=f"a {len(shape)}-dimensional parameter, not a matrix")
+    if "transpose" in leaf_of(name) or "deconv" in leaf_of(name):
+        return Finding(reason="a transposed convolution: it has no LoRA form")
+    if shape[1] == 1:
+        return Finding(reason="a convolution of one channel each: too small for two factors")
+    return Finding("conv")
 
 
 def _parent(name: str) -> str:

@@ -8,9 +8,11 @@ from typing import Literal
 
 from flora.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from flora.errors import CheckpointError, ShapeMismatch, UsageError
-from flora.extract.kinds import is_embedding, is_head, reason_against
+from flora.extract.kinds import Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
+from flora.forms import Form, Kind, matrix_shape
 
 PREFIXES = ("model.", "transformer.")  # what a bare AutoModel leaves off the names of its CausalLM
+DEFAULT_WISH = Wish()
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
 
 
@@ -21,8 +23,10 @@ class TensorPair:
     name: str
     base: TensorInfo | None  # None: only the tuned checkpoint holds it
     tuned: TensorInfo | None  # None: a buffer that only the base holds
-    status: Literal["extractable", "not_extractable", "excluded"] = "extractable"
+    status: Literal["extractable", "exact", "not_extractable", "excluded"] = "extractable"  # exact: carried whole
     reason: str | None = None  # of a status other than extractable
+    kind: Kind = "linear"  # of an extractable one
+    tied: tuple[str, ...] = ()  # modules without a tensor of their own that use this very embedding
     twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
 
     @property
@@ -38,17 +42,31 @@ class TensorPair:
         return self.sides[0].shape
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of an extractable one."""
+        return matrix_shape(self.kind, self.shape)
+
+    @property
+    def form(self) -> Form:
+        kernel = self.shape[2:] if self.kind == "conv" else ()
+        return Form(kind=self.kind, kernel=kernel, tied=self.tied)
+
+    @property
     def num_bytes(self) -> int:
         """What reading both sides takes."""
         return sum(info.num_bytes for info in self.sides)
 
 
 def pair_tensors(
-    base: Checkpoint, tuned: Checkpoint, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    base: Checkpoint,
+    tuned: Checkpoint,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    wish: Wish = DEFAULT_WISH,
 ) -> tuple[list[TensorPair], list[str]]:
     """Every tensor of either checkpoint, paired and classified, by name; and notes on names that had to be mapped.
 
-    include, exclude  globs over module and tensor names
+    include, exclude  globs over module and tensor names;  wish  what is wanted beside linear layers
     Raises ShapeMismatch, CheckpointError (the tuned checkpoint lacks tensors, or weights are not floating point),
     UsageError (a glob that matches nothing, or nothing left to extract).
     """
@@ -56,7 +74,7 @@ def pair_tensors(
     _check_shapes(pairs, base, tuned)
     _check_complete(pairs, base, tuned)
     _check_dtypes(pairs)
-    pairs = _select(_classify(pairs, str(base.config.get("model_type"))), include, exclude)
+    pairs = _select(_classify(pairs, base, wish), include, exclude)
     if not any(pair.status == "extractable" for pair in pairs):
         raise UsageError(
             f"nothing of {base.path} can be extracted",
@@ -161,20 +179,27 @@ def _check_dtypes(pairs: Sequence[TensorPair]) -> None:
                 )
 
 
-def _classify(pairs: Sequence[TensorPair], model_type: str) -> list[TensorPair]:
+def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list[TensorPair]:
     names = {pair.name for pair in pairs}
-    return [
-        replace(pair, status="not_extractable", reason=reason) if (reason := _reason(pair, model_type, names)) else pair
-        for pair in pairs
-    ]
+    model_type = str(base.config.get("model_type"))
+    return [_classified(pair, names, model_type, base, wish) for pair in pairs]
 
 
-def _reason(pair: TensorPair, model_type: str, names: set[str]) -> str | None:
+def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkpoint, wish: Wish) -> TensorPair:
     if pair.base is None:
-        return "new in the tuned checkpoint: there is no base tensor to change"
+        reason = "new in the tuned checkpoint: there is no base tensor to change"
+        return replace(pair, status="not_extractable", reason=reason)
     if pair.tuned is None:
-        return "a buffer that only the base stores: there is nothing to compare it with"
-    return reason_against(pair.name, pair.shape, {info.dtype for info in pair.sides}, model_type, names)
+        reason = "a buffer that only the base stores: there is nothing to compare it with"
+        return replace(pair, status="not_extractable", reason=reason)
+    found = classify(pair.name, pair.shape, {info.dtype for info in pair.sides}, model_type, names)
+    if found.kind is None:
+        status: Literal["exact", "not_extractable"] = "exact" if found.is_vector and wish.vectors else "not_extractable"
+        return replace(pair, status=status, reason=found.reason)
+    not_wished = reason_not_wished(pair.name, found.kind, names, wish)
+    if not_wished is not None:
+        return replace(pair, status="not_extractable", reason=not_wished)
+    return replace(pair, kind=found.kind, tied=tied_heads(pair.name, model_type, dict(base.config), names))
 
 
 def _select(pairs: Sequence[TensorPair], include: Sequence[str], exclude: Sequence[str]) -> list[TensorPair]:
@@ -189,7 +214,7 @@ def _select(pairs: Sequence[TensorPair], include: Sequence[str], exclude: Sequen
 
 
 def _selected(pair: TensorPair, include: Sequence[str], exclude: Sequence[str]) -> TensorPair:
-    if pair.status != "extractable":
+    if pair.status == "not_extractable":
         return pair
     if include and not any(_matches(pair, glob) for glob in include):
         return replace(pair, status="excluded", reason="not named by --include")

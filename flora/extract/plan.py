@@ -41,13 +41,13 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     if base.path.resolve() == tuned.path.resolve():
         raise UsageError(f"{base.path} is given as base and as tuned checkpoint", fix="give two different checkpoints")
     _check_device(config.device)
-    pairs, notes = pair_tensors(base, tuned, config.include, config.exclude)
+    pairs, notes = pair_tensors(base, tuned, config.include, config.exclude, config.wish)
     check_vocabulary(base, tuned)
     modules = [pair for pair in pairs if pair.status == "extractable"]
     item_bytes = FACTOR_BYTES[config.factor_dtype]
     ranks = _possible_ranks(modules, config.rule, item_bytes)
-    held_bytes = sum(ranks[pair.name] * sum(pair.shape) * item_bytes for pair in modules)
-    worker_bytes = max(_working_bytes(pair.shape, ranks[pair.name], config) for pair in modules)
+    held_bytes = sum(ranks[pair.name] * sum(pair.matrix_shape) * item_bytes for pair in modules)
+    worker_bytes = max(_working_bytes(pair.matrix_shape, ranks[pair.name], config) for pair in modules)
     crew = choose_crew(worker_bytes, fewest=1 if config.exact else 2)  # a full SVD needs much more memory
     return ExtractionPlan(
         pairs=tuple(pairs),
@@ -70,11 +70,11 @@ def _check_device(name: str) -> None:
 
 
 def _possible_ranks(modules: Sequence[TensorPair], rule: RankRule, item_bytes: int) -> dict[str, int]:
-    cap = rule.max_rank or max(min(pair.shape) for pair in modules)
+    cap = rule.max_rank or max(min(pair.matrix_shape) for pair in modules)
     if rule.budget_bytes is not None:
-        even = rule.budget_bytes // sum(sum(pair.shape) * item_bytes for pair in modules)
+        even = rule.budget_bytes // sum(sum(pair.matrix_shape) * item_bytes for pair in modules)
         cap = min(cap, max(_BUDGET_MIN, _BUDGET_SPREAD * even))
-    return {pair.name: min(cap, *pair.shape) for pair in modules}
+    return {pair.name: min(cap, *pair.matrix_shape) for pair in modules}
 
 
 def _working_bytes(shape: tuple[int, ...], rank: int, config: ExtractConfig) -> int:

@@ -33,7 +33,7 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
             config.rule,
             rank=rank,
             cap=caps[pair.name],
-            side=min(pair.shape),
+            side=min(pair.matrix_shape),
             cut=pair.module in cut,
             dtype=config.factor_dtype,
         )
@@ -42,6 +42,8 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
     if change.tied:
         assert pair.twin is not None
         return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
+    if change.whole is not None:
+        return _tensor_change(change, "exact", kept=change.norm_squared)
     if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
         return _tensor_change(change, "unchanged")
     return _tensor_change(change, pair.status, reason=pair.reason)
@@ -49,7 +51,7 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
 
 def _tensor_change(
     change: Change,
-    status: Literal["extracted", "unchanged", "not_extractable", "excluded"],
+    status: Literal["extracted", "exact", "unchanged", "not_extractable", "excluded"],
     *,
     kept: float = 0.0,
     rank: int | None = None,

@@ -19,6 +19,7 @@ from flora.extract.plan import ExtractionPlan, plan_extraction
 from flora.extract.report import check_report, make_report
 from flora.extract.sidecars import changed_extras
 from flora.extract.workers import in_order
+from flora.forms import Form
 from flora.identity import BaseRecord, base_record
 from flora.rank import ranks_for_budget
 
@@ -72,6 +73,8 @@ def extract(
         recipe=_recipe(config, base, tuned, tuned_is),
         report=report,
         extras=changed_extras(base, tuned),
+        forms=_forms(changes),
+        exact={change.pair.name: change.whole for change in changes if change.whole is not None},
     )
     return ExtractResult(adapter, base_is, tuned_is, plan, _timings(changes, time.perf_counter() - start))
 
@@ -139,10 +142,25 @@ def _cut_to_budget(changes: list[Change], config: ExtractConfig) -> tuple[list[C
     ], cut
 
 
+def _forms(changes: Sequence[Change]) -> dict[str, Form]:
+    """What each module is. A head that turned out to be its embedding again, stored twice, is tied to it."""
+    tied = [change.pair for change in changes if change.tied]
+    copies = {pair.twin[0].name: pair.module for pair in tied if pair.twin is not None}
+    forms = {}
+    for change in changes:
+        pair = change.pair
+        if pair.kind == "embedding" and pair.base and pair.base.name in copies:
+            pair = replace(pair, tied=(*pair.tied, copies[pair.base.name]))
+        forms[pair.module] = pair.form
+    return forms
+
+
 def _bind(base: Checkpoint, record: BaseRecord, changes: Sequence[Change]) -> BaseBinding:
     hashes = record.hashes()
     touched = [
-        change.pair.base.name for change in changes if change.pair.base and change.fit and change.fit.factors.rank
+        change.pair.base.name
+        for change in changes
+        if change.pair.base and (change.whole is not None or (change.fit and change.fit.factors.rank))
     ]
     return BaseBinding(
         name=base.name,
@@ -165,6 +183,8 @@ def _recipe(config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, record: 
             "include": ",".join(config.include) or None,
             "exclude": ",".join(config.exclude) or None,
             "seed": config.seed,
+            **({"embeddings": True} if config.wish.embeddings else {}),
+            **({"vectors": True} if config.wish.vectors else {}),
         },
         # a trainer often leaves the base's own Hub id in the config of what it saves
         tuned_name=tuned.name if tuned.name != base.name else tuned.path.name,

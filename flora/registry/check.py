@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from flora.errors import AdapterInvalid, StoreError
 from flora.names import Digest
 from flora.registry import index
-from flora.registry.formats.tensors import load_tensors, to_factors
+from flora.registry.formats.tensors import load_tensors, to_exact, to_factors
 from flora.registry.journal import Change, Journal, live_versions
 from flora.registry.manifest import Manifest, parse_manifest
 from flora.registry.packing import describe_version, get_report
@@ -109,13 +109,14 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
     if described != version:
         yield Problem("index", version.ref, "its row says something else than its manifest", _REINDEX)
     try:
-        path = store.verified_path(Digest(manifest.weights.digest))
-        factors = to_factors(manifest.header, load_tensors(path))
+        tensors = load_tensors(store.verified_path(Digest(manifest.weights.digest)))
+        to_factors(manifest.header, tensors)
+        to_exact(manifest.header, tensors)
     except AdapterInvalid as error:
         yield Problem("shape", version.ref, error.what, _AGAIN)
         return
-    for name, lowrank in factors.items():
-        if not (bool(lowrank.A.isfinite().all()) and bool(lowrank.B.isfinite().all())):
+    for name, tensor in tensors.items():
+        if not bool(tensor.float().isfinite().all()):  # fp8 has no isfinite
             yield Problem("not_finite", version.ref, f"{name} holds NaN or infinity", f"flora rm {version.ref}")
 
 

@@ -8,7 +8,7 @@ import msgspec
 from flora.adapter import ChangeReport, to_json
 from flora.digests import canonical_json
 from flora.names import Digest
-from flora.registry.formats.tensors import encode, load_tensors, to_factors, to_tensors
+from flora.registry.formats.tensors import encode, load_tensors, to_exact, to_factors, to_tensors
 from flora.registry.manifest import Manifest
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
@@ -21,7 +21,7 @@ def put_adapter(store: BlobStore, adapter: "Adapter") -> tuple[Manifest, str]:
     """Stores every blob of the adapter, the manifest last; returns it with its digest. Raises StoreError."""
     manifest = Manifest(
         header=adapter.header,
-        weights=store.put(encode(to_tensors(adapter.factors))),
+        weights=store.put(encode(to_tensors(adapter))),
         report=store.put([canonical_json(to_json(adapter.report))]) if adapter.report else None,
         extras={name: store.put([data]) for name, data in sorted(adapter.extras.items())},
         serving_digest=str(adapter.header.serving_digest),
@@ -33,10 +33,11 @@ def get_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     """The adapter that `manifest` describes, every blob checked. Raises StoreError."""
     from flora.adapter import Adapter
 
-    path = store.verified_path(Digest(manifest.weights.digest))
+    tensors = load_tensors(store.verified_path(Digest(manifest.weights.digest)))
     return Adapter(
         header=manifest.header,
-        factors=to_factors(manifest.header, load_tensors(path)),
+        factors=to_factors(manifest.header, tensors),
+        exact=to_exact(manifest.header, tensors),
         report=get_report(store, manifest),
         extras={name: store.read(Digest(blob.digest)) for name, blob in manifest.extras.items()},
     )

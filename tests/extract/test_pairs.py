@@ -114,15 +114,15 @@ def test_globs_that_leave_nothing_are_an_error(pair):
         paired(*pair, exclude=["*"])
 
 
-def test_conv1d_layers_are_refused_with_their_name(tmp_path):
-    """GPT-2 keeps [in, out]: factors of that delta would be the wrong way round."""
+def test_gpt2_keeps_its_weights_as_in_out(tmp_path):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=16))
 
-    with pytest.raises(UsageError, match=r"nothing of .* can be extracted") as caught:
-        pair_tensors(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+    pairs = paired(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
 
-    assert "Conv1D" in caught.value.cause
+    assert pairs["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
+    assert pairs["transformer.h.0.attn.c_attn.weight"].kind == "conv1d"
+    assert pairs["transformer.h.0.attn.c_attn.weight"].matrix_shape == (96, 32)  # [out, in]
 
 
 def test_experts_and_their_router_are_named_and_attention_is_extracted(tmp_path):

@@ -333,7 +333,6 @@ def test_a_huge_config_is_refused_by_its_size_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 64)),
         (f"base_model.model.{Q_PROJ}.lora_magnitude_vector", (32,)),
         (f"base_model.model.{Q_PROJ}.lora_B.bias", (32,)),
         ("base_model.model.lm_head.weight", (64, 32)),

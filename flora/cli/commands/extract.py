@@ -38,8 +38,15 @@ def extract(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", metavar="GLOB", help="No modules like this. Repeatable.")
     ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Embeddings and output head as factors too. PEFT reads them.")
+    ] = False,
+    vectors: Annotated[
+        bool, typer.Option("--vectors", help="Norms and biases too, whole and exact. PEFT reads them.")
+    ] = False,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16 or float32.")
+        str,
+        typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16, float32 or float8."),
     ] = "bfloat16",
     exact: Annotated[bool, typer.Option("--exact", help="A full SVD of every matrix: slow, for audits.")] = False,
     strict: Annotated[
@@ -65,8 +72,10 @@ def extract(
       flora extract org/model org/model-sql --energy 0.95 --name sql
 
       flora extract ./base ./tuned --budget 100MB --out ./adapter
+
+      flora extract ./base ./tuned --embeddings --vectors --dtype float8 --out ./adapter
     """
-    from flora.extract import ExtractConfig
+    from flora.extract import ExtractConfig, Wish
 
     form = choose_format(as_json=as_json, ids_only=quiet)
     rule = rank_rule(rank, energy, budget)
@@ -74,7 +83,8 @@ def extract(
         raise UsageError("--name and --out are for one TUNED", fix="leave them out, or extract one at a time")
     config = ExtractConfig(
         rule=rank_rule(DEFAULT_RANK, None, None) if rule.is_empty else rule,
-        factor_dtype=dtype,
+        factor_dtype="float8_e4m3fn" if dtype == "float8" else dtype,
+        wish=Wish(embeddings=embeddings, vectors=vectors),
         exact=exact,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),

@@ -31,6 +31,7 @@ from flora.adapter import (
 )
 from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
+from flora.forms import LINEAR, Form
 from flora.registry.formats.peft_config import (
     CONFIG_FILE,
     LoraScales,
@@ -39,11 +40,14 @@ from flora.registry.formats.peft_config import (
     read_config,
     read_json,
 )
-from flora.registry.formats.peft_weights import WEIGHTS_FILE, find_weights, read_pairs
-from flora.registry.formats.tensors import encode, to_tensors
+from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, find_weights, read_weights
+from flora.registry.formats.spelling import spell, spell_exact, spell_tied
+from flora.registry.formats.tensors import encode
 from flora.registry.store import store_error
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flora.lowrank import LowRank
 
 Profile = Literal["compact", "portable"]
@@ -94,17 +98,18 @@ def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> l
 def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes | memoryview]]:
     """The files of the folder, by name, each as pieces."""
     if profile == "portable":
-        from flora.registry.formats.portable import fold_scales, pad_factors
+        from flora.registry.formats.portable import fold_scales, pad_factors, pad_forms
 
         adapter = fold_scales(adapter)
         factors: Mapping[str, LowRank] = pad_factors(adapter)
-        leaves = sorted({name.rpartition(".")[2] for name in factors})
-        config = make_config(adapter.header, leaves)
+        forms = pad_forms(adapter, factors)
+        names = _with_tied(factors, forms)
+        config = make_config(adapter.header, sorted({name.rpartition(".")[2] for name in names}))
         rank = adapter.header.max_rank
         config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     else:
-        factors = adapter.factors
-        config = make_config(adapter.header, sorted(factors))
+        factors, forms = adapter.factors, adapter.header.forms
+        config = make_config(adapter.header, sorted(_with_tied(factors, forms)))
     record = _Record(
         kind=_KIND,
         schema_version=_SCHEMA_VERSION,
@@ -115,10 +120,22 @@ def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes |
     )
     files: dict[str, Iterable[bytes | memoryview]] = {
         CONFIG_FILE: [_pretty(config)],
-        WEIGHTS_FILE: encode(to_tensors(factors)),
+        WEIGHTS_FILE: encode(_spell_all(adapter, factors, forms)),
         RECORD_FILE: [_pretty(to_json(record))],
     }
     return files | {name: [data] for name, data in adapter.extras.items() if name in EXTRAS}
+
+
+def _with_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> set[str]:
+    return {name for module in factors for name in (module, *forms[module].tied)}
+
+
+def _spell_all(adapter: Adapter, factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> dict[str, "Tensor"]:
+    """Every tensor of the folder; an embedding's factors again for each module that shares its weight."""
+    tensors = {spell_exact(name, _with_tied(factors, forms)): tensor for name, tensor in adapter.exact.items()}
+    for name, lowrank in factors.items():
+        tensors |= spell(name, lowrank, forms[name])
+    return tensors | spell_tied(factors, forms)
 
 
 def load_peft(folder: Path) -> Adapter:
@@ -129,25 +146,29 @@ def load_peft(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise NotFound(f"{folder} is not a folder", fix=f"give the folder that holds {CONFIG_FILE}")
     weights = find_weights(folder)
-    config = LoraScales(read_config(folder / CONFIG_FILE))
-    pairs = read_pairs(weights, config)
     if (folder / RECORD_FILE).exists():
-        return _load_own(folder, config, pairs)
-    return _import(folder, config, pairs)
+        record = _read_record(folder)
+        config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
+        exact = {tensor.name: spell_exact(tensor.name, _adapted(record)) for tensor in record.header.exact_tensors}
+        return _load_own(folder, record, config, read_weights(weights, config, exact))
+    config = LoraScales(read_config(folder / CONFIG_FILE))
+    return _import(folder, config, read_weights(weights, config))
 
 
-def _import(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) -> Adapter:
+def _adapted(record: _Record) -> set[str]:
+    """Modules that have factors in the folder; a portable one adds layers, which no exact tensor is beside."""
+    return {name for module in record.header.modules for name in (module.name, *module.tied)}
+
+
+def _import(folder: Path, config: LoraScales, weights: Weights) -> Adapter:
     base = BaseBinding(name=public_name(config.config.base_model_name_or_path), base_id=None)
     version = config.config.peft_version
     recipe = Recipe(operation="import", method="peft", options={"peft_version": version} if version else {})
     extras = {name: _read_extra(folder / name) for name in EXTRAS if (folder / name).exists()}
-    return make_adapter(pairs, base, recipe, report_of_factors(pairs), extras)
+    return make_adapter(weights.pairs, base, recipe, report_of_factors(weights.pairs), extras, forms=weights.forms)
 
 
-def _load_own(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) -> Adapter:
-    """The adapter of a folder that Flora wrote, with the padding of a portable one trimmed away again."""
-    from flora.lowrank import trim
-
+def _read_record(folder: Path) -> _Record:
     try:
         record = msgspec.convert(read_json(folder / RECORD_FILE), _Record)
     except msgspec.ValidationError as error:
@@ -162,11 +183,23 @@ def _load_own(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) 
         raise _differs("the header")
     if not record.header.base.name.isprintable():
         raise AdapterInvalid(f"{RECORD_FILE} names its base with characters that cannot be shown")
-    left = dict(pairs)
+    return record
+
+
+def _load_own(folder: Path, record: _Record, config: LoraScales, weights: Weights) -> Adapter:
+    """The adapter of a folder that Flora wrote, with the padding of a portable one trimmed away again."""
+    import torch
+
+    from flora.lowrank import trim
+
+    left = dict(weights.pairs)
     factors = {}
     for module in record.header.modules:
         whole = left.pop(module.name, None)
         if whole is None or module.rank > whole.rank or module.scale != config.scale(module.name):
+            raise _differs(module.name)
+        form = weights.forms.get(module.name, LINEAR)
+        if form.kind != module.kind and (form.kind, module.kind) != ("linear", "conv1d"):  # PEFT spells these alike
             raise _differs(module.name)
         padding_is_zero = not whole.A[module.rank :].any() and not whole.B[:, module.rank :].any()
         trimmed = trim(whole, module.rank)
@@ -174,11 +207,18 @@ def _load_own(folder: Path, config: LoraScales, pairs: Mapping[str, "LowRank"]) 
         if not padding_is_zero or hashes != (module.a_sha256, module.b_sha256):
             raise _differs(module.name)
         factors[module.name] = trimmed
+        for tied in module.tied:
+            again = left.pop(tied, None)
+            if again is None or not (torch.equal(again.A, whole.A) and torch.equal(again.B, whole.B)):
+                raise _differs(tied)
     for name, whole in left.items():
         if whole.A.any() or whole.B.any():
             raise _differs(name)
     extras = {name: _own_extra(folder, name, digest) for name, digest in record.header.extras.items()}
-    return Adapter(header=record.header, factors=factors, report=record.report, extras=extras)
+    for tensor in record.header.exact_tensors:
+        if tensor_sha256(weights.exact[tensor.name]) != tensor.sha256:
+            raise _differs(tensor.name)
+    return Adapter(header=record.header, factors=factors, report=record.report, extras=extras, exact=weights.exact)
 
 
 def _own_extra(folder: Path, name: str, digest: str) -> bytes:

@@ -43,6 +43,9 @@ _NEUTRAL = {
     "corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
 
+_CAUSAL = re.compile(r"ForCausalLM|LMHead|^unknown$")  # for others PEFT's plain model does, whatever their inputs
+_OWN = ("modules_to_save", "bias", "fan_in_fan_out")
+
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=_MAX_RANK)]
 
 
@@ -92,9 +95,14 @@ class LoraScales:
         return compile_patterns(self.config.alpha_pattern or {}, "alpha_pattern")
 
 
-def read_config(path: Path) -> PeftConfig:
-    """The config in file `path`. Raises AdapterInvalid, and Unsupported with the key that asks for more than LoRA."""
+def read_config(path: Path, *, own: bool = False) -> PeftConfig:
+    """The config in file `path`. Raises AdapterInvalid, and Unsupported with the key that asks for more than LoRA.
+
+    own  beside a record of Flora's, which tells what the keys in `_OWN` are about
+    """
     raw = read_json(path)
+    if own:
+        raw = {key: value for key, value in raw.items() if key not in _OWN}
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise Unsupported(f"{CONFIG_FILE} is of peft_type {str(kind)[:40]!r}; Flora reads LORA", field="peft_type")
@@ -125,13 +133,15 @@ def make_config(header: AdapterHeader, target_modules: list[str]) -> dict[str, A
     """The config of this adapter with its true ranks, in the few keys that PEFT has had since version 0.10.
 
     r is the largest rank, since engines size their buffers by it; a pattern names each module that differs.
+    target_modules  paths or leaves; of the modules tied to an embedding, too
     """
     rank = max(header.max_rank, 1)
     alphas = Counter(module.alpha for module in header.modules if module.rank == rank)
     alpha = alphas.most_common(1)[0][0] if alphas else rank
+    modules = [(name, module) for module in header.modules for name in (module.name, *module.tied)]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if _CAUSAL.search(header.base.architecture) else None,
         "auto_mapping": None,
         "base_model_name_or_path": header.base.name,
         "revision": None,
@@ -139,18 +149,24 @@ def make_config(header: AdapterHeader, target_modules: list[str]) -> dict[str, A
         "r": rank,
         "lora_alpha": _plain_number(alpha),
         "lora_dropout": 0.0,
-        "fan_in_fan_out": False,
-        "bias": "none",
+        "fan_in_fan_out": any(module.kind == "conv1d" for module in header.modules),
+        "bias": "all" if any(tensor.name.endswith(".bias") for tensor in header.exact_tensors) else "none",
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": _modules_to_save(header),
         "layers_to_transform": None,
         "layers_pattern": None,
         "target_modules": target_modules,
-        "rank_pattern": {anchored(m.name): m.rank for m in header.modules if m.rank != rank},
-        "alpha_pattern": {anchored(m.name): _plain_number(m.alpha) for m in header.modules if m.alpha != alpha},
+        "rank_pattern": {anchored(name): m.rank for name, m in modules if m.rank != rank},
+        "alpha_pattern": {anchored(name): _plain_number(m.alpha) for name, m in modules if m.alpha != alpha},
     }
+
+
+def _modules_to_save(header: AdapterHeader) -> list[str] | None:
+    """Modules whose weight the adapter carries whole. A bias alone needs no entry: `bias` speaks for all."""
+    names = [tensor.name for tensor in header.exact_tensors]
+    return sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight")) or None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,21 +11,36 @@ from itertools import product
 import torch
 
 from flora.adapter import Adapter, ChangeReport, make_adapter
+from flora.forms import LINEAR, Form
 from flora.lowrank import LowRank, pad
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a layer's or an expert's index within a module path
 
 
 def fold_scales(adapter: Adapter) -> Adapter:
-    """The adapter with each scale multiplied into B, rounded to B's dtype; itself if there is none to fold."""
+    """The adapter with each scale multiplied into B, rounded to B's dtype; itself if there is none to fold.
+
+    fp8 becomes bf16, which holds the same numbers and their scales.
+    """
     if all(lowrank.scale == 1 for lowrank in adapter.factors.values()):
         return adapter
-    folded = {
-        name: LowRank(A=lowrank.A, B=(lowrank.B.float() * lowrank.scale).to(lowrank.B.dtype))
-        for name, lowrank in adapter.factors.items()
-    }
+    folded = {name: _fold(lowrank) for name, lowrank in adapter.factors.items()}
     header = adapter.header
-    return make_adapter(folded, header.base, header.recipe, adapter.report, adapter.extras, header.bench_salt)
+    return make_adapter(
+        folded,
+        header.base,
+        header.recipe,
+        adapter.report,
+        adapter.extras,
+        header.bench_salt,
+        forms=header.forms,
+        exact=adapter.exact,
+    )
+
+
+def _fold(factors: LowRank) -> LowRank:
+    dtype = torch.bfloat16 if factors.B.dtype == torch.float8_e4m3fn else factors.B.dtype
+    return LowRank(A=factors.A.to(dtype), B=(factors.B.float() * factors.scale).to(dtype))
 
 
 def pad_factors(adapter: Adapter) -> dict[str, LowRank]:
@@ -36,8 +51,16 @@ def pad_factors(adapter: Adapter) -> dict[str, LowRank]:
     siblings = {_kind(name): lowrank for name, lowrank in padded.items()}
     for name in _expected_modules(adapter.factors, shapes):
         if name not in padded:
-            padded[name] = _zeros_like(siblings[_kind(name)], shapes.get(name))
+            is_linear = pad_forms(adapter, [name])[name] == LINEAR  # others' tensors are no such matrices
+            padded[name] = _zeros_like(siblings[_kind(name)], shapes.get(name) if is_linear else None)
     return padded
+
+
+def pad_forms(adapter: Adapter, names: Iterable[str]) -> dict[str, Form]:
+    """What each module of the padded factors is: what the other layers' modules of its kind are."""
+    forms = adapter.header.forms
+    by_kind = {_kind(name): form for name, form in forms.items()}
+    return {name: forms.get(name) or by_kind[_kind(name)] for name in names}
 
 
 def _expected_modules(present: Iterable[str], known: Iterable[str]) -> set[str]:

@@ -12,14 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from flora.adapter import AdapterHeader
 from flora.errors import AdapterInvalid, PickleRefused
+from flora.registry.formats.spelling import spell, spell_exact, unspell
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flora.adapter import Adapter
     from flora.lowrank import LowRank
 
-PREFIX = "base_model.model."  # what PEFT puts before a module's path
-_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_DTYPES = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e4m3fn": "F8_E4M3",
+}
 _PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and up; the zip that torch.save writes
 _MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 100_000
@@ -28,7 +34,7 @@ _MAX_TENSORS = 100_000
 def encode(tensors: Mapping[str, "Tensor"]) -> Iterator[bytes | memoryview]:
     """The safetensors file of `tensors` as pieces: header, then each tensor's bytes, in the order of names.
 
-    tensors  fp32, fp16 or bf16, on the CPU.   Source: the format's description in huggingface/safetensors.
+    tensors  fp32, fp16, bf16 or fp8 (e4m3), on the CPU.   Source: the format's description in huggingface/safetensors.
     """
     import torch
 
@@ -93,12 +99,12 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
         raise AdapterInvalid(f"{path.name} cannot be read", cause=str(error)) from error
 
 
-def to_tensors(factors: Mapping[str, "LowRank"]) -> dict[str, "Tensor"]:
-    """The factors under the names that PEFT gives them in adapter_model.safetensors."""
-    tensors = {}
-    for module, lowrank in factors.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = lowrank.A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = lowrank.B
+def to_tensors(adapter: "Adapter") -> dict[str, "Tensor"]:
+    """All that the adapter holds under the names that PEFT gives it in adapter_model.safetensors, each weight once."""
+    forms = adapter.header.forms
+    tensors = {spell_exact(name): tensor for name, tensor in adapter.exact.items()}
+    for module, lowrank in adapter.factors.items():
+        tensors |= spell(module, lowrank, forms[module])
     return tensors
 
 
@@ -108,17 +114,29 @@ def to_factors(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[s
 
     factors = {}
     for module in header.modules:
-        A = tensors.get(f"{PREFIX}{module.name}.lora_A.weight")
-        B = tensors.get(f"{PREFIX}{module.name}.lora_B.weight")
-        if A is None or B is None:
+        pair = unspell(module.name, tensors, module.form)
+        if pair is None:
             raise AdapterInvalid(f"the weights lack a factor of {module.name}", tensor=module.name)
+        A, B = pair
         shapes = (tuple(A.shape), tuple(B.shape))
         if shapes != ((module.rank, module.in_features), (module.out_features, module.rank)):
             raise AdapterInvalid(f"{module.name} has factors of shapes {shapes}, its header others", tensor=module.name)
         factors[module.name] = LowRank(A=A, B=B, scale=module.scale)
-    if 2 * len(factors) != len(tensors):
-        raise AdapterInvalid(f"the weights hold {len(tensors)} tensors, the header names {2 * len(factors)}")
+    wanted = 2 * len(factors) + len(header.exact_tensors)
+    if wanted != len(tensors):
+        raise AdapterInvalid(f"the weights hold {len(tensors)} tensors, the header names {wanted}")
     return factors
+
+
+def to_exact(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """The whole tensors that `header` describes, likewise."""
+    exact = {}
+    for described in header.exact_tensors:
+        tensor = tensors.get(spell_exact(described.name))
+        if tensor is None or tuple(tensor.shape) != described.shape:
+            raise AdapterInvalid(f"the weights lack {described.name} as its header tells it", tensor=described.name)
+        exact[described.name] = tensor
+    return exact
 
 
 def _is_length(start: bytes, path: Path) -> bool:

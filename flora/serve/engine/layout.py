@@ -98,6 +98,14 @@ def adapter_layout(
     report  of the extraction: lets a refusal say how much of the change it is about
     Raises Unsupported (a module that the server cannot adapt) and ShapeMismatch (of another model), naming the module.
     """
+    if header.exact_tensors:
+        raise Unsupported(
+            f"the adapter carries {len(header.exact_tensors)} whole tensors, {header.exact_tensors[0].name} among "
+            "them, which this server cannot apply",
+            cause="all requests of a batch share the base's norms and biases",
+            fix="extract again without --vectors",
+            tensor=header.exact_tensors[0].name,
+        )
     by_place: dict[tuple[int, int], Module] = {}
     for module in header.modules:
         by_place[_place(config, module, report)] = module
@@ -130,10 +138,11 @@ def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> 
     """(layer, index in MODULES) of one module. Raises Unsupported, ShapeMismatch."""
     match = _MODULE_NAME.fullmatch(module.name)
     if match is None:
+        is_table = module.kind == "embedding"
         raise Unsupported(
             f"the adapter changes {module.name}{_share(module, report)}, which this server cannot adapt",
             cause="it adapts the projections q, k, v, o, gate, up and down of the decoder's layers",
-            fix=f"extract again with --exclude {module.name}",
+            fix=f"extract again {'without --embeddings' if is_table else f'with --exclude {module.name}'}",
             module=module.name,
         )
     layer, kind = int(match["layer"]), match["attn"] or match["mlp"]

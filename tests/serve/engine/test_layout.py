@@ -1,8 +1,9 @@
 """Where an adapter lies in the pool: arithmetic that every process repeats with the same result."""
 
+import msgspec
 import pytest
 
-from flora.adapter import AdapterHeader, BaseBinding, ChangeReport, Module, Recipe, TensorChange
+from flora.adapter import AdapterHeader, BaseBinding, ChangeReport, ExactTensor, Module, Recipe, TensorChange
 from flora.errors import ShapeMismatch, Unsupported
 from flora.kernels import CHUNK, MODULES, padded
 from flora.serve.engine.layout import PoolGeometry, adapter_layout, stream_alignment
@@ -145,6 +146,19 @@ def test_what_is_no_projection_of_a_layer_is_refused_by_name(config, name):
 
     assert caught.value.module == name
     assert name in caught.value.fix
+
+
+def test_an_embedding_and_whole_tensors_are_refused_with_the_option_that_made_them(config):
+    table = msgspec.structs.replace(module("model.embed_tokens", 100, 99), kind="embedding")
+    norm = ExactTensor(name="model.norm.weight", shape=(100,), dtype="bfloat16", sha256="")
+    whole = msgspec.structs.replace(header_of(module("model.layers.0.self_attn.q_proj", 100, 80)), exact=(norm,))
+
+    with pytest.raises(Unsupported) as caught:
+        adapter_layout(config, header_of(table))
+    assert caught.value.fix == "extract again without --embeddings"
+    with pytest.raises(Unsupported, match=r"1 whole tensors, model\.norm\.weight among them") as caught:
+        adapter_layout(config, whole)
+    assert caught.value.fix == "extract again without --vectors"
 
 
 def test_a_refusal_names_its_share_of_the_change(config):
