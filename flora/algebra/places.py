@@ -4,6 +4,7 @@ from collections.abc import Container
 
 from torch import Tensor
 
+from flora import forms
 from flora.adapter import Module
 from flora.errors import BaseMismatch
 
@@ -30,7 +31,7 @@ def as_matrix(tensor: Tensor, module: Module) -> Tensor:
     Raises BaseMismatch if it has another shape.
     """
     if tensor.dim() >= 2:
-        matrix = tensor.flatten(1)
+        matrix = forms.as_matrix(module.kind, tensor)
         if matrix.shape == (module.out_features, module.in_features):
             return matrix
     raise BaseMismatch(

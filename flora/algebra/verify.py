@@ -150,6 +150,8 @@ def _verify_pair(
     before, after = base.load(pair.base.name), tuned.load(pair.tuned.name)
     if touched is None:
         norm, residual = _norms(before, after, None)
+        if (whole := adapter.exact.get(pair.name)) is not None:
+            residual, _ = _norms(whole, after, None)
         return Verified(pair.name, 0, norm, residual, certified, tolerance)
     module, factors = touched
     _check_base(before, pair.base, base, adapter)

@@ -25,6 +25,7 @@ from flora.cli.commands import (
     extract,
     inspection,
     listing,
+    merge,
     prune,
     serve,
     verify,
@@ -90,6 +91,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "prune": prune.prune,
         "inspect": inspection.inspect,
         "verify": verify.verify,
+        "merge": merge.merge,
     },
     "Keep them": {
         "ls": listing.ls,

@@ -1,0 +1,52 @@
+"""What a merge does to a checkpoint: each changed tensor as a function from the base's own."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from flora.adapter import Module
+from flora.algebra.combine import Combination, Term, dense
+from flora.algebra.parts import Part, merge_exact, modules_of, terms_of
+from flora.algebra.places import as_matrix, tensor_name
+from flora.checkpoint import Checkpoint
+from flora.errors import NotFinite
+
+
+def checkpoint_changes(
+    parts: Sequence[Part], base: Checkpoint, combination: Combination
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What to do with each tensor of the base that the merge changes, by name: the tensor in, the new one out.
+
+    The new tensor is base + change in float32 (float64 where the base is), rounded once to the base's dtype.
+    """
+    terms = terms_of(parts)
+    changes: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, module in modules_of(parts).items():
+        change = _adding(module, terms[name], combination)
+        for tensor in (tensor_name(module, base.tensors), *(f"{tied}.weight" for tied in module.tied)):
+            if tensor in base.tensors:
+                changes[tensor] = change
+    for name, whole in merge_exact(parts, base).items():
+        changes[name] = _replacing(whole)
+    return changes
+
+
+def _adding(module: Module, terms: Sequence[Term], combination: Combination) -> Callable[[Tensor], Tensor]:
+    def add(tensor: Tensor) -> Tensor:
+        total = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        as_matrix(total, module).add_(dense(terms, combination, module.name))
+        new = total.to(tensor.dtype)
+        if not bool(torch.isfinite(new).all()):
+            raise NotFinite(
+                f"{module.name} with the merged change does not fit into {str(tensor.dtype).removeprefix('torch.')}",
+                fix="give smaller weights",
+                tensor=module.name,
+            )
+        return new
+
+    return add
+
+
+def _replacing(whole: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: whole.to(tensor.dtype)
