@@ -20,6 +20,7 @@ from flora.cli.commands import (
     care,
     client,
     demo,
+    diff,
     doctor,
     exchange,
     extract,
@@ -92,6 +93,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "inspect": inspection.inspect,
         "verify": verify.verify,
         "merge": merge.merge,
+        "diff": diff.diff,
     },
     "Keep them": {
         "ls": listing.ls,
