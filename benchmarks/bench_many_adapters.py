@@ -36,6 +36,7 @@ def main() -> None:
         max_adapters=1024,
         host_cache_bytes=int(args.host_gib * 2**30),
         num_loaders=args.loaders,
+        prefix_cache=False,  # prompts are compared as if nothing of them had been computed before, as on other engines
     )
     bench = ServeBench(setting=setting, engine=engine, seeds=args.seeds, alpha=args.alpha)
     commit = args.commit or commit_of_this_code()

@@ -24,6 +24,7 @@
         │   └── PromptTooLong        1   FL-CONTEXT
         ├── OutOfPages               1   FL-PAGES        the pool cannot hold this
         ├── Overloaded               1   FL-OVERLOAD     more waits than the queue holds
+        │   └── DeadlineMissed       1   FL-SLO          the first token cannot come in the time that was promised
         └── EngineDead               1   FL-ENGINE       the engine process ended
 
 A message has three parts: what happened, and where (file, tensor or field); the cause; the fix. Values that a program
@@ -152,6 +153,10 @@ class OutOfPages(ServeError):
 
 class Overloaded(ServeError):
     code = "FL-OVERLOAD"
+
+
+class DeadlineMissed(Overloaded):
+    code = "FL-SLO"
 
 
 class EngineDead(ServeError):

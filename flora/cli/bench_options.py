@@ -31,6 +31,7 @@ def _flag(panel: str, name: str, metavar: str | None = None, help: str | None = 
 
 
 _WHAT, _WHEN, _ENGINE = "What is asked", "When, and by what it is judged", "Engine"
+_SWITCHES, _HTTP = "What the engine does, and may leave", "Over HTTP"
 
 Preset = Annotated[
     str | None,
@@ -63,6 +64,30 @@ MaxBatchTokens = Annotated[int | None, _flag(_ENGINE, "--max-batch-tokens", "N",
 MaxAdapters = Annotated[int, _flag(_ENGINE, "--max-adapters", "N", min=1)]
 Loaders = Annotated[int | None, _flag(_ENGINE, "--loaders", "N", min=0)]
 Threads = Annotated[int | None, _flag(_ENGINE, "--threads", "N", "Of torch on a CPU.", min=1)]
+PrefixCache = Annotated[bool, _flag(_SWITCHES, "--prefix-cache/--no-prefix-cache", None, "Off: comparisons are without.")]
+Fairness = Annotated[
+    bool | None, _flag(_SWITCHES, "--fairness/--no-fairness", None, "Between adapters. Without: first come, first served.")
+]
+Prefetch = Annotated[
+    bool | None, _flag(_SWITCHES, "--prefetch/--no-prefetch", None, "Of adapters whose requests wait.")
+]
+Cluster = Annotated[int | None, _flag(_SWITCHES, "--cluster", "N", "Keep to N adapters while they are asked for.", min=1)]
+EarlyAbort = Annotated[
+    bool, _flag(_SWITCHES, "--early-abort", None, "Give up requests that can no longer meet --slo-ttft.")
+]
+OverHttp = Annotated[bool, _flag(_HTTP, "--http", None, "Measure a server of Flora's, started for this.")]
+Url = Annotated[str | None, _flag(_HTTP, "--url", "URL", "Measure the server there, Flora's or another.")]
+NumClients = Annotated[
+    int | None, _flag(_HTTP, "--clients", "N", "At once. Default: as many as there are requests.", min=1)
+]
+ModelName = Annotated[str | None, _flag(_HTTP, "--model", "NAME", "Of the base at --url. Default: the first it lists.")]
+AdapterName = Annotated[
+    str | None, _flag(_HTTP, "--adapter-name", "NAME", "Of adapter {} at --url. Default: MODULES-{}, as in attention-7.")
+]
+IgnoreEos = Annotated[bool, _flag(_HTTP, "--ignore-eos/--no-ignore-eos", None, "A field that not all servers take.")]
+System = Annotated[str | None, _flag(_HTTP, "--system", "NAME", "What rows call the server at --url.")]
+ApiKey = Annotated[str | None, _flag(_HTTP, "--api-key", "KEY", envvar="FLORA_API_KEY")]
+GpuName = Annotated[str | None, _flag(_HTTP, "--gpu", "NAME", "That the server at --url has.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Append a JSON line for each row as it comes.")]
 Scratch = Annotated[
     Path | None, typer.Option("--scratch", metavar="DIR", help="For config, registry and adapters meanwhile.")
@@ -114,8 +139,12 @@ def make_engine_config(
     max_adapters: int,
     loaders: int | None,
     threads: int | None,
+    **switches: bool | int | float | None,
 ) -> EngineConfig:
-    """An engine for measuring, its folders still to be filled in. Raises UsageError."""
+    """An engine for measuring, its folders still to be filled in. Raises UsageError.
+
+    switches  fields of EngineConfig; None leaves the engine's own default
+    """
     from flora.serve.config import EngineConfig
 
     is_gpu = device != "cpu"
@@ -137,6 +166,7 @@ def make_engine_config(
         max_adapters=max_adapters,
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         num_threads=threads,
+        prefix_cache=False,  # figures are compared with those of engines that compute every prompt
     )
 
 

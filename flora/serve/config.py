@@ -21,6 +21,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # rows a step: bounds the gap between two tokens while a long prompt is prefilled
     max_waiting: int = 4096  # requests in the queue before new ones are refused
     max_adapters: int = 256  # resident at once: rows of the kernels' tables
+    prefix_cache: bool = True  # keep KV pages for requests with the same adapter that begin with the same tokens
+    fairness: bool = True  # the adapter that was served least goes first, not the request that came first
+    max_wait_s: float = 5.0  # how long a request without room, or an adapter without a turn, may be overtaken
+    slo_ttft_s: float | None = None  # refuse who can no longer have a first token so soon; None: everybody waits
+    cluster: int | None = None  # once so many adapters run, requests for those go first; None: no matter which run
+    prefetch: bool = True  # load adapters when their requests arrive, not when their turn comes
     host_cache_bytes: int = 4 << 30  # packed adapters kept in host memory
     num_loaders: int = 0  # processes that load adapters; 0: a thread of the engine's process
     dummy_weights: bool = False  # benchmarks: a base drawn at random from config.json alone

@@ -135,6 +135,7 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     free_pages: int
     kv_pages: int
     adapter_pages: int
+    prefix_pages: int = 0  # of kv_pages, those that only the prefix cache holds
     resident: tuple[ResidentAdapter, ...]
     host_cache_bytes: int
     steps: int
@@ -144,6 +145,10 @@ class Heartbeat(_Message, frozen=True, kw_only=True):
     adapter_loads: int
     adapter_load_seconds: float
     adapter_evictions: int
+    prefix_queries: int = 0  # prompt tokens that were looked for in the prefix cache
+    prefix_hits: int = 0  # those found there
+    prefix_evictions: int = 0  # pages
+    aborts: int = 0  # requests refused because their first token would have come too late
 
 
 FromFrontEnd = Submit | Cancel | LoadAdapter | UnloadAdapter | Hello | Drain

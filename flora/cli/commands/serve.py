@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MEMORY = "Memory"
 _ACCESS = "Access"
+_TURNS = "Scheduling"
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def serve(
     ] = False,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "--preload", metavar="REF", help="Load it before the first request. Repeatable."),
+        typer.Option("--adapter", "--preload", metavar="REF,…", help="Load before the first request. Repeatable."),
     ] = None,
     served_name: Annotated[
         str | None, typer.Option("--base-name", metavar="NAME", help="The base's model id. Default: its own name.")
@@ -107,6 +108,60 @@ def serve(
     max_adapters: Annotated[
         int, typer.Option("--max-adapters", metavar="N", min=1, help="On the device at once.", rich_help_panel=_MEMORY)
     ] = 256,
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Compute what requests for one adapter begin with in common only once.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = True,
+    fairness: Annotated[
+        bool,
+        typer.Option(
+            "--fairness/--no-fairness",
+            help="Under load the adapter that was served least goes first; without, the oldest request.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = True,
+    max_wait_s: Annotated[
+        float,
+        typer.Option(
+            "--max-wait-s",
+            metavar="SECONDS",
+            min=0,
+            help="How long a waiting adapter, or a request without room, may be overtaken.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = 5.0,
+    slo_ttft_s: Annotated[
+        float | None,
+        typer.Option(
+            "--slo-ttft-s",
+            metavar="SECONDS",
+            min=0.001,
+            help="Refuse with 503 whoever can no longer have a first token in that time.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = None,
+    cluster: Annotated[
+        int | None,
+        typer.Option(
+            "--cluster",
+            metavar="N",
+            min=1,
+            help="Once N adapters run, requests for those go first.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = None,
+    prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch/--no-prefetch",
+            help="Load adapters when their requests arrive; without, when their turn comes.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = True,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Of torch on a CPU.")] = None,
     drain: Annotated[
         float, typer.Option("--drain", metavar="SECONDS", min=0, help="Left to running requests after Ctrl-C.")
@@ -155,6 +210,12 @@ def serve(
         max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         max_adapters=max_adapters,
+        prefix_cache=prefix_cache,
+        fairness=fairness,
+        max_wait_s=max_wait_s,
+        slo_ttft_s=slo_ttft_s,
+        cluster=cluster,
+        prefetch=prefetch,
         num_threads=threads,
     )
     config: ServeConfig = ServeConfig(
@@ -162,7 +223,7 @@ def serve(
         base_name=served_name or name,
         host=host,
         port=port,
-        preload=tuple(adapter or ()),
+        preload=tuple(reference for given in adapter or () for reference in given.split(",") if reference),
         drain_s=drain,
         api_keys=_read_keys(api_key_file) if api_key_file else (),
         insecure=insecure,

@@ -46,6 +46,7 @@ _TABLE: dict[type[errors.FloraError], _Answer] = {
     errors.RequestInvalid: _Answer(400, code="invalid_value"),
     errors.OutOfPages: _Answer(503, type="server_error", retry=True),
     errors.Overloaded: _Answer(503, type="server_error", code="overloaded", retry=True),
+    errors.DeadlineMissed: _Answer(503, type="server_error", code="first_token_too_late", retry=True),
     errors.EngineDead: _Answer(503, type="server_error", retry=True),
     errors.FloraError: _SERVER,
 }

@@ -113,10 +113,19 @@ class _EngineView(Collector):
         reasons.add_metric([self._base_name, "capacity"], max(beat.waiting - deferred, 0))
         yield reasons
         held = beat.kv_pages + beat.adapter_pages
-        in_use = held / max(held + beat.free_pages, 1)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the pool's pages in use, 0 to 1.", in_use)
+        in_use = (held - beat.prefix_pages) / max(held + beat.free_pages, 1)
+        yield self._gauge(
+            "vllm:kv_cache_usage_perc",
+            "Share of the pool's pages in use, 0 to 1; a prefix that is only kept is not.",
+            in_use,
+        )
         pages = GaugeMetricFamily("flora:pages", "Pages of the pool by use.", labels=["model_name", "use"])
-        for use, count in (("free", beat.free_pages), ("kv", beat.kv_pages), ("adapter", beat.adapter_pages)):
+        for use, count in (
+            ("free", beat.free_pages),
+            ("kv", beat.kv_pages - beat.prefix_pages),
+            ("prefix", beat.prefix_pages),
+            ("adapter", beat.adapter_pages),
+        ):
             pages.add_metric([self._base_name, use], count)
         yield pages
         yield self._gauge("flora:host_cache_bytes", "Packed adapters in host memory.", beat.host_cache_bytes)
@@ -146,6 +155,10 @@ class _EngineView(Collector):
     def _totals(self, beat: Heartbeat) -> Iterator[Metric]:
         for name, documentation, total in (
             ("vllm:num_preemptions", "Sequences that gave their pages back to go on later.", beat.preemptions),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", beat.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found there.", beat.prefix_hits),
+            ("flora:prefix_evictions", "Pages that the prefix cache gave back.", beat.prefix_evictions),
+            ("flora:requests_aborted", "Refused: their first token would have come too late.", beat.aborts),
             ("flora:engine_steps", "Steps of the engine.", beat.steps),
             ("flora:engine_prompt_tokens", "Prompt tokens computed.", beat.prompt_tokens),
             ("flora:engine_generated_tokens", "Tokens drawn.", beat.generated_tokens),

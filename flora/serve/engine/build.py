@@ -22,6 +22,7 @@ from flora.serve.engine.model.config import ModelConfig, parse_model_config, res
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.model.weights import draw_weights, load_weights
 from flora.serve.engine.pages import PagePool
+from flora.serve.engine.policy import Policy
 from flora.serve.engine.pool import DevicePool
 from flora.serve.engine.process_loader import ProcessLoader
 from flora.serve.engine.runner import Runner, SerialRunner
@@ -83,9 +84,21 @@ def build_engine(
         _make_runner(config, model, pool, limits, max_context),
         PagePool(geometry.num_pages, remember_freed=config.poison),
         limits,
+        _policy(config),
         loader,
         num_slots=config.max_adapters,
         host_cache_bytes=config.host_cache_bytes,
+    )
+
+
+def _policy(config: EngineConfig) -> Policy:
+    return Policy(
+        fairness=config.fairness,
+        max_wait_s=config.max_wait_s,
+        slo_ttft_s=config.slo_ttft_s,
+        cluster=config.cluster,
+        prefetch=config.prefetch,
+        prefix_cache=config.prefix_cache,
     )
 
 

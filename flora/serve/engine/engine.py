@@ -10,12 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 
-from flora.errors import EngineDead, FloraError, Overloaded, PromptTooLong, RequestInvalid
+from flora.errors import DeadlineMissed, EngineDead, FloraError, Overloaded, PromptTooLong, RequestInvalid
 from flora.serve.engine.host_cache import HostCache
 from flora.serve.engine.loader import Loader
 from flora.serve.engine.outbox import Outbox, Outgoing
 from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.residency import Residency
+from flora.serve.engine.policy import Policy
 from flora.serve.engine.runner import LaunchedStep, Runner
 from flora.serve.engine.sampler import Drawn
 from flora.serve.engine.scheduler import Chunk, Limits, Plan, Scheduler
@@ -45,6 +45,7 @@ class Engine:
         runner: Runner,
         pages: PagePool,
         limits: Limits,
+        policy: Policy,
         loader: Loader,
         *,
         num_slots: int,
@@ -55,13 +56,11 @@ class Engine:
         self.ready = ready
         self.pages = pages
         self.runner = runner
-        self.residency = Residency(pages, num_slots)
         self.host = HostCache(host_cache_bytes, runner.settle)
-        self.scheduler = Scheduler(limits, pages, self.residency, self.host.num_pages)
+        self.scheduler = Scheduler(limits, policy, pages, num_slots, self.host.num_pages)
+        self.residency = self.scheduler.residency
         self._outbox = Outbox()
-        self.supply = AdapterSupply(
-            self.scheduler, pages, self.residency, self.host, loader, runner, self._outbox, clock
-        )
+        self.supply = AdapterSupply(self.scheduler, pages, self.host, loader, runner, self._outbox, clock)
         self._loader = loader
         self._clock = clock
         self._arrivals = 0
@@ -71,6 +70,7 @@ class Engine:
         self._steps = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._aborts = 0
 
     # --- what front ends ask ---
 
@@ -135,9 +135,11 @@ class Engine:
         wait_s  how long to wait for a load if there is nothing else to do
         """
         self._receive(0.0)
+        now_s = self._clock()
+        self._abort_late(now_s)
         self.supply.fill_orders()
         self.supply.start_loads()
-        plan = self.scheduler.plan(self._clock())
+        plan = self.scheduler.plan(now_s)
         launched = self._launch(plan)
         if self.runner.overlaps:
             launched, self._launched = self._launched, launched
@@ -158,6 +160,7 @@ class Engine:
             free_pages=self.pages.num_free,
             kv_pages=self.pages.count(Use.KV),
             adapter_pages=self.pages.count(Use.ADAPTER),
+            prefix_pages=scheduler.prefixes.idle_pages,
             resident=tuple(
                 ResidentAdapter(
                     serving_digest=resident.digest,
@@ -177,6 +180,10 @@ class Engine:
             adapter_loads=self.supply.num_loads,
             adapter_load_seconds=self.supply.load_s,
             adapter_evictions=self.residency.num_evictions,
+            prefix_queries=scheduler.num_prompt_tokens,
+            prefix_hits=scheduler.num_cached_tokens,
+            prefix_evictions=scheduler.prefixes.num_evictions,
+            aborts=self._aborts,
         )
 
     # --- one request ---
@@ -184,6 +191,19 @@ class Engine:
     def _receive(self, wait_s: float) -> None:
         """Takes what the loader finished; waiting sequences that can never run are refused."""
         for sequence, error in self.supply.receive(wait_s):
+            self._refuse(sequence, error)
+
+    def _abort_late(self, now_s: float) -> None:
+        """Refuses who waits and can no longer have a first token in time, so that others can."""
+        for sequence in self.scheduler.late(now_s):
+            self._aborts += 1
+            slo_s = self.scheduler.policy.slo_ttft_s
+            waited_s = now_s - sequence.arrived_s
+            error = DeadlineMissed(
+                f"the first token cannot come within {slo_s:g} s",
+                cause=f"the request waited {waited_s:.1f} s, and {self.scheduler.num_waiting} wait for their turn",
+                fix="try again later, or send fewer requests at once",
+            )
             self._refuse(sequence, error)
 
     def _submit(self, message: Submit, key: Key) -> None:
@@ -218,35 +238,44 @@ class Engine:
 
     def _advance(self, chunk: Chunk, drawn: Drawn) -> None:
         """Puts the drawn token in its place, or ends the sequence."""
-        sequence, sampling = chunk.sequence, chunk.sequence.sampling
+        sequence, token = chunk.sequence, drawn.token
         place = chunk.start + chunk.count
-        if drawn.token is None:
+        if token is None:
             error = "the model's output is not finite: weights of the base or of the adapter overflow"
             self._end(sequence, "error", error=error)
-        elif drawn.token in sampling.stop_token_ids and not sampling.ignore_eos:
-            self._end(sequence, "stop", stop_token=drawn.token)
-        else:
-            sequence.tokens[place] = drawn.token
-            self._generated_tokens += 1
-            ends = place + 1 >= sequence.max_len
-            event = TokenEvent(
-                request_id=sequence.key[1],
-                token_ids=(drawn.token,),
-                logprobs=(drawn.logprobs,) if drawn.logprobs else (),
-                finish_reason="length" if ends else None,
-            )
-            if ends:
-                self.scheduler.finish(sequence)
-            self._outbox.tell(sequence.key[0], event)
+            return
+        sampling = sequence.sampling
+        if token in sampling.stop_token_ids and not sampling.ignore_eos:
+            self._end(sequence, "stop", stop_token=token)
+            return
+        sequence.tokens[place] = token
+        self._generated_tokens += 1
+        ends = place + 1 >= sequence.max_len
+        client, request_id = sequence.key
+        event = TokenEvent(
+            request_id=request_id,
+            token_ids=(token,),
+            logprobs=(drawn.logprobs,) if drawn.logprobs else (),
+            finish_reason="length" if ends else None,
+            cached_tokens=sequence.num_cached,
+        )
+        if ends:
+            self.scheduler.finish(sequence)
+        self._outbox.tell(client, event)
 
     def _end(
         self, sequence: Sequence, reason: FinishReason, *, stop_token: int | None = None, error: str | None = None
     ) -> None:
         """Takes the sequence out, with no token more."""
-        self.scheduler.finish(sequence)
+        self.scheduler.finish(sequence, is_sound=reason != "error")
         client, request_id = sequence.key
         event = TokenEvent(
-            request_id=request_id, token_ids=(), finish_reason=reason, stop_token=stop_token, error=error
+            request_id=request_id,
+            token_ids=(),
+            finish_reason=reason,
+            stop_token=stop_token,
+            cached_tokens=sequence.num_cached,
+            error=error,
         )
         self._outbox.tell(client, event)
 
@@ -270,7 +299,7 @@ class Engine:
                 unwritten.remove(resident.digest)
             if not plan.chunks:
                 return None
-            launched = self.runner.launch(plan.chunks, [self._slot(chunk.sequence) for chunk in plan.chunks])
+            launched = self.runner.launch(plan.chunks, [chunk.sequence.slot for chunk in plan.chunks])
         except EngineDead:
             raise
         except Exception as error:
@@ -281,7 +310,9 @@ class Engine:
                 self.residency.remove(digest)
             return None
         self._steps += 1
-        self._prompt_tokens += sum(chunk.num_prompt_tokens for chunk in plan.chunks)
+        self._prompt_tokens += sum(
+            chunk.num_prompt_tokens for chunk in plan.chunks if chunk.start < chunk.sequence.num_prompt
+        )
         self.scheduler.commit(plan)
         return launched
 
@@ -290,11 +321,3 @@ class Engine:
         for chunk, drawn in launched.collect():
             if chunk.sequence.state is not State.FINISHED:
                 self._advance(chunk, drawn)
-
-    def _slot(self, sequence: Sequence) -> int | None:
-        """The row of the sequence's adapter in the kernels' tables."""
-        if sequence.digest is None:
-            return None
-        resident = self.residency.get(sequence.digest)
-        assert resident is not None
-        return resident.slot

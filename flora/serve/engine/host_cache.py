@@ -42,19 +42,18 @@ class HostCache:
 
     def free(self, num_bytes: int, is_wanted: Callable[[str], bool]) -> bool:
         """Forgets the oldest that are not wanted, until that many bytes are given back; whether any are."""
-        target = self.num_bytes - num_bytes
-        for digest in [digest for digest in self._packed if not is_wanted(digest)]:
-            self.discard(digest)
-            if self.num_bytes <= target:
-                return True
-        return self.num_bytes < target + num_bytes
+        before = self.num_bytes
+        self._forget_down_to(before - num_bytes, is_wanted)
+        return self.num_bytes < before
 
     def trim(self, is_wanted: Callable[[str], bool]) -> bool:
         """Forgets the oldest that is not wanted until the rest fits; whether it does."""
-        if self.num_bytes <= self.capacity_bytes:
-            return True
-        for digest in [digest for digest in self._packed if not is_wanted(digest)]:
-            self.discard(digest)
-            if self.num_bytes <= self.capacity_bytes:
-                return True
-        return False
+        self._forget_down_to(self.capacity_bytes, is_wanted)
+        return self.num_bytes <= self.capacity_bytes
+
+    def _forget_down_to(self, num_bytes: int, is_wanted: Callable[[str], bool]) -> None:
+        while self.num_bytes > num_bytes:
+            oldest = next((digest for digest in self._packed if not is_wanted(digest)), None)
+            if oldest is None:
+                return
+            self.discard(oldest)

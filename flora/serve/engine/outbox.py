@@ -29,7 +29,10 @@ class Outbox:
         self.send(client, rejected)
 
     def tell(self, client: bytes, event: TokenEvent) -> None:
-        self._events.setdefault(client, []).append(event)
+        events = self._events.get(client)
+        if events is None:
+            events = self._events[client] = []
+        events.append(event)
 
     def take(self) -> list[Outgoing]:
         messages, self._messages = self._messages, []

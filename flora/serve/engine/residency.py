@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from flora.serve.engine.eviction import Eviction
 from flora.serve.engine.pages import PagePool, Use
 from flora.serve.request import AdapterTarget
 
@@ -10,7 +11,7 @@ from flora.serve.request import AdapterTarget
 class Resident:
     """One adapter on the device."""
 
-    __slots__ = ("digest", "label", "pages", "pinned", "rank", "retiring", "running", "slot")
+    __slots__ = ("digest", "label", "pages", "pinned", "rank", "retiring", "running", "slot", "used")
 
     def __init__(self, target: AdapterTarget, slot: int, pages: list[int]) -> None:
         self.digest = target.serving_digest
@@ -21,20 +22,26 @@ class Resident:
         self.pinned = False  # by request: stays when nobody needs it
         self.retiring = False  # by request: goes as soon as nobody needs it
         self.rank = 0  # highest of its modules
+        self.used = 0  # when the last sequence that needed it let go
 
 
 class Residency:
-    """Places adapters into pages and slots, and evicts the least recently used that nothing needs."""
+    """Places adapters into pages and slots; those that nothing needs leave in the order of `eviction`."""
 
-    def __init__(self, pages: PagePool, num_slots: int) -> None:
+    def __init__(self, pages: PagePool, eviction: Eviction, num_slots: int) -> None:
         self._pages = pages
+        self._eviction = eviction
         self.num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._residents: dict[str, Resident] = {}
         self._idle: OrderedDict[str, Resident] = OrderedDict()  # what may be evicted, least recently used first
         self.idle_pages = 0  # that eviction could free
+        self.pinned_pages = 0  # held for good, by request
+        self.num_pinned = 0
+        self.num_running = 0  # adapters that running sequences need
         self._evicted: list[Resident] = []
         self.num_evictions = 0
+        eviction.join(self)
 
     def __iter__(self) -> Iterator[Resident]:
         return iter(self._residents.values())
@@ -47,14 +54,14 @@ class Residency:
 
     def can_place(self, num_pages: int) -> bool:
         has_slot = bool(self._free_slots or self._idle)
-        return has_slot and num_pages <= self._pages.num_free + self.idle_pages
+        return has_slot and num_pages <= self._eviction.reclaimable
 
     def place(self, target: AdapterTarget, num_pages: int) -> Resident:
         """The adapter, now resident and idle, with pages to write it to. The caller has asked can_place."""
         assert target.serving_digest not in self._residents
-        self.reclaim(num_pages)
         if not self._free_slots:
-            self._evict_oldest()
+            self.evict_oldest()
+        self._eviction.reclaim(num_pages)
         resident = Resident(target, self._free_slots.pop(), self._pages.allocate(num_pages, Use.ADAPTER))
         self._residents[resident.digest] = resident
         self._rest(resident)
@@ -64,6 +71,7 @@ class Residency:
         """A sequence starts to need the adapter."""
         resident = self._residents[digest]
         resident.running += 1
+        self.num_running += resident.running == 1
         self._rouse(resident)
         return resident
 
@@ -72,6 +80,7 @@ class Residency:
         resident = self._residents[digest]
         resident.running -= 1
         assert resident.running >= 0
+        self.num_running -= not resident.running
         self._rest(resident)
         if resident.retiring and not resident.running:
             self.remove(digest)
@@ -79,21 +88,31 @@ class Residency:
     def pin(self, digest: str) -> None:
         """By request: it stays until it is retired."""
         resident = self._residents[digest]
-        resident.pinned, resident.retiring = True, False
+        self._set_pinned(resident, True)
+        resident.retiring = False
         self._rouse(resident)
 
     def retire(self, digest: str) -> None:
         """By request: it goes now, or when the last running sequence that needs it ends."""
         resident = self._residents[digest]
-        resident.pinned, resident.retiring = False, True
+        self._set_pinned(resident, False)
+        resident.retiring = True
         if not resident.running:
             self.remove(digest)
 
-    def reclaim(self, num_pages: int) -> bool:
-        """Evicts until `num_pages` are free, oldest use first; whether they are."""
-        while self._pages.num_free < num_pages and self._idle:
-            self._evict_oldest()
-        return self._pages.num_free >= num_pages
+    @property
+    def oldest_use(self) -> int | None:
+        """See Idle.oldest_use."""
+        for oldest in self._idle.values():
+            return oldest.used
+        return None
+
+    def evict_oldest(self) -> None:
+        """See Idle.evict_oldest."""
+        resident = next(iter(self._idle.values()))
+        self._rouse(resident)
+        self._drop(resident)
+        self.num_evictions += 1
 
     def remove(self, digest: str) -> None:
         """Gives the pages of an adapter that no sequence needs back."""
@@ -109,6 +128,7 @@ class Residency:
 
     def _rest(self, resident: Resident) -> None:
         if not resident.running and not resident.pinned and resident.digest not in self._idle:
+            resident.used = self._eviction.tick()
             self._idle[resident.digest] = resident
             self.idle_pages += len(resident.pages)
 
@@ -116,11 +136,11 @@ class Residency:
         if self._idle.pop(resident.digest, None):
             self.idle_pages -= len(resident.pages)
 
-    def _evict_oldest(self) -> None:
-        resident = next(iter(self._idle.values()))
-        self._rouse(resident)
-        self._drop(resident)
-        self.num_evictions += 1
+    def _set_pinned(self, resident: Resident, pinned: bool) -> None:
+        change = pinned - resident.pinned
+        self.num_pinned += change
+        self.pinned_pages += change * len(resident.pages)
+        resident.pinned = pinned
 
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]

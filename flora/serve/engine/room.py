@@ -64,7 +64,8 @@ class Room:
         """Raises OutOfPages if a live sequence could not finish once this adapter holds its pages for good."""
         pinned = self._pinned(without=digest) + num_pages
         largest = max((self._need_beside(sequence, digest) for sequence in live), default=1)
-        num_pinned = 1 + sum(resident.pinned and resident.digest != digest for resident in self._residency)
+        resident = self._residency.get(digest)
+        num_pinned = self._residency.num_pinned + (not (resident and resident.pinned))
         if pinned + largest > self._pages.num_usable or num_pinned >= self._residency.num_slots:
             raise OutOfPages(
                 f"pinning {num_pages} more pages leaves too few for the requests that are here",
@@ -76,9 +77,8 @@ class Room:
 
     def _pinned(self, without: str | None) -> int:
         """Pages of adapters pinned by request."""
-        return sum(
-            len(resident.pages) for resident in self._residency if resident.pinned and resident.digest != without
-        )
+        own = self._residency.get(without) if without else None
+        return self._residency.pinned_pages - (len(own.pages) if own and own.pinned else 0)
 
     def _need_beside(self, sequence: Sequence, pinned_digest: str) -> int:
         """Pages that the sequence needs apart from adapters that are pinned, or are about to be."""

@@ -1,11 +1,13 @@
 """Which rows the next step computes: continuous batching over pages and adapters. Integers only, no torch, no clock.
 
     plan      running sequences first: a row for each that decodes, then chunks of prompts, oldest first, within
-              `max_batch_tokens`; then admissions in order of arrival
-    admit     a sequence whose adapter is, or now becomes, resident, and whose tokens fit the free pages with one page
-              left in hand for each running sequence. Others are passed over: a request waits for its own adapter, never
-              for a neighbour's. One that finds no room for `age_cap_s` closes the door behind it until it is in.
-    preempt   when a running sequence needs a page and there is none, idle adapters go first, then the youngest running
+              `max_batch_tokens`; then admissions, in the order that waiting.py gives
+    admit     a sequence whose adapter is, or now becomes, resident, and whose tokens fit the pages that can be had with
+              one left in hand for each running sequence. Others are passed over: a request waits for its own adapter,
+              never for a neighbour's. One that finds no room for `max_wait_s` closes the door behind it until it is in.
+    share     full pages of a prompt are in the prefix cache from the step on that computes them; whoever is admitted
+              after, in that very step too, starts behind them. (A step's rows all store their keys before any attends.)
+    preempt   when a running sequence needs a page and there is none, what is idle goes first, then the youngest running
               sequence, which gives all its pages back and is computed anew later
 
 The oldest running sequence can always finish: all others can be preempted, their adapters evicted, and a request whose
@@ -17,11 +19,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import msgspec
+
 from flora.errors import Overloaded
+from flora.serve.engine.early_abort import EarlyAbort
+from flora.serve.engine.eviction import Eviction
 from flora.serve.engine.pages import PagePool, Use
+from flora.serve.engine.policy import Policy
+from flora.serve.engine.prefix import PrefixCache
 from flora.serve.engine.residency import Residency, Resident
 from flora.serve.engine.room import Room
 from flora.serve.engine.sequence import PENDING, Key, Sequence, State
+from flora.serve.engine.service import ANSWER_PRICE, PROMPT_PRICE, Service
+from flora.serve.engine.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
 
@@ -31,11 +41,9 @@ class Limits:
     max_sequences: int  # running at once
     max_batch_tokens: int  # rows of a step
     max_waiting: int  # requests in the queue
-    age_cap_s: float = 5.0  # how long a request without room may be overtaken
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, eq=False, gc=False):  # made 256 times a step: a fifth of a dataclass's time
     """Consecutive tokens of one sequence: rows of the next step."""
 
     sequence: Sequence
@@ -66,27 +74,36 @@ class Scheduler:
     def __init__(
         self,
         limits: Limits,
+        policy: Policy,
         pages: PagePool,
-        residency: Residency,
+        num_slots: int,
         packed_pages: Callable[[str], int | None],
     ) -> None:
-        """packed_pages  of a serving digest: the pages it needs, if it lies packed in host memory"""
+        """num_slots     adapters on the device at once
+        packed_pages  of a serving digest: the pages it needs, if it lies packed in host memory
+        """
         self.limits = limits
+        self.policy = policy
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self.room = Room(pages, residency, packed_pages, limits.page_tokens)
+        self.num_prompt_tokens = 0  # of admitted prompts, and those that the prefix cache had
+        self.num_cached_tokens = 0
+        self.eviction = Eviction(pages)
+        self.residency = Residency(pages, self.eviction, num_slots)
+        self.prefixes = PrefixCache(pages, self.eviction, limits.page_tokens)
+        self.room = Room(pages, self.residency, packed_pages, limits.page_tokens)
         self._pages = pages
-        self._residency = residency
         self._packed_pages = packed_pages
-        self._waiting: list[Sequence] = []  # oldest first
+        self._service = Service()
+        self._waiting = Waiting(policy, self._service, self.residency, packed_pages)
+        self._early_abort = EarlyAbort(policy.slo_ttft_s) if policy.slo_ttft_s is not None else None
         self._by_key: dict[Key, Sequence] = {}
-        self._waiting_by_adapter: dict[str, dict[Key, Sequence]] = {}
 
     # --- what there is ---
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return self._waiting.num_sequences
 
     @property
     def is_empty(self) -> bool:
@@ -104,51 +121,85 @@ class Scheduler:
         """Every live sequence of one front end."""
         return [sequence for sequence in self.live if sequence.key[0] == client]
 
-    def wanted_adapters(self) -> list[AdapterTarget]:
-        """What waiting sequences need, each adapter once, in the order in which it was first asked for."""
-        firsts = (next(iter(waiting.values())).adapter for waiting in self._waiting_by_adapter.values())
-        return [target for target in firsts if target]
+    def wanted_adapters(self) -> Iterable[AdapterTarget]:
+        """What is to be loaded now, in the order in which it was first asked for.
+
+        With prefetch all that somebody waits for; without, only as many as there are sequences to be admitted.
+        """
+        room = self.limits.max_sequences - len(self.running)
+        for number, target in enumerate(self._waiting.lacking()):
+            if not self.policy.prefetch and (number >= room or self._is_full):
+                return
+            yield target
 
     def waiting_by_adapter(self) -> dict[str, int]:
         """Serving digest -> number of waiting sequences."""
-        return {digest: len(waiting) for digest, waiting in self._waiting_by_adapter.items()}
+        return self._waiting.counts()
 
     def waiting_for(self, digest: str) -> list[Sequence]:
-        return list(self._waiting_by_adapter.get(digest, {}).values())
+        return self._waiting.of(digest)
+
+    def is_awaited(self, digest: str) -> bool:
+        return self._waiting.is_awaited(digest)
 
     # --- arrival and end ---
 
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Overloaded, and OutOfPages where it could never run."""
-        if len(self._waiting) >= self.limits.max_waiting:
-            raise Overloaded(f"{len(self._waiting)} requests wait already", fix="try again later, or raise max_waiting")
+        if self.num_waiting >= self.limits.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests wait already", fix="try again later, or raise max_waiting")
         self.room.check_sequence(sequence, self.room.for_adapter(sequence.digest) or 0)
         self._by_key[sequence.key] = sequence
         self._enqueue(sequence)
+        if self._early_abort:
+            self._early_abort.note_arrival(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
-        """Takes the sequence out, in whatever state, with all it holds."""
+    def finish(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Takes the sequence out, in whatever state, with all it holds.
+
+        is_sound  False: what it computed is not to be trusted, and nobody else shall find it
+        """
+        if not is_sound:
+            self.prefixes.distrust(sequence.prefix)
         if sequence.state is State.RUNNING:
-            self._stop(sequence)
+            self._stop(sequence, keeps=is_sound)
         elif sequence.state is State.WAITING:
-            self._dequeue(sequence)
+            self._waiting.remove(sequence)
         sequence.state = State.FINISHED
         del self._by_key[sequence.key]
+
+    def late(self, now_s: float) -> list[Sequence]:
+        """Waiting sequences that can no longer have their first token in time: to be refused."""
+        return self._early_abort.late(now_s) if self._early_abort else []
+
+    def adapter_arrived(self, digest: str) -> None:
+        """The adapter is packed in host memory now."""
+        self._waiting.arrived(digest)
+
+    def adapter_left(self, digest: str) -> None:
+        """The adapter is no longer on the device, or no longer in host memory."""
+        self._waiting.lost(digest)
 
     # --- the step ---
 
     def plan(self, now_s: float) -> Plan:
         """The next step's rows. Every sequence in it has the pages that its rows write to."""
         chunks: list[Chunk] = []
-        budget = self.limits.max_batch_tokens
+        prefilling: list[Sequence] = []
+        budget, page_tokens = self.limits.max_batch_tokens, self.limits.page_tokens
         preemptions = self.num_preemptions
-        decoding = [sequence for sequence in self.running if sequence.num_uncomputed == 1 and not sequence.is_full]
-        for sequence in decoding[:budget]:
-            if sequence.state is State.RUNNING and self._grow(sequence):
-                chunks.append(self._chunk(sequence, 1))
-        budget -= len(chunks)
-        for sequence in self.running:
-            if sequence.num_uncomputed > 1 and budget:
+        for sequence in tuple(self.running):
+            length = len(sequence.tokens)
+            uncomputed = length - sequence.num_computed
+            if uncomputed > 1:
+                prefilling.append(sequence)
+            elif uncomputed and budget and length < sequence.max_len and sequence.state is State.RUNNING:
+                if len(sequence.pages) * page_tokens < length and not self._grow(sequence):
+                    continue
+                chunks.append(Chunk(sequence, length - 1, 1, True))
+                budget -= 1
+        for sequence in prefilling:
+            if budget and sequence.state is State.RUNNING:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].count
         placed: list[Resident] = []
@@ -158,20 +209,24 @@ class Scheduler:
 
     def commit(self, plan: Plan) -> None:
         """The plan's rows are launched: whatever is launched later finds their keys and values in place."""
+        is_fair, charge = self.policy.fairness, self._service.charge
         for chunk in plan.chunks:
-            chunk.sequence.num_computed += chunk.count
+            sequence = chunk.sequence
+            sequence.num_computed += chunk.count
             if chunk.samples:
-                chunk.sequence.tokens.append(PENDING)
+                sequence.tokens.append(PENDING)
+                if is_fair:
+                    charge(sequence.digest, ANSWER_PRICE)
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        count = min(sequence.num_uncomputed, budget)
-        return Chunk(sequence, sequence.num_computed, count, samples=count == sequence.num_uncomputed)
+        uncomputed = sequence.num_uncomputed
+        count = min(uncomputed, budget)
+        self._publish(sequence, sequence.num_computed + count)
+        return Chunk(sequence, sequence.num_computed, count, count == uncomputed)
 
     def _grow(self, sequence: Sequence) -> bool:
-        """A page for the sequence's next token, if it needs one; False if the sequence itself was preempted for it."""
-        if len(sequence.pages) * self.limits.page_tokens >= len(sequence.tokens):
-            return True
-        while not self._residency.reclaim(1):
+        """A page for the sequence's next token; False if the sequence itself was preempted for it."""
+        while not self.eviction.reclaim(1):
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
@@ -180,71 +235,109 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._stop(sequence)
+        self._stop(sequence, keeps=True)
         sequence.num_computed = 0
         self.num_preemptions += 1
         self._enqueue(sequence)
 
+    # --- admission ---
+
+    @property
+    def _is_full(self) -> bool:
+        """Not a page to give beside those that running sequences may need next."""
+        return self.eviction.reclaimable <= len(self.running)
+
     def _admit_waiting(self, now_s: float, budget: int, chunks: list[Chunk], placed: list[Resident]) -> None:
-        for sequence in list(self._waiting):
-            if not budget or len(self.running) >= self.limits.max_sequences:
+        if not (budget and self.num_waiting) or len(self.running) >= self.limits.max_sequences or self._is_full:
+            return  # spares the look at everyone who waits
+        newest_first = self._early_abort is not None and self._early_abort.newest_first
+        turns = self._waiting.turns(now_s, newest_first=newest_first)
+        while budget and len(self.running) < self.limits.max_sequences and not self._is_full:
+            sequence = turns.next()
+            if sequence is None:
                 return
-            if self._pages.num_free + self._residency.idle_pages <= len(self.running):
-                return  # not a page to give: spares the walk through a long queue
-            admission = self._admit(sequence, placed)
+            admission = self._admit(sequence, now_s, placed)
             if admission is _Admission.ADMITTED:
+                turns.admitted()
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].count
-            elif admission is _Admission.NO_ROOM and now_s - sequence.arrived_s >= self.limits.age_cap_s:
-                return
+            elif admission is _Admission.NO_ROOM:
+                if now_s - sequence.arrived_s >= self.policy.max_wait_s and not self._early_abort:
+                    return
+                turns.passed()
+            else:
+                self._waiting.lost(sequence.digest)
 
-    def _admit(self, sequence: Sequence, placed: list[Resident]) -> _Admission:
-        residency, digest = self._residency, sequence.digest
+    def _admit(self, sequence: Sequence, now_s: float, placed: list[Resident]) -> _Admission:
+        residency, digest, adapter = self.residency, sequence.digest, sequence.adapter
         resident = residency.get(digest) if digest else None
         new_pages = self._packed_pages(digest) if digest and resident is None else 0  # of the adapter
         if new_pages is None:
             return _Admission.NOT_READY
-        kv_pages = self.room.for_tokens(len(sequence.tokens))
+        found = self.prefixes.find(digest, sequence.tokens) if self.policy.prefix_cache else []
+        kv_pages = self.room.for_tokens(len(sequence.tokens)) - len(found)
         own_idle = len(resident.pages) if resident and not resident.running and not resident.pinned else 0
-        room = self._pages.num_free + residency.idle_pages - own_idle
-        if kv_pages + new_pages + len(self.running) > room:
+        own_idle += sum(not page.holders for page in found)
+        if kv_pages + new_pages + len(self.running) > self.eviction.reclaimable - own_idle:
             return _Admission.NO_ROOM
-        if sequence.adapter and resident is None:
-            if not residency.can_place(new_pages):
-                return _Admission.NO_ROOM
-            placed.append(residency.place(sequence.adapter, new_pages))
-        if digest:
-            residency.acquire(digest)
-        residency.reclaim(kv_pages)
-        self._dequeue(sequence)
-        sequence.pages = self._pages.allocate(kv_pages, Use.KV)
+        if adapter and resident is None and not residency.can_place(new_pages):
+            return _Admission.NO_ROOM
+        self.prefixes.hold(found)
+        if adapter and resident is None:
+            resident = residency.place(adapter, new_pages)
+            placed.append(resident)
+        if resident:
+            residency.acquire(resident.digest)
+        self.eviction.reclaim(kv_pages)
+        self._waiting.remove(sequence)
+        sequence.slot = resident.slot if resident else None
+        sequence.prefix = found
+        sequence.pages = [page.page for page in found] + self._pages.allocate(kv_pages, Use.KV)
+        sequence.num_computed = len(found) * self.limits.page_tokens
         sequence.state = State.RUNNING
         insort(self.running, sequence, key=_age)
+        if sequence.admitted_s is None:
+            self._note_first_admission(sequence, now_s)
         return _Admission.ADMITTED
 
-    # --- the queue and what a sequence holds ---
+    def _note_first_admission(self, sequence: Sequence, now_s: float) -> None:
+        sequence.admitted_s = now_s
+        sequence.num_cached = sequence.num_computed
+        self.num_prompt_tokens += sequence.num_prompt
+        self.num_cached_tokens += sequence.num_cached
+        if self.policy.fairness:
+            self._service.charge(sequence.digest, PROMPT_PRICE * (sequence.num_prompt - sequence.num_cached))
+        if self._early_abort:
+            self._early_abort.note_admission(sequence)
 
-    def _stop(self, sequence: Sequence) -> None:
-        """Out of the running ones; pages and adapter given back."""
+    # --- what a sequence holds ---
+
+    def _stop(self, sequence: Sequence, *, keeps: bool) -> None:
+        """Out of the running ones; pages and adapter given back. keeps: what it computed is for others to find."""
         self.running.remove(sequence)
-        self._pages.free(sequence.pages)
-        sequence.pages = []
+        if keeps:
+            self._publish(sequence, sequence.num_computed)
+        shared = {page.page for page in sequence.prefix}
+        self._pages.free(page for page in sequence.pages if page not in shared)
+        self.prefixes.release(sequence.prefix)
+        sequence.pages, sequence.prefix, sequence.slot = [], [], None
         if sequence.digest:
-            self._residency.release(sequence.digest)
+            self.residency.release(sequence.digest)
+
+    def _publish(self, sequence: Sequence, end: int) -> None:
+        """Gives the prefix cache the sequence's full pages before position `end`, as far as their tokens are known."""
+        if not self.policy.prefix_cache:
+            return
+        if end and sequence.tokens[end - 1] == PENDING:
+            end -= 1
+        path, size, tokens = sequence.prefix, self.limits.page_tokens, sequence.tokens
+        for index in range(len(path), end // size):
+            ours = tuple(tokens[index * size : (index + 1) * size])
+            self.prefixes.publish(sequence.digest, path, ours, sequence.pages[index])
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
-        insort(self._waiting, sequence, key=_age)
-        if sequence.digest:
-            self._waiting_by_adapter.setdefault(sequence.digest, {})[sequence.key] = sequence
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        self._waiting.remove(sequence)
-        if sequence.digest:
-            waiting = self._waiting_by_adapter[sequence.digest]
-            del waiting[sequence.key]
-            if not waiting:
-                del self._waiting_by_adapter[sequence.digest]
+        self._waiting.add(sequence)
 
 
 def _age(sequence: Sequence) -> int:

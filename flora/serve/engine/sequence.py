@@ -2,6 +2,7 @@
 
 from enum import Enum
 
+from flora.serve.engine.prefix import PrefixPage
 from flora.serve.request import AdapterTarget, SamplingParams
 
 Key = tuple[bytes, str]  # front end's identity, its request id
@@ -20,14 +21,19 @@ class Sequence:
 
     __slots__ = (
         "adapter",
+        "admitted_s",
         "arrived_s",
+        "digest",
         "key",
         "max_len",
+        "num_cached",
         "num_computed",
         "num_prompt",
         "order",
         "pages",
+        "prefix",
         "sampling",
+        "slot",
         "state",
         "tokens",
     )
@@ -48,17 +54,18 @@ class Sequence:
         self.num_prompt = len(prompt)
         self.num_computed = 0  # tokens whose keys and values are in `pages`
         self.pages: list[int] = []  # in token order
+        self.prefix: list[PrefixPage] = []  # what it holds of the prefix cache, in token order: its first pages, or
+        # twins of them where somebody else had computed the same
+        self.num_cached = 0  # tokens of the prompt that it found there when it was first admitted
         self.sampling = sampling
         self.adapter = adapter
+        self.digest = adapter.serving_digest if adapter else None  # None for the base
+        self.slot: int | None = None  # of its adapter in the kernels' tables, while it runs; None for the base
         self.order = order  # arrival number: age, and so priority; it survives a preemption
         self.arrived_s = arrived_s
+        self.admitted_s: float | None = None  # first; None before
         self.max_len = min(len(prompt) + sampling.max_tokens, max_context)
         self.state = State.WAITING
-
-    @property
-    def digest(self) -> str | None:
-        """The adapter's serving digest; None for the base."""
-        return self.adapter.serving_digest if self.adapter else None
 
     @property
     def is_full(self) -> bool:

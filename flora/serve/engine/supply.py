@@ -10,7 +10,7 @@ from flora.serve.engine.loader import Loader, LoadFailed
 from flora.serve.engine.outbox import Outbox
 from flora.serve.engine.packing import PackedAdapter
 from flora.serve.engine.pages import PagePool
-from flora.serve.engine.residency import Residency, Resident
+from flora.serve.engine.residency import Resident
 from flora.serve.engine.runner import Runner
 from flora.serve.engine.scheduler import Scheduler
 from flora.serve.engine.sequence import Sequence
@@ -39,7 +39,6 @@ class AdapterSupply:
         self,
         scheduler: Scheduler,
         pages: PagePool,
-        residency: Residency,
         host: HostCache,
         loader: Loader,
         runner: Runner,
@@ -50,7 +49,7 @@ class AdapterSupply:
         self.load_s = 0.0
         self._scheduler = scheduler
         self._pages = pages
-        self._residency = residency
+        self._residency = scheduler.residency
         self._host = host
         self._loader = loader
         self._runner = runner
@@ -76,6 +75,8 @@ class AdapterSupply:
         if was_resident:
             self._residency.retire(digest)
         self._host.discard(digest)
+        self._scheduler.prefixes.forget(digest)
+        self._scheduler.adapter_left(digest)
         unloaded = AdapterUnloaded(request_id=message.request_id, serving_digest=digest, was_resident=was_resident)
         self._outbox.send(client, unloaded)
 
@@ -138,15 +139,17 @@ class AdapterSupply:
         self._runner.pool.poison(self._pages.take_freed())
         for resident in self._residency.take_evicted():
             self._runner.tables.clear(resident.slot)
+            self._scheduler.adapter_left(resident.digest)
             logger.info("adapter evicted label=%s digest=%s", resident.label, resident.digest)
 
     def _is_wanted(self, digest: str) -> bool:
-        return bool(self._scheduler.waiting_for(digest)) or any(order.digest == digest for order in self._orders)
+        return self._scheduler.is_awaited(digest) or any(order.digest == digest for order in self._orders)
 
     def _keep(self, packed: PackedAdapter) -> list[tuple[Sequence, FloraError]]:
         self.num_loads += 1
         self.load_s += packed.load_s
         self._host.put(packed)
+        self._scheduler.adapter_arrived(packed.digest)
         refused = []
         for sequence in self._scheduler.waiting_for(packed.digest):
             try:

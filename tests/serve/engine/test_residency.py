@@ -2,6 +2,7 @@
 
 import pytest
 
+from flora.serve.engine.eviction import Eviction
 from flora.serve.engine.pages import PagePool, Use
 from flora.serve.engine.residency import Residency
 from flora.serve.request import AdapterTarget
@@ -17,8 +18,13 @@ def pages() -> PagePool:
 
 
 @pytest.fixture
-def residency(pages: PagePool) -> Residency:
-    return Residency(pages, num_slots=3)
+def eviction(pages: PagePool) -> Eviction:
+    return Eviction(pages)
+
+
+@pytest.fixture
+def residency(pages: PagePool, eviction: Eviction) -> Residency:
+    return Residency(pages, eviction, num_slots=3)
 
 
 def digests(residency: Residency) -> set[str]:
@@ -38,32 +44,32 @@ def test_the_least_recently_used_makes_room(residency):
     assert residency.num_evictions == 1
 
 
-def test_an_adapter_in_use_is_never_evicted(residency):
+def test_an_adapter_in_use_is_never_evicted(residency, eviction):
     residency.place(target("a"), 4)
     residency.acquire("a")
     residency.place(target("b"), 4)
 
     assert not residency.can_place(7)
-    assert residency.reclaim(6)
-    assert not residency.reclaim(7)
+    assert eviction.reclaim(6)
+    assert not eviction.reclaim(7)
     assert digests(residency) == {"a"}
 
 
-def test_a_pinned_adapter_is_never_evicted(residency):
+def test_a_pinned_adapter_is_never_evicted(residency, eviction):
     residency.place(target("a"), 4)
     residency.pin("a")
 
-    assert not residency.reclaim(7)
+    assert not eviction.reclaim(7)
     assert digests(residency) == {"a"}
 
 
-def test_a_pinned_adapter_stays_pinned_when_its_last_sequence_ends(residency):
+def test_a_pinned_adapter_stays_pinned_when_its_last_sequence_ends(residency, eviction):
     residency.place(target("a"), 4)
     residency.pin("a")
     residency.acquire("a")
     residency.release("a")
 
-    assert not residency.reclaim(7)
+    assert not eviction.reclaim(7)
 
 
 def test_a_slot_is_room_too(residency):

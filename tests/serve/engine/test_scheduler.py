@@ -1,81 +1,11 @@
 """Which rows a step has. Integers only: a page holds four tokens, and a clock is a number."""
 
-from collections.abc import Iterable
-
 import pytest
 
 from flora.errors import OutOfPages, Overloaded
-from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.residency import Residency
-from flora.serve.engine.scheduler import Limits, Plan, Scheduler
-from flora.serve.engine.sequence import Sequence, State
-from flora.serve.request import AdapterTarget, SamplingParams
-
-
-class Desk:
-    """A scheduler, its pool, and host memory as a table of digests and pages."""
-
-    def __init__(
-        self,
-        num_pages: int = 100,
-        *,
-        packed: dict[str, int] | None = None,
-        num_slots: int = 8,
-        max_sequences: int = 8,
-        max_batch_tokens: int = 64,
-        max_waiting: int = 100,
-        max_context: int = 10_000,
-    ) -> None:
-        self.packed = dict(packed or {})
-        self.pages = PagePool(num_pages + 1)
-        self.residency = Residency(self.pages, num_slots)
-        limits = Limits(4, max_sequences, max_batch_tokens, max_waiting, age_cap_s=5.0)
-        self.scheduler = Scheduler(limits, self.pages, self.residency, self.packed.get)
-        self.max_context = max_context
-        self.arrivals = 0
-
-    def sequence(
-        self, name: str, num_prompt: int, max_tokens: int = 8, adapter: str | None = None, at_s: float = 0.0
-    ) -> Sequence:
-        target = AdapterTarget(serving_digest=adapter, version_digest=adapter, label=adapter) if adapter else None
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        self.arrivals += 1
-        return Sequence(
-            (b"", name),
-            (0,) * num_prompt,
-            sampling,
-            target,
-            order=self.arrivals,
-            arrived_s=at_s,
-            max_context=self.max_context,
-        )
-
-    def submit(self, name: str, num_prompt: int, **rest: object) -> Sequence:
-        sequence = self.sequence(name, num_prompt, **rest)  # type: ignore[arg-type]
-        self.scheduler.submit(sequence)
-        return sequence
-
-    def step(self, now_s: float = 0.0) -> dict[str, tuple[int, int]]:
-        """Runs one step; each planned request's (first position, rows)."""
-        plan = self.scheduler.plan(now_s)
-        self.commit(plan)
-        return {chunk.sequence.key[1]: (chunk.start, chunk.count) for chunk in plan.chunks}
-
-    def commit(self, plan: Plan) -> None:
-        self.scheduler.commit(plan)
-        for chunk in plan.chunks:
-            if chunk.samples:
-                chunk.sequence.tokens[-1] = 0
-                if len(chunk.sequence.tokens) >= chunk.sequence.max_len:
-                    self.scheduler.finish(chunk.sequence)
-
-    @property
-    def waiting(self) -> int:
-        return self.scheduler.num_waiting
-
-
-def names(sequences: Iterable[Sequence]) -> list[str]:
-    return [sequence.key[1] for sequence in sequences]
+from flora.serve.engine.pages import Use
+from flora.serve.engine.sequence import State
+from tests.serve.engine.desk import Desk, names
 
 
 def test_a_prompt_is_computed_at_once_and_then_a_token_a_step():
@@ -139,7 +69,7 @@ def test_a_request_without_its_adapter_is_passed_over():
     assert desk.step() == {"runs": (0, 2)}
     assert [target.serving_digest for target in desk.scheduler.wanted_adapters()] == ["x"]
 
-    desk.packed["x"] = 3
+    desk.load("x", 3)
     assert "waits" in desk.step()
     assert desk.pages.count(Use.ADAPTER) == 3
 
@@ -303,6 +233,6 @@ def test_a_cancelled_request_gives_all_back_in_every_phase(phase):
 
     assert desk.scheduler.is_empty
     assert desk.waiting == 0
-    assert not desk.scheduler.wanted_adapters()
+    assert not list(desk.scheduler.wanted_adapters())
     assert desk.pages.count(Use.KV) == 0
     assert all(resident.running == 0 for resident in desk.residency)

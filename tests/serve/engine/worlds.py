@@ -41,6 +41,7 @@ class World:
             "pool_bytes": 48 << 20,
             "poison": True,
             "num_threads": 1,  # small models, and other tests beside them
+            "prefix_cache": False,  # what a test asks twice is computed twice, unless it is about the cache
         }
         return build_engine(EngineConfig(**defaults | settings))
 
