@@ -117,9 +117,10 @@ def extract_one(
             version = registry.add(result.adapter, target.name, provenance={"command": "extract"})
             registry.register_base(result.base_record, name=base.name, path=base.path)
     if target.out is not None:
+        from flora.registry.formats.paths import tree_paths
         from flora.registry.formats.peft import save_peft
 
-        save_peft(result.adapter, target.out)
+        save_peft(result.adapter, target.out, paths=tree_paths(base.path, result.adapter.header))
     return Outcome(result, version, target.out, tuned.num_bytes)
 
 

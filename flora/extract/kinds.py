@@ -13,6 +13,7 @@ HEADS = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "gener
 HEAD_PATHS = ("cls.predictions.decoder", "predictions.decoder", "lm_head.decoder")  # of encoders' masked-word heads
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
+STRIDE_READERS = ("whisper",)
 TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module tree; lm_head if not named here
     "bert": "cls.predictions.decoder",
     "albert": "predictions.decoder",
@@ -23,7 +24,7 @@ TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module
     "gpt_neox": "embed_out",
     "whisper": "proj_out",
 }
-_TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|embed_positions|wpe|wte")
+_TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|wpe|wte")
 _HEADED = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM|ForSpeechSeq2Seq|ForPreTraining")
 
 
@@ -54,16 +55,18 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
         return Finding(reason="a buffer of whole numbers, not a weight")
     if is_table(name, shape):
         return Finding("embedding")
-    if ".experts." in name:
-        return Finding(reason="expert weights: the module tree holds them fused in one 3-D parameter")
+    if ".experts." in name and not (len(shape) == 2 and name.endswith(".weight")):
+        return Finding(reason="expert weights, fused in one 3-D parameter")
     if leaf in ("gate", "router") and any(other.startswith(f"{_parent(name)}.experts.") for other in names):
         return Finding(reason="the router of a mixture of experts: no linear layer in the module tree")
     if len(shape) < 2:
         return Finding(is_vector=len(shape) == 1 and name.endswith((".weight", ".bias")), reason=_vector(name, leaf))
     if not name.endswith(".weight"):
         return Finding(reason="a parameter outside any layer that has a LoRA form")
+    if leaf == "embed_positions":
+        return Finding(reason="a table of positions that is not looked up by token ids: it has no LoRA form in PEFT")
     if len(shape) > 2:
-        return _classify_conv(name, shape)
+        return _classify_conv(name, shape, model_type)
     if model_type in CONV1D_MODELS and leaf in CONV1D_LAYERS:
         return Finding("conv1d")
     return Finding("linear")
@@ -132,13 +135,17 @@ def _vector(name: str, leaf: str) -> str:
     return "a norm's weight: a vector has no low rank" if "norm" in name or leaf.startswith("ln") else "a vector"
 
 
-def _classify_conv(name: str, shape: tuple[int, ...]) -> Finding:
+def _classify_conv(name: str, shape: tuple[int, ...], model_type: str) -> Finding:
     if len(shape) > 5:
         return Finding(reason=f"a {len(shape)}-dimensional parameter, not a matrix")
     if "transpose" in leaf_of(name) or "deconv" in leaf_of(name):
         return Finding(reason="a transposed convolution: it has no LoRA form")
     if shape[1] == 1:
         return Finding(reason="a convolution of one channel each: too small for two factors")
+    if model_type in STRIDE_READERS:
+        return Finding(
+            reason=f"a convolution whose stride {model_type}'s code reads: a LoRA layer in its place has none"
+        )
     return Finding("conv")
 
 

@@ -13,6 +13,7 @@ from flora.checkpoint import Checkpoint
 from flora.extract import ExtractConfig, Wish, extract
 from flora.forms import as_weight
 from flora.rank import RankRule
+from flora.registry.formats.paths import rename_tensor, tree_paths
 from flora.registry.formats.peft import load_peft, save_peft
 from tests.extract.models import save, tune
 
@@ -27,27 +28,29 @@ def extracted(
     base, tuned = save(model, folder / "base"), save(tune(model), folder / "tuned")
     config = ExtractConfig(RankRule(max_rank=rank), factor_dtype=dtype, wish=wish)
     adapter = extract(base, tuned, config).adapter
-    save_peft(adapter, folder / "adapter")
+    save_peft(adapter, folder / "adapter", paths=tree_paths(base.path, adapter.header))
     again = load_peft(folder / "adapter")
     assert again.header == adapter.header
     assert again.header.serving_digest == adapter.header.serving_digest
     return base, tuned, adapter
 
 
-def with_deltas(model: nn.Module, adapter: Adapter) -> nn.Module:
+def with_deltas(model: nn.Module, adapter: Adapter, paths: Mapping[str, str] | None = None) -> nn.Module:
     """A copy of the base model with every truncated delta added to its weight, and whole tensors in their places.
 
+    paths  of modules that the model names otherwise than its checkpoint
     A weight that two modules share is changed once, as in a full fine-tune.
     """
+    paths = paths or {}
     model = copy.deepcopy(model)
     tensors: Mapping[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for module, factors in adapter:
             delta = as_weight(module.form, factors.delta())
-            weight = tensors[f"{module.name}.weight"]
+            weight = tensors[rename_tensor(f"{module.name}.weight", paths)]
             weight += delta.reshape(weight.shape)
         for name, tensor in adapter.exact.items():
-            tensors[name].copy_(tensor)
+            tensors[rename_tensor(name, paths)].copy_(tensor)
     return model
 
 
@@ -57,7 +60,8 @@ def distance(model: nn.Module, adapter: Adapter, folder: Path, forward: Forward,
     model  the base as its library loads it, in float32
     """
     model = model.eval()
+    paths = tree_paths(folder / "base", adapter.header)
     with torch.no_grad():
-        before, wanted = forward(model), forward(with_deltas(model, adapter))
+        before, wanted = forward(model), forward(with_deltas(model, adapter, paths))
         adapted = PeftModel.from_pretrained(model, folder / "adapter", **options).eval()
         return float((forward(adapted) - wanted).norm() / (wanted - before).norm())

@@ -12,6 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ from flora.adapter import (
 from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
 from flora.forms import LINEAR, Form
+from flora.registry.formats.paths import rename, rename_tensor
 from flora.registry.formats.peft_config import (
     CONFIG_FILE,
     LoraScales,
@@ -69,13 +71,17 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     serving_digest: str
     header: AdapterHeader
     report: ChangeReport | None
+    paths: dict[str, str] = {}  # of modules that have another name in the folder than in the header
 
 
-def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> list[Path]:
+def save_peft(
+    adapter: Adapter, folder: Path, profile: Profile = "compact", paths: Mapping[str, str] | None = None
+) -> list[Path]:
     """Writes the adapter to `folder`, whole or not at all, and returns its files.
 
     compact   true per-module ranks, in rank_pattern and alpha_pattern
     portable  one rank, zero-padded: for engines that know no patterns
+    paths     of modules that the loading library names otherwise: `paths.tree_paths`
 
     A folder that Flora wrote is replaced. Raises UsageError if anything else is there, StoreError.
     """
@@ -84,7 +90,7 @@ def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> l
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         temporary.mkdir(parents=True)
-        for name, pieces in peft_files(adapter, profile).items():
+        for name, pieces in peft_files(adapter, profile, paths).items():
             with (temporary / name).open("wb") as file:
                 file.writelines(pieces)
         _replace(temporary, folder)
@@ -95,12 +101,19 @@ def save_peft(adapter: Adapter, folder: Path, profile: Profile = "compact") -> l
     return sorted(path for path in folder.iterdir() if path.name in OUR_FILES)
 
 
-def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes | memoryview]]:
+def peft_files(
+    adapter: Adapter, profile: Profile, paths: Mapping[str, str] | None = None
+) -> dict[str, Iterable[bytes | memoryview]]:
     """The files of the folder, by name, each as pieces."""
+    if any(".experts." in name for name in adapter.factors):
+        profile = "portable"  # PEFT stacks the experts of a layer: all must be there, and of one rank
     if profile == "portable":
         from flora.registry.formats.portable import fold_scales, pad_factors, pad_forms
 
         adapter = fold_scales(adapter)
+    header = adapter.header
+    adapter = _renamed(adapter, paths or {})
+    if profile == "portable":
         factors: Mapping[str, LowRank] = pad_factors(adapter)
         forms = pad_forms(adapter, factors)
         names = _with_tied(factors, forms)
@@ -114,9 +127,10 @@ def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes |
         kind=_KIND,
         schema_version=_SCHEMA_VERSION,
         profile=profile,
-        serving_digest=str(adapter.header.serving_digest),
-        header=adapter.header,
+        serving_digest=str(header.serving_digest),
+        header=header,
         report=adapter.report,
+        paths=dict(paths or {}),
     )
     files: dict[str, Iterable[bytes | memoryview]] = {
         CONFIG_FILE: [_pretty(config)],
@@ -124,6 +138,14 @@ def peft_files(adapter: Adapter, profile: Profile) -> dict[str, Iterable[bytes |
         RECORD_FILE: [_pretty(to_json(record))],
     }
     return files | {name: [data] for name, data in adapter.extras.items() if name in EXTRAS}
+
+
+def _renamed(adapter: Adapter, paths: Mapping[str, str]) -> Adapter:
+    if not paths:
+        return adapter
+    factors = {paths.get(name, name): lowrank for name, lowrank in adapter.factors.items()}
+    exact = {rename_tensor(name, paths): tensor for name, tensor in adapter.exact.items()}
+    return replace(adapter, header=rename(adapter.header, paths), factors=factors, exact=exact)
 
 
 def _with_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> set[str]:
@@ -149,15 +171,18 @@ def load_peft(folder: Path) -> Adapter:
     if (folder / RECORD_FILE).exists():
         record = _read_record(folder)
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
-        exact = {tensor.name: spell_exact(tensor.name, _adapted(record)) for tensor in record.header.exact_tensors}
-        return _load_own(folder, record, config, read_weights(weights, config, exact))
+        header = rename(record.header, record.paths)
+        exact = {tensor.name: spell_exact(tensor.name, _adapted(header)) for tensor in header.exact_tensors}
+        adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact))
+        back = {path: name for name, path in record.paths.items()}
+        return replace(_renamed(adapter, back), header=record.header)
     config = LoraScales(read_config(folder / CONFIG_FILE))
     return _import(folder, config, read_weights(weights, config))
 
 
-def _adapted(record: _Record) -> set[str]:
+def _adapted(header: AdapterHeader) -> set[str]:
     """Modules that have factors in the folder; a portable one adds layers, which no exact tensor is beside."""
-    return {name for module in record.header.modules for name in (module.name, *module.tied)}
+    return {name for module in header.modules for name in (module.name, *module.tied)}
 
 
 def _import(folder: Path, config: LoraScales, weights: Weights) -> Adapter:
@@ -186,7 +211,9 @@ def _read_record(folder: Path) -> _Record:
     return record
 
 
-def _load_own(folder: Path, record: _Record, config: LoraScales, weights: Weights) -> Adapter:
+def _load_own(
+    folder: Path, header: AdapterHeader, report: ChangeReport | None, config: LoraScales, weights: Weights
+) -> Adapter:
     """The adapter of a folder that Flora wrote, with the padding of a portable one trimmed away again."""
     import torch
 
@@ -194,7 +221,7 @@ def _load_own(folder: Path, record: _Record, config: LoraScales, weights: Weight
 
     left = dict(weights.pairs)
     factors = {}
-    for module in record.header.modules:
+    for module in header.modules:
         whole = left.pop(module.name, None)
         if whole is None or module.rank > whole.rank or module.scale != config.scale(module.name):
             raise _differs(module.name)
@@ -214,11 +241,11 @@ def _load_own(folder: Path, record: _Record, config: LoraScales, weights: Weight
     for name, whole in left.items():
         if whole.A.any() or whole.B.any():
             raise _differs(name)
-    extras = {name: _own_extra(folder, name, digest) for name, digest in record.header.extras.items()}
-    for tensor in record.header.exact_tensors:
+    extras = {name: _own_extra(folder, name, digest) for name, digest in header.extras.items()}
+    for tensor in header.exact_tensors:
         if tensor_sha256(weights.exact[tensor.name]) != tensor.sha256:
             raise _differs(tensor.name)
-    return Adapter(header=record.header, factors=factors, report=record.report, extras=extras, exact=weights.exact)
+    return Adapter(header=header, factors=factors, report=report, extras=extras, exact=weights.exact)
 
 
 def _own_extra(folder: Path, name: str, digest: str) -> bytes:

@@ -55,7 +55,7 @@ def tied_form(module: str) -> Form:
 
 def spell_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> dict[str, "Tensor"]:
     """The tensors of every module that is tied to an adapted embedding: PEFT adapts each side by itself."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, lowrank in factors.items():
         for tied in forms[name].tied:
             tensors |= spell(tied, lowrank, tied_form(tied))
