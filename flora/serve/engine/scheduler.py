@@ -18,6 +18,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 import msgspec
 
@@ -124,13 +125,12 @@ class Scheduler:
     def wanted_adapters(self) -> Iterable[AdapterTarget]:
         """What is to be loaded now, in the order in which it was first asked for.
 
-        With prefetch all that somebody waits for; without, only as many as there are sequences to be admitted.
+        With prefetch all that somebody waits for; without, only what fills the places that nobody else is ready for.
         """
-        room = self.limits.max_sequences - len(self.running)
-        for number, target in enumerate(self._waiting.lacking()):
-            if not self.policy.prefetch and (number >= room or self._is_full):
-                return
-            yield target
+        if self.policy.prefetch:
+            return self._waiting.lacking()
+        places = self.limits.max_sequences - len(self.running) - self._waiting.num_ready
+        return islice(self._waiting.lacking(), 0 if self._is_full else max(0, places))
 
     def waiting_by_adapter(self) -> dict[str, int]:
         """Serving digest -> number of waiting sequences."""

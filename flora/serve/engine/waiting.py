@@ -45,6 +45,11 @@ class Waiting:
         queue = self._queues.get(digest)
         return list(queue.sequences) if queue else []
 
+    @property
+    def num_ready(self) -> int:
+        """Sequences whose adapter is here."""
+        return self.num_sequences - sum(len(self._queues[digest].sequences) for digest in self._lacking)
+
     def is_awaited(self, digest: str) -> bool:
         return digest in self._queues
 

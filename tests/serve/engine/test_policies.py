@@ -1,0 +1,285 @@
+"""What each switch of the scheduler changes: seeded traces of S-LoRA's generator, the same with it and without.
+
+A step takes 0.05 s, whatever is in it; a load takes as long as the test says, one at a time.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from flora.bench.trace import Trace, Workload, draw_trace
+from flora.serve.engine.scheduler import Plan
+from flora.serve.engine.sequence import Sequence, State
+from tests.serve.engine.desk import Desk
+
+STEP_S = 0.05
+ADAPTER_PAGES = 3
+
+
+@dataclass
+class Replay:
+    """What became of a trace, request by request."""
+
+    desk: Desk
+    sequences: list[Sequence] = field(default_factory=list)
+    first_token_s: dict[Sequence, float] = field(default_factory=dict)  # since arrival
+    admitted: list[Sequence] = field(default_factory=list)  # in order
+    refused: list[Sequence] = field(default_factory=list)
+    adapters_of_steps: list[int] = field(default_factory=list)  # different adapters in each step's rows
+    num_placed: int = 0  # adapters that were copied to the device
+    end_s: float = 0.0
+
+    def wait_s(self, of: str | None = None) -> float:
+        """Mean time to the first token, of one adapter's requests or of all."""
+        waits = [wait for sequence, wait in self.first_token_s.items() if of is None or sequence.digest == of]
+        return sum(waits) / len(waits)
+
+    def attainment(self, slo_s: float) -> float:
+        return sum(wait <= slo_s for wait in self.first_token_s.values()) / len(self.sequences)
+
+
+def replay(trace: Trace, *, load_s: float | None = None, until_s: float = 1e9, **settings: Any) -> Replay:
+    """The trace through a desk with these settings. load_s: of one adapter; None: all lie in host memory."""
+    names = [f"a{number}" for number in trace.adapters]
+    desk = Desk(
+        **{"num_pages": 200, "packed": {} if load_s else dict.fromkeys(names, ADAPTER_PAGES), "max_waiting": 10_000}
+        | settings
+    )
+    done = Replay(desk)
+    now_s, loading = 0.0, None
+    while len(done.sequences) < trace.num_requests or not desk.scheduler.is_empty:
+        while len(done.sequences) < trace.num_requests and trace.arrivals_s[len(done.sequences)] <= now_s:
+            number = len(done.sequences)
+            arguments = {"max_tokens": int(trace.output_lens[number]), "adapter": names[number]}
+            at_s = float(trace.arrivals_s[number])
+            done.sequences.append(desk.submit(str(number), trace.prompts[number], at_s=at_s, **arguments))
+        if loading and now_s >= loading[1]:
+            desk.load(loading[0], ADAPTER_PAGES)
+            loading = None
+        if load_s and not loading:
+            wanted = next(iter(desk.scheduler.wanted_adapters()), None)
+            loading = (wanted.serving_digest, now_s + load_s) if wanted else None
+        for sequence in desk.scheduler.late(now_s):
+            done.refused.append(sequence)
+            desk.scheduler.finish(sequence)
+        plan = desk.scheduler.plan(now_s)
+        desk.commit(plan)
+        now_s += STEP_S
+        note(done, plan, now_s)
+        if now_s > until_s:
+            break
+    done.end_s = now_s
+    return done
+
+
+def note(done: Replay, plan: Plan, now_s: float) -> None:
+    known = set(done.admitted)
+    done.admitted += [chunk.sequence for chunk in plan.chunks if chunk.sequence not in known]
+    done.adapters_of_steps.append(len({chunk.sequence.digest for chunk in plan.chunks}))
+    done.num_placed += len(plan.placed)
+    for chunk in plan.chunks:
+        if chunk.samples:
+            done.first_token_s.setdefault(chunk.sequence, now_s - chunk.sequence.arrived_s)
+
+
+def trace_of(**workload: Any) -> Trace:
+    return draw_trace(Workload(**{"lengths": (4, 24)} | workload), seed=42)
+
+
+def test_without_any_switch_who_comes_first_goes_first():
+    done = replay(trace_of(num_requests=60, num_adapters=5, rate=20.0))
+
+    assert done.admitted == done.sequences
+
+
+# --- fairness ---
+
+
+def test_fairness_keeps_a_popular_adapter_from_holding_up_the_others():
+    """Three quarters of all requests want adapter 0, and come faster than they are served."""
+    trace = trace_of(num_requests=300, num_adapters=10, alpha=0.125, rate=40.0)
+    assert 200 < sum(trace.adapters == 0) < 240
+
+    first_come, fair = replay(trace, max_sequences=4), replay(trace, max_sequences=4, fairness=True)
+
+    rare = [f"a{number}" for number in range(3, 10)]
+    waits = {name: (first_come.wait_s(name), fair.wait_s(name)) for name in rare}
+    assert all(fair_s < 0.5 * plain_s for plain_s, fair_s in waits.values()), waits
+    assert fair.wait_s("a0") < 1.3 * first_come.wait_s("a0")
+    assert fair.end_s < 1.05 * first_come.end_s  # who is served changes, not how much
+
+
+def test_adapters_that_always_wait_are_served_alike():
+    """The bound of virtual token counters (arXiv:2401.00588, section 4): twice what a batch can be worth. Requests of
+    the one are three times as long, and come before all of the other's.
+    """
+    desk = Desk(packed={"long": 1, "short": 1}, max_sequences=2, max_waiting=200, fairness=True)
+    served = {"long": 0, "short": 0}
+    sequences = [desk.submit(f"l{i}", 30, max_tokens=30, adapter="long") for i in range(60)]
+    sequences += [desk.submit(f"s{i}", 10, max_tokens=10, adapter="short") for i in range(60)]
+    largest = 30 * 1 + 30 * 2
+
+    while all(desk.scheduler.waiting_for(name) for name in served):
+        desk.step()
+        for name in served:
+            served[name] = sum(
+                10 * (sequence.state is not State.WAITING) * (1 if name == "short" else 3) + 2 * sequence.num_generated
+                for sequence in sequences
+                if sequence.digest == name
+            )
+        assert abs(served["long"] - served["short"]) <= 2 * largest
+    assert min(served.values()) > 10 * largest
+
+
+def test_an_adapter_that_comes_back_has_saved_no_credit():
+    desk = Desk(packed={"x": 1, "y": 1}, max_sequences=1, fairness=True)
+    for i in range(4):
+        desk.submit(f"x{i}", 4, max_tokens=4, adapter="x")
+    for _ in range(8):
+        desk.step()
+    desk.submit("y0", 4, max_tokens=4, adapter="y")  # now it is as far as x, not a hundred tokens behind
+    desk.submit("y1", 4, max_tokens=4, adapter="y")
+    order = []
+    while not desk.scheduler.is_empty:
+        order += [name for name, (start, _) in desk.step().items() if start == 0]
+
+    assert order == ["x2", "y0", "x3", "y1"]
+
+
+@pytest.mark.parametrize(("max_wait_s", "longest_s"), [(1.0, 1.5), (1000.0, 8.0)])
+def test_no_adapter_waits_for_its_turn_longer_than_the_age_cap(max_wait_s, longest_s):
+    """Every moment adapters come that were served less than the one that waits."""
+    desk = Desk(max_sequences=1, fairness=True, max_wait_s=max_wait_s, num_slots=4, max_waiting=1000)
+    desk.packed.update({f"new{i}": 1 for i in range(400)} | {"old": 1})
+    desk.submit("0", 40, max_tokens=20, adapter="old")
+    for i in range(4):
+        desk.submit(f"first{i}", 4, max_tokens=2, adapter=f"new{i}")
+    waits = desk.submit("1", 4, max_tokens=2, adapter="old")
+    step = 0
+    while waits.state is State.WAITING:
+        if step < 160 and step % 2 == 0:
+            desk.submit(f"new{4 + step}", 4, max_tokens=2, adapter=f"new{4 + step}", at_s=step * STEP_S)
+        desk.step(now_s=step * STEP_S)
+        step += 1
+
+    assert (step * STEP_S <= longest_s) == (max_wait_s < longest_s)
+
+
+# --- early abort ---
+
+
+def overload(cv: float) -> Trace:
+    return trace_of(num_requests=400, num_adapters=20, rate=30.0, cv=cv)
+
+
+@pytest.mark.parametrize("cv", [1.0, 4.0])
+def test_early_abort_serves_more_requests_in_time(cv):
+    """S-LoRA's figure 10: under overload first come, first served answers hardly anyone in time."""
+    plain = replay(overload(cv), max_sequences=4)
+    aborting = replay(overload(cv), max_sequences=4, slo_ttft_s=2.0)
+
+    assert not plain.refused
+    assert plain.attainment(2.0) < 0.3
+    assert aborting.attainment(2.0) > 2 * plain.attainment(2.0)
+    assert aborting.attainment(2.0) > 0.9 * len(aborting.first_token_s) / 400  # who is admitted is in time
+    assert len(aborting.refused) + len(aborting.first_token_s) == 400
+
+
+def test_early_abort_refuses_nobody_who_can_be_served_in_time():
+    trace = trace_of(num_requests=200, num_adapters=20, rate=2.0)
+
+    done = replay(trace, max_sequences=4, slo_ttft_s=2.0)
+
+    assert not done.refused
+    assert done.attainment(2.0) == 1.0
+
+
+def test_who_has_had_a_token_is_never_aborted():
+    """A preempted request waits again, and its client has read the beginning of its answer."""
+    desk = Desk(num_pages=8, slo_ttft_s=1.0)
+    desk.submit("old", (0,) * 4, max_tokens=20)
+    young = desk.submit("young", (1,) * 9, max_tokens=12)
+    while not desk.scheduler.num_preemptions:
+        desk.step()
+
+    assert young.state is State.WAITING
+    assert desk.scheduler.late(now_s=100.0) == []
+
+
+# --- clustering ---
+
+
+def test_clustering_keeps_few_adapters_running():
+    """S-LoRA's figures 11 and 12: 32 adapters, whose requests wait."""
+    trace = trace_of(num_requests=300, num_adapters=32, rate=60.0)
+    settings = {"max_sequences": 8, "num_pages": 120, "max_wait_s": 1e9}
+
+    plain, clustered = replay(trace, **settings), replay(trace, cluster=2, **settings)
+
+    def mean(counts: list[int]) -> float:
+        return sum(counts) / len(counts)
+
+    assert mean(plain.adapters_of_steps) > 6
+    assert mean(clustered.adapters_of_steps) < 0.6 * mean(plain.adapters_of_steps)
+    assert clustered.num_placed < 0.5 * plain.num_placed
+    assert len(clustered.admitted) == len(plain.admitted) == 300
+
+
+def test_clustering_is_no_bound_where_nobody_else_could_run():
+    """It says who goes first; places that nobody of the cluster wants are not left empty."""
+    desk = Desk(packed=dict.fromkeys("abc", 1), cluster=1)
+    for name in "abc":
+        desk.submit(name, 4, adapter=name)
+
+    assert set(desk.step()) == {"a", "b", "c"}
+
+
+def test_the_age_cap_holds_for_clustering():
+    """A stream of requests for the adapter that runs, and one for another."""
+    desk = Desk(packed={"x": 1, "y": 1}, max_sequences=2, cluster=1, max_wait_s=2.0, max_waiting=1000)
+    desk.submit("0", 4, max_tokens=4, adapter="x")
+    desk.step()
+    desk.submit("00", 4, max_tokens=4, adapter="x")
+    desk.step()
+    other = desk.submit("other", 4, max_tokens=4, adapter="y")
+    for step in range(1, 100):
+        desk.submit(str(step), 4, max_tokens=4, adapter="x", at_s=step * STEP_S)
+        desk.step(now_s=step * STEP_S)
+        if other.state is State.RUNNING:
+            break
+
+    assert 2.0 <= step * STEP_S < 2.5
+
+
+# --- prefetch ---
+
+
+def test_prefetch_loads_while_requests_wait():
+    trace = trace_of(num_requests=40, num_adapters=1000, rate=4.0)
+
+    eager, lazy = (replay(trace, load_s=0.4, max_sequences=1, prefetch=prefetch) for prefetch in (True, False))
+
+    assert eager.wait_s() < 0.75 * lazy.wait_s()
+    assert set(eager.first_token_s) == set(eager.sequences)
+    assert set(lazy.first_token_s) == set(lazy.sequences)
+
+
+def test_without_prefetch_nothing_is_loaded_before_its_turn():
+    desk = Desk(max_sequences=2, prefetch=False)
+    desk.submit("base", 4, max_tokens=8)
+    for name in "xyz":
+        desk.submit(name, 4, adapter=name)
+
+    def wanted() -> list[str]:
+        return [target.serving_digest for target in desk.scheduler.wanted_adapters()]
+
+    desk.step()
+    assert wanted() == ["x"]  # one place is free
+    desk.load("x", 1)
+    assert wanted() == []  # it will be taken
+    desk.step()
+    assert wanted() == []
+    while desk.scheduler.get((b"", "base")):
+        desk.step()
+    assert wanted() == ["y"]
