@@ -10,6 +10,9 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
+from flora.bench.facts import Surroundings
 from flora.bench.row import append_row, commit_of_this_code, encode_row
 from flora.bench.serving import measure_engine
 from flora.bench.settings import SETTINGS, ServeBench, Setting
@@ -39,8 +42,8 @@ def main() -> None:
         prefix_cache=False,  # prompts are compared as if nothing of them had been computed before, as on other engines
     )
     bench = ServeBench(setting=setting, engine=engine, seeds=args.seeds, alpha=args.alpha)
-    commit = args.commit or commit_of_this_code()
-    for row in measure_engine(bench, commit=commit, scratch=args.scratch, tell=lambda text: print("#", text)):
+    where = Surroundings(args.commit or commit_of_this_code(), torch.cuda.get_device_name(0))
+    for row in measure_engine(bench, where, scratch=args.scratch, tell=lambda text: print("#", text, flush=True)):
         print(encode_row(row), flush=True)
         if args.out:
             append_row(args.out, row)

@@ -18,6 +18,7 @@ from flora.serve.engine import Engine, build_engine
 from flora.serve.request import AdapterTarget
 
 _SMALL_CACHE_BYTES = 3 << 29  # the least: pinning memory takes a second for every few GiB, so no more than is useful
+_SMALL_WORLD_BYTES = 64 << 20  # less than what drawing them takes, a process takes to start
 _CACHE_SLACK = 1.25  # pages are filled to their end, and an arena has gaps
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -44,11 +45,18 @@ class World:
 
 
 def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World:
-    """Writes config.json and registers the adapters of these numbers, on all cores."""
+    """Writes config.json and registers the adapters of these numbers, on all cores if that is much."""
     setting = bench.setting
     write_config(folder / "base", setting.shape)
+    wanted = set(numbers)
+    is_small = sum(adapter_bytes(setting, number, "bfloat16") for number in wanted) < _SMALL_WORLD_BYTES
     targets = register_random_adapters(
-        folder / "registry", setting.shape, setting.modules, setting.ranks, numbers, os.cpu_count() or 1
+        folder / "registry",
+        setting.shape,
+        setting.modules,
+        setting.ranks,
+        wanted,
+        num_processes=1 if is_small else os.cpu_count() or 1,
     )
     return World(folder, bench, targets)
 

@@ -8,7 +8,7 @@ from typing import Any
 from flora.bench.asks import Ask
 from flora.bench.clock import Clock, WallClock
 from flora.bench.timeline import Timeline
-from flora.errors import CheckFailed
+from flora.errors import CheckFailed, DeadlineMissed
 from flora.serve.engine import Engine
 from flora.serve.messages import Cancel, Rejected, StepEvents, Submit, TokenEvent
 from flora.serve.request import AdapterTarget, SamplingParams
@@ -106,7 +106,9 @@ class _Drive:
                 for event in message.events:
                     self._take_event(event, now_s)
             elif isinstance(message, Rejected):
-                self._seen.timelines[int(message.request_id)].end("failed", now_s, message.message)
+                is_late = message.code == DeadlineMissed.code
+                timeline = seen.timelines[int(message.request_id)]
+                timeline.end("aborted" if is_late else "failed", now_s, message.message)
                 self._num_ended += 1
             else:
                 raise CheckFailed(f"the engine said {type(message).__name__}, which nobody asked for")

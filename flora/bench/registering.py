@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flora.adapter import BaseBinding, Recipe, make_adapter
 from flora.bench.shapes import FILES_PER_RANK, MODULE_SETS, random_factors
+from flora.identity import BaseRecord
 from flora.registry import Registry
 from flora.serve.request import AdapterTarget
 
@@ -14,20 +15,30 @@ from flora.serve.request import AdapterTarget
 def register_random_adapters(
     registry: Path, shape: str, modules: str, ranks: Sequence[int], indices: Iterable[int], num_processes: int
 ) -> dict[int, AdapterTarget]:
-    """Adapter number i has rank ranks[i % len(ranks)]; numbers that share weights differ by their salt alone."""
+    """Adapter number i has rank ranks[i % len(ranks)]; numbers that share weights differ by their salt alone.
+
+    num_processes  1: this one, which is quicker where the weights are small
+    """
     Registry.open(registry).close()  # made once, before many open it
     shares: dict[tuple[int, int], list[int]] = {}
     for i in sorted(set(indices)):
         shares.setdefault((ranks[i % len(ranks)], i // len(ranks) % FILES_PER_RANK), []).append(i)
+    work = [(registry, shape, modules, rank, number, share) for (rank, number), share in shares.items()]
     targets: dict[int, AdapterTarget] = {}
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        asked = [
-            pool.submit(_register, registry, shape, modules, rank, number, share)
-            for (rank, number), share in shares.items()
-        ]
-        for done in asked:
+    if num_processes == 1:
+        for part in work:
+            targets |= _register(*part)
+        return targets
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
+        for done in [pool.submit(_register, *part) for part in work]:
             targets |= done.result()
     return targets
+
+
+def _use_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _register(
@@ -35,9 +46,8 @@ def _register(
 ) -> dict[int, AdapterTarget]:
     import torch
 
-    torch.set_num_threads(1)
     factors = random_factors(shape, MODULE_SETS[modules], rank, number, torch.bfloat16)
-    binding = BaseBinding(name=f"bench/{shape}", base_id=None)
+    binding = BaseBinding(name=f"bench/{shape}", base_id=str(BaseRecord(()).base_id))  # drawn at random: no tensors
     recipe = Recipe(operation="import", method="random", options={"rank": rank, "number": number})
     first = make_adapter(factors, binding, recipe)
     targets = {}

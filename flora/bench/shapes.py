@@ -6,6 +6,7 @@ Speed depends on shapes and not on weights, so a benchmark needs a config.json a
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +58,29 @@ def write_config(folder: Path, shape: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(SHAPES[shape], indent=1))
     return folder
+
+
+def write_tokenizer(folder: Path, shape: str) -> None:
+    """A tokenizer.json beside the config, for servers: every token id of the shape is a short word of its own."""
+    words = {_word(i): i for i in range(SHAPES[shape]["vocab_size"])}
+    model = {"type": "BPE", "vocab": words, "merges": [], "unk_token": _word(0), "fuse_unk": False}
+    spec: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": model,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+
+
+def _word(number: int) -> str:
+    """A space and four letters, about as long as a word piece of a real vocabulary."""
+    return " " + "".join(chr(ord("a") + number // 26**place % 26) for place in range(4))
 
 
 def features(shape: str, module: str) -> tuple[int, int]:

@@ -10,13 +10,16 @@ from flora.bench.asks import Ask
 from flora.bench.timeline import Timeline
 
 
-def summarize(asks: Sequence[Ask], timelines: Sequence[Timeline], slo_ttft_s: float) -> dict[str, Any]:
+def summarize(
+    asks: Sequence[Ask], timelines: Sequence[Timeline], slo_ttft_s: float, *, closed_loop: bool = False
+) -> dict[str, Any]:
     """The figures of one pass, as a row has them.
 
     elapsed  from the first arrival of the trace to the last end
     ttft     first token after the request's arrival in the trace, so a late client counts against the server
     tpot     time per token after the first, of requests that ran to their length
     gap      between two pieces of one answer
+    closed loop: a request arrives when a client is free to send it, not when its trace says
     SLO attainment counts every request that was not cancelled; one that the server gave up has not met it.
     """
     pairs = list(zip(asks, timelines, strict=True))
@@ -24,12 +27,13 @@ def summarize(asks: Sequence[Ask], timelines: Sequence[Timeline], slo_ttft_s: fl
     elapsed_s = max(ends) - asks[0].due_s
     done = [(ask, seen) for ask, seen in pairs if seen.outcome == "length"]
     out_tokens = sum(seen.num_tokens for _, seen in pairs)
-    ttft_s = [seen.first_s - ask.due_s for ask, seen in pairs if seen.first_s is not None]
+    arrivals_s = [seen.sent_s if closed_loop and seen.sent_s is not None else ask.due_s for ask, seen in pairs]
+    ttft_s = [seen.first_s - at for (_, seen), at in zip(pairs, arrivals_s, strict=True) if seen.first_s is not None]
     tpot_s = [(s.piece_s[-1] - s.piece_s[0]) / (s.num_tokens - 1) for _, s in done if s.num_tokens > 1]
     gaps_s = [later - earlier for _, seen in pairs for earlier, later in pairwise(seen.piece_s)]
-    late_s = [seen.sent_s - ask.due_s for ask, seen in pairs if seen.sent_s is not None]
-    judged = [(ask, seen) for ask, seen in pairs if seen.outcome != "cancelled"]
-    met = sum(seen.first_s is not None and seen.first_s - ask.due_s <= slo_ttft_s for ask, seen in judged)
+    late_s = [seen.sent_s - at for (_, seen), at in zip(pairs, arrivals_s, strict=True) if seen.sent_s is not None]
+    judged = [(seen, at) for (_, seen), at in zip(pairs, arrivals_s, strict=True) if seen.outcome != "cancelled"]
+    met = sum(seen.first_s is not None and seen.first_s - at <= slo_ttft_s for seen, at in judged)
     return {
         "in_tok": sum(len(ask.prompt) for ask, seen in pairs if seen.first_s is not None),
         "out_tok": out_tokens,

@@ -64,14 +64,17 @@ MaxBatchTokens = Annotated[int | None, _flag(_ENGINE, "--max-batch-tokens", "N",
 MaxAdapters = Annotated[int, _flag(_ENGINE, "--max-adapters", "N", min=1)]
 Loaders = Annotated[int | None, _flag(_ENGINE, "--loaders", "N", min=0)]
 Threads = Annotated[int | None, _flag(_ENGINE, "--threads", "N", "Of torch on a CPU.", min=1)]
-PrefixCache = Annotated[bool, _flag(_SWITCHES, "--prefix-cache/--no-prefix-cache", None, "Off: comparisons are without.")]
+PrefixCache = Annotated[
+    bool, _flag(_SWITCHES, "--prefix-cache/--no-prefix-cache", None, "Of prompts; comparisons are without.")
+]
 Fairness = Annotated[
-    bool | None, _flag(_SWITCHES, "--fairness/--no-fairness", None, "Between adapters. Without: first come, first served.")
+    bool | None,
+    _flag(_SWITCHES, "--fairness/--no-fairness", None, "Between adapters; else first come, first served."),
 ]
 Prefetch = Annotated[
     bool | None, _flag(_SWITCHES, "--prefetch/--no-prefetch", None, "Of adapters whose requests wait.")
 ]
-Cluster = Annotated[int | None, _flag(_SWITCHES, "--cluster", "N", "Keep to N adapters while they are asked for.", min=1)]
+Cluster = Annotated[int | None, _flag(_SWITCHES, "--cluster", "N", "Keep to N adapters where that is possible.", min=1)]
 EarlyAbort = Annotated[
     bool, _flag(_SWITCHES, "--early-abort", None, "Give up requests that can no longer meet --slo-ttft.")
 ]
@@ -80,9 +83,10 @@ Url = Annotated[str | None, _flag(_HTTP, "--url", "URL", "Measure the server the
 NumClients = Annotated[
     int | None, _flag(_HTTP, "--clients", "N", "At once. Default: as many as there are requests.", min=1)
 ]
-ModelName = Annotated[str | None, _flag(_HTTP, "--model", "NAME", "Of the base at --url. Default: the first it lists.")]
+ModelName = Annotated[str | None, _flag(_HTTP, "--model", "NAME", "Of the base at --url. Default: its first.")]
 AdapterName = Annotated[
-    str | None, _flag(_HTTP, "--adapter-name", "NAME", "Of adapter {} at --url. Default: MODULES-{}, as in attention-7.")
+    str | None,
+    _flag(_HTTP, "--adapter-name", "NAME", "Of adapter {} at --url. Default: MODULES-{}."),
 ]
 IgnoreEos = Annotated[bool, _flag(_HTTP, "--ignore-eos/--no-ignore-eos", None, "A field that not all servers take.")]
 System = Annotated[str | None, _flag(_HTTP, "--system", "NAME", "What rows call the server at --url.")]
@@ -166,7 +170,7 @@ def make_engine_config(
         max_adapters=max_adapters,
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         num_threads=threads,
-        prefix_cache=False,  # figures are compared with those of engines that compute every prompt
+        **{name: value for name, value in switches.items() if value is not None},
     )
 
 

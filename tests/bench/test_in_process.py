@@ -7,10 +7,12 @@ import pytest
 
 from flora.bench.asks import Ask
 from flora.bench.engines import World, host_cache_bytes, make_world, running_engine
+from flora.bench.facts import Surroundings
 from flora.bench.in_process import drive_engine
-from flora.bench.serving import all_numbers, check_nothing_leaks, measure_engine
+from flora.bench.serving import check_nothing_leaks, measure_engine
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.timeline import check_timelines
+from flora.bench.workload import all_numbers
 from flora.errors import CheckFailed
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
@@ -110,7 +112,7 @@ def test_a_request_that_the_engine_refuses_is_no_figure(world, engine):
 def test_each_number_of_adapters_and_each_seed_make_a_row(tmp_path):
     bench = ServeBench(setting=TINY, engine=ENGINE, seeds=(42, 42), rate=200.0, cv=2.0, cancel=0.2)
 
-    rows = list(measure_engine(bench, commit="abc", scratch=tmp_path))
+    rows = list(measure_engine(bench, Surroundings(commit="abc", gpu=None), scratch=tmp_path))
 
     assert [(row.adapters, row.order) for row in rows] == [(0, "cold"), (0, "warm"), (3, "cold"), (3, "warm")]
     assert all(row.completed + row.cancelled == row.requests == 12 for row in rows)

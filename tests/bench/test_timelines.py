@@ -4,8 +4,8 @@ import msgspec
 import pytest
 
 from flora.bench.asks import Ask, asks_of
+from flora.bench.facts import make_row
 from flora.bench.row import Row
-from flora.bench.serving import make_row
 from flora.bench.summary import summarize
 from flora.bench.timeline import Timeline, check_timelines
 from flora.bench.trace import Workload, draw_trace

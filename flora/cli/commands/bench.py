@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from flora.cli import bench_options as flag
+from flora.cli.machine import gpus
 from flora.cli.options import AsJson
 from flora.cli.output import Column, Format, choose_format, note, print_table
 from flora.cli.sizing import resolve_device
+from flora.errors import UsageError
 
 if TYPE_CHECKING:
     from flora.bench.row import Row
@@ -41,6 +43,20 @@ def serve(
     max_adapters: flag.MaxAdapters = flag.MAX_ADAPTERS,
     loaders: flag.Loaders = None,
     threads: flag.Threads = None,
+    prefix_cache: flag.PrefixCache = False,
+    fairness: flag.Fairness = None,
+    prefetch: flag.Prefetch = None,
+    cluster: flag.Cluster = None,
+    early_abort: flag.EarlyAbort = False,
+    http: flag.OverHttp = False,
+    url: flag.Url = None,
+    clients: flag.NumClients = None,
+    model: flag.ModelName = None,
+    adapter_name: flag.AdapterName = None,
+    ignore_eos: flag.IgnoreEos = True,
+    system: flag.System = None,
+    api_key: flag.ApiKey = None,
+    gpu: flag.GpuName = None,
     out: flag.Out = None,
     scratch: flag.Scratch = None,
     commit: flag.Commit = None,
@@ -48,20 +64,27 @@ def serve(
 ) -> None:
     """Measure serving with random weights: requests and tokens a second, and the time to tokens.
 
-    The engine is driven in this process: no HTTP and no text, as the offline classes of other engines are. Traces are
-    S-LoRA's: power-law popularity, uniform lengths, Gamma arrivals. A row is printed only if every request got the
-    tokens of its trace and the idle engine holds no page of keys and values.
+    The engine is driven in this process: no HTTP and no text, as the offline classes of other engines are; or, with
+    --http or --url, by streaming clients. Traces are S-LoRA's: power-law popularity, uniform lengths, Gamma arrivals. A
+    row is printed only if every request got the tokens of its trace and the idle engine holds no page for any.
 
     [bold]Examples[/bold]
 
       flora bench serve --adapters 0,5,100,1000 --out rows.jsonl
 
       flora bench serve --preset S2 --adapters 200 --rate 20 --cv 2
+
+      flora bench serve --http --clients 256 --adapters 100
     """
+    from flora.bench.facts import Surroundings
+    from flora.bench.http_stream import Endpoint
     from flora.bench.row import append_row, commit_of_this_code
     from flora.bench.serving import measure_engine
+    from flora.bench.serving_http import Clients, measure_own_server, measure_url
     from flora.bench.settings import ServeBench
 
+    if url and http:
+        raise UsageError("--url and --http exclude each other", fix="give --http for a server that is started here")
     form = choose_format(as_json=as_json, ids_only=False)
     device, dtype = resolve_device(device, dtype)
     bench = ServeBench(
@@ -85,6 +108,11 @@ def serve(
             max_adapters=max_adapters,
             loaders=loaders,
             threads=threads,
+            prefix_cache=prefix_cache,
+            fairness=fairness,
+            prefetch=prefetch,
+            cluster=cluster,
+            slo_ttft_s=slo_ttft if early_abort else None,
         ),
         seeds=flag.numbers(seeds, "--seeds"),
         alpha=alpha,
@@ -94,13 +122,35 @@ def serve(
         slo_ttft_s=slo_ttft,
     )
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
+    where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else _gpu_name(device)))
+    driven_by = Clients(clients, ignore_eos)
+    if url:
+        measured = measure_url(
+            bench,
+            Endpoint(url, api_key),
+            driven_by,
+            where,
+            adapter_name=adapter_name or f"{bench.setting.modules}-{{}}",
+            base_name=model,
+            system=system,
+        )
+    elif http:
+        measured = measure_own_server(bench, driven_by, where, scratch=scratch, tell=note)
+    else:
+        measured = measure_engine(bench, where, scratch=scratch, tell=note)
     rows = []
-    for row in measure_engine(bench, commit=commit or commit_of_this_code(), scratch=scratch, tell=note):
+    for row in measured:
         note(f"{row.adapters} adapters, seed {row.seed}, {row.order}: {row.req_s} requests/s in {row.elapsed_s} s")
         rows.append(row)
         if out:
             append_row(out, row)
     _print_rows(form, rows)
+
+
+def _gpu_name(device: str) -> str | None:
+    """As the driver calls it; None for a CPU."""
+    ordinal = int(device.partition(":")[2] or 0)
+    return gpus()[ordinal].name if device != "cpu" else None
 
 
 def _print_rows(form: Format, rows: Sequence[Row]) -> None:

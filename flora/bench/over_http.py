@@ -1,0 +1,186 @@
+"""Requests to a server of OpenAI's API: streamed completions by many clients at once, prompts as token ids."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from flora.bench.asks import Ask
+from flora.bench.http_stream import Endpoint
+from flora.bench.timeline import Timeline
+from flora.errors import RemoteError
+
+_TOO_LATE = "first_token_too_late"  # Flora's code for a request that early abort gave up
+
+_T = TypeVar("_T")
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Problem(msgspec.Struct):
+    message: str = ""
+    code: str | int | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """What a benchmark needs of a completion's chunk, or of an error in its place."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: _Problem | None = None
+
+
+_chunks = msgspec.json.Decoder(_Chunk)
+
+
+def run(work: Coroutine[Any, Any, _T]) -> _T:
+    """Runs it on uvloop where that is installed."""
+    factory = None
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(work)
+
+
+async def drive_server(
+    endpoint: Endpoint,
+    asks: Sequence[Ask],
+    model_of: Callable[[int | None], str],
+    *,
+    clients: int | None = None,
+    ignore_eos: bool = True,
+) -> list[Timeline]:
+    """Sends each request when it is due, streams every answer, and hangs up where the ask says so.
+
+    asks        in order of arrival
+    model_of    the server's name of an adapter number; of None, the base's
+    clients     at most so many at once: a request that is due waits for one to be free
+    ignore_eos  a field beyond OpenAI's, which Flora, vLLM and SGLang know
+    Raises RemoteError where the server cannot be reached.
+    """
+    requests = [endpoint.request("POST", "/v1/completions", _body(ask, model_of, ignore_eos)) for ask in asks]
+    timelines = [Timeline() for _ in asks]
+    free = asyncio.Semaphore(clients or len(asks))
+    start_s = time.perf_counter()
+
+    async def one(number: int) -> None:
+        try:
+            await _complete(endpoint, requests[number], asks[number], timelines[number], start_s)
+        finally:
+            free.release()
+
+    async with _fail_together() as tasks:
+        for number, ask in enumerate(asks):
+            wait_s = start_s + ask.due_s - time.perf_counter()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            await free.acquire()
+            tasks.create_task(one(number))
+    return timelines
+
+
+@contextlib.asynccontextmanager
+async def _fail_together() -> Any:
+    """A task group whose first error is the one that is raised."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except BaseExceptionGroup as group:
+        raise next(_leaves(group)) from None
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Timeline, start_s: float) -> None:
+    problem: _Problem | None = None
+    finish_reason: str | None = None
+
+    def on_event(data: bytes) -> bool:
+        nonlocal problem, finish_reason
+        now_s = time.perf_counter() - start_s
+        chunk = _chunks.decode(data)
+        for choice in chunk.choices:
+            finish_reason = choice.finish_reason or finish_reason
+            if choice.text:
+                timeline.piece_s.append(now_s)
+        if chunk.usage:
+            timeline.num_tokens, timeline.prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+        problem = chunk.error or problem
+        return ask.cancel_after is None or len(timeline.piece_s) < ask.cancel_after
+
+    timeline.sent_s = time.perf_counter() - start_s
+    answer = await endpoint.send(request, on_event)
+    now_s = time.perf_counter() - start_s
+    if answer.hung_up:
+        timeline.num_tokens = len(timeline.piece_s)
+        timeline.end("cancelled", now_s)
+    elif answer.status != 200 or problem:
+        problem = problem or _problem_of(answer.body)
+        message = f"status {answer.status}: {problem.message}"
+        timeline.end("aborted" if problem.code == _TOO_LATE else "failed", now_s, message)
+    elif finish_reason in ("length", "stop"):
+        timeline.end("length", now_s)
+    else:
+        timeline.end("failed", now_s, f"the answer ended with finish_reason {finish_reason!r}")
+
+
+def _body(ask: Ask, model_of: Callable[[int | None], str], ignore_eos: bool) -> bytes:
+    body = {
+        "model": model_of(ask.adapter),
+        "prompt": ask.prompt,
+        "max_tokens": ask.num_tokens,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    return msgspec.json.encode(body | ({"ignore_eos": True} if ignore_eos else {}))
+
+
+def _problem_of(body: bytes) -> _Problem:
+    try:
+        found = _chunks.decode(body).error
+    except msgspec.MsgspecError:
+        found = None
+    return found or _Problem(body.decode(errors="replace")[:300])
+
+
+async def get_json(endpoint: Endpoint, path: str) -> Any:
+    """The JSON at this path. Raises RemoteError."""
+    answer = await endpoint.send(endpoint.request("GET", path))
+    if answer.status != 200:
+        raise RemoteError(
+            f"{endpoint.url}{path} answers with status {answer.status}", cause=_problem_of(answer.body).message
+        )
+    return msgspec.json.decode(answer.body)
+
+
+async def get_metrics(endpoint: Endpoint) -> Mapping[str, list[tuple[dict[str, str], float]]]:
+    """Every sample of /metrics: name -> labels and value; empty where the server has none."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    answer = await endpoint.send(endpoint.request("GET", "/metrics"))
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    if answer.status == 200:
+        for family in text_string_to_metric_families(answer.body.decode()):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
