@@ -74,6 +74,7 @@ class Outcome:
         """Everything, as plain values."""
         from flora.adapter import to_json
         from flora.cli.verdict import advice, left_out, verdict
+        from flora.diagnosis import diagnose_report, noise_share
 
         header, report = self.adapter.header, self.adapter.report
         assert report is not None
@@ -94,6 +95,8 @@ class Outcome:
             "left_out": [
                 {"kind": group.kind, "count": group.count, "share": group.share} for group in left_out(report)
             ],
+            "noise_share": noise_share(report),
+            "kind": diagnose_report(report),
             "verdict": verdict(report),
             "advice": list(advice(report)),
             "seconds": dict(self.result.timings),

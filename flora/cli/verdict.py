@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flora.adapter import ChangeReport, TensorChange
 from flora.cli.output import percent
-from flora.diagnosis import WRONG_TOOL, diagnose_report, noise_share
+from flora.diagnosis import WRONG_TOOL, diagnose, diagnose_report, noise_share
 
 _LARGE_SHARE = 0.05  # of the whole change, left out: above it a user has to know before trusting the adapter
 _LARGE_NOISE = 0.02  # of the extracted change
@@ -88,7 +88,11 @@ def advice(report: ChangeReport) -> Iterator[str]:
     if missed:
         yield f"{len(missed)} modules missed the rule, {missed[0].name} among them: {missed[0].reason}"
     elif report.extracted_share < _FAIR and kind not in WRONG_TOOL:
-        yield "a higher --rank, or --energy 0.9, keeps more, in a larger adapter"
+        goes_on = sum(diagnose(tensor) == "cut_short" for tensor in report.tensors)
+        beyond = (
+            f": in {goes_on} modules directions past the last one kept still stand out of the noise" if goes_on else ""
+        )
+        yield f"a higher --rank, or --energy 0.9, keeps more, in a larger adapter{beyond}"
 
 
 def _changed_share(report: ChangeReport) -> float:

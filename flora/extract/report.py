@@ -12,6 +12,8 @@ from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
 from flora.extract.rank import shortfall
 
+_WORTH_SAYING = 0.005  # share of a change that is storage noise
+
 
 def make_report(
     changes: Sequence[Change], cut: Set[str], caps: Mapping[str, int], config: ExtractConfig
@@ -37,6 +39,8 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
             cut=pair.module in cut,
             dtype=config.factor_dtype,
         )
+        if missed and change.noise > max(1 - (config.rule.energy or 1.0), _WORTH_SAYING) * change.norm_squared:
+            missed += f"; storage noise alone is {change.noise / change.norm_squared:.1%} of its change"
         nothing = "the budget leaves it no terms" if rank == 0 else None
         return _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
     if change.tied:

@@ -86,3 +86,15 @@ def test_rounding_of_the_weights_is_named_where_it_is_much_of_the_change(flora, 
     tuned = changed(base, tmp_path / "tuned", lambda weight, generator: 0.01 * white(weight, generator))
 
     assert "is rounding of the tuned weights" in flora("extract", base, tuned, "--rank", 4).err
+
+
+def test_an_energy_above_what_storage_noise_leaves_says_so(flora, base, tmp_path):
+    tuned = changed(base, tmp_path / "tuned", lambda weight, generator: 0.01 * white(weight, generator))
+
+    adapter = flora("extract", base, tuned, "--energy", 0.99, "--rank", 16, "--json").json["adapters"][0]
+
+    missed = [row for row in adapter["tensors"] if row["status"] == "extracted"]
+    assert all("; storage noise alone is " in row["reason"] for row in missed)
+    assert adapter["noise_share"] == pytest.approx(
+        sum(row["noise"] for row in missed) / sum(row["norm_squared"] for row in missed)
+    )

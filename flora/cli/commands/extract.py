@@ -123,6 +123,7 @@ def _tell_unchanged(target: Target, error: NothingChanged, *, is_strict: bool) -
 
 def _print_outcome(form: Format, outcome: Outcome) -> None:
     from flora.cli.verdict import advice, left_out, verdict
+    from flora.diagnosis import noise_share
 
     report, header = outcome.adapter.report, outcome.adapter.header
     assert report is not None
@@ -141,6 +142,7 @@ def _print_outcome(form: Format, outcome: Outcome) -> None:
             ("" if i else "left as in the base", f"{percent(group.share)} of the change: {group.count} {group.kind}")
             for i, group in enumerate(left_out(report))
         ),
+        ("storage noise", f"{percent(noise_share(report))} of the modules' change is rounding of the tuned weights"),
         ("time", f"{outcome.result.timings['total']:.1f} s"),
     ]
     where = f"{outcome.version.ref} ({outcome.version.digest})" if outcome.version else str(outcome.out)

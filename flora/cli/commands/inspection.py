@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,8 @@ import typer
 from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, note, percent, print_table
 from flora.cli.sizes import show_bytes
+from flora.cli.sources import is_folder, open_source
+from flora.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,6 +27,12 @@ def inspect(
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Read the weights too: singular values, and ranks by energy.")
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="FILE", help="Write spectra, energy against rank and heatmaps as one HTML file."
+        ),
+    ] = None,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
@@ -35,12 +44,21 @@ def inspect(
       flora inspect sql
 
       flora inspect sql@v2 --spectra --json
+
+      flora inspect ./adapter --plot adapter.html
     """
     form = choose_format(as_json=as_json, ids_only=quiet)
-    with open_registry(registry) as store:
-        version = store.resolve(ref)
-        header, report = store.header(version), store.report(version)
-        adapter = store.load(version) if spectra else None
+    adapter: Adapter | None = None
+    if spectra or plot is not None or is_folder(ref):
+        source = open_source(ref, registry)
+        adapter, label = source.adapter, source.label
+        header, report = adapter.header, adapter.report
+    else:  # header and report are small blobs, and need no torch
+        with open_registry(registry) as store:
+            version = store.resolve(ref)
+            header, report, label = store.header(version), store.report(version), version.ref
+    if plot is not None and adapter is not None:
+        _write_page(plot, label, adapter)
     rows = list(_module_rows(header, report))
     columns = [
         Column("module", "module"),
@@ -51,16 +69,36 @@ def inspect(
         Column("num_bytes", "size", show_bytes, is_number=True),
         Column("note", "note"),
     ]
-    if adapter is not None:
+    if adapter is not None and spectra:
         for row in rows:
             row |= _spectrum(adapter, row["module"])
         columns[3:3] = [Column(f"rank_{level:.0%}", f"r@{level:.0%}", is_number=True) for level in _LEVELS]
     print_table(form, "modules", columns, rows, id_key="module")
     if report is not None and not quiet:
         note(
-            f"{version.ref} keeps {percent(report.extracted_share)} of its modules' change, "
+            f"{label} keeps {percent(report.extracted_share)} of its modules' change, "
             f"{percent(report.kept_share)} of the whole"
         )
+
+
+def _write_page(path: Path, label: str, adapter: Adapter) -> None:
+    """The adapter's portrait as a page at `path`. Raises UsageError if that is a folder."""
+    from flora.cli.page import make_page
+    from flora.cli.portrait import portrait
+
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", fix="give --plot a file, such as adapter.html")
+    header, report = adapter.header, adapter.report
+    facts = [("base", header.base.name), ("modules", f"{len(header.modules)}, ranks up to {header.max_rank}")]
+    facts.append(("size", show_bytes(sum(factors.num_bytes for factors in adapter.factors.values()))))
+    if report is not None and report.norm_squared:
+        facts += [
+            ("kept energy", f"{percent(report.extracted_share)} of the modules' change"),
+            ("", f"{percent(report.kept_share)} of the whole change"),
+        ]
+    facts.append(("serving digest", str(header.serving_digest)))
+    path.write_text(make_page(f"{label}, from {header.base.name}", facts, portrait(adapter)), encoding="utf-8")
+    note(f"wrote {path}")
 
 
 def _module_rows(header: AdapterHeader, report: ChangeReport | None) -> Iterator[dict[str, Any]]:
