@@ -5,6 +5,8 @@ from typing import Any
 
 import msgspec
 
+from flora.serve.request import AdapterTarget
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine process needs; every number is concrete here."""
@@ -17,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_tokens: int = 16
     pool_bytes: int = 2 << 30  # KV and adapters together
     max_context: int | None = None  # tokens; None: the model's own, or less where the pool holds less
+    merge: AdapterTarget | None = None  # the one adapter to serve, merged into the base's weights
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows a step: bounds the gap between two tokens while a long prompt is prefilled
     max_waiting: int = 4096  # requests in the queue before new ones are refused

@@ -120,6 +120,7 @@ async def _front_end(config: ServeConfig, client: EngineClient) -> AsyncIterator
         base_id=ready.base_id,
         base_folder=config.engine.base,
         tokenizer=tokenizer,
+        merged=config.engine.merge,
     )
     metrics = Metrics(client, config.base_name, config.engine.max_adapters)
     try:
@@ -188,7 +189,7 @@ async def _announce(state: ServerState, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     entries, has_more = await state.models.page(after=None, limit=10)
-    names = [state.config.base_name, *(entry.name for entry in entries)]
+    names = [state.models.default_name, *(entry.name for entry in entries)]
     logger.info("serving at http://%s:%d models: %s%s", shown, port, ", ".join(names), ", …" if has_more else "")
 
 

@@ -115,6 +115,7 @@ class Ready(_Message, frozen=True, kw_only=True):
     dtype: str
     kernels: dict[str, str]  # op -> implementation that runs: {"paged_attention": "reference"}
     engine_pid: int
+    merged: str | None = None  # serving digest of the adapter that is in the base's weights; it takes no other
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,8 +14,9 @@ from flora.cli.sizing import PACE, default_host_cache_bytes, default_pool_bytes,
 from flora.errors import NotFound, UsageError
 
 if TYPE_CHECKING:
-    from flora.registry import Registry
+    from flora.registry import Registry, Version
     from flora.serve import ServeConfig
+    from flora.serve.request import AdapterTarget
 
 _MEMORY = "Memory"
 _ACCESS = "Access"
@@ -45,6 +46,10 @@ def serve(
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "--preload", metavar="REF,…", help="Load before the first request. Repeatable."),
+    ] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option("--merge", metavar="REF", help="Serve this one adapter, merged into the base, and nothing else."),
     ] = None,
     served_name: Annotated[
         str | None, typer.Option("--base-name", metavar="NAME", help="The base's model id. Default: its own name.")
@@ -189,8 +194,11 @@ def serve(
     from flora.serve import serve as run_server
 
     configure_logs(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.INFO, as_json=log_json)
+    if merge and adapter:
+        raise UsageError("--merge serves one adapter", fix="leave --adapter out")
     with open_registry(registry, create=True) as store:
-        folder, name = _find_base(store, base)
+        merged = store.resolve(merge) if merge else None
+        folder, name = _find_base(store, base, merged)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
     pace = PACE["cpu" if device == "cpu" else "cuda"]
@@ -210,6 +218,7 @@ def serve(
         max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         max_adapters=max_adapters,
+        merge=_merged_target(merged, merge) if merged and merge else None,
         prefix_cache=prefix_cache,
         fairness=fairness,
         max_wait_s=max_wait_s,
@@ -235,14 +244,25 @@ def serve(
     run_server(config)
 
 
-def _find_base(registry: Registry, source: str | None) -> tuple[Path, str]:
-    """Folder and name of the base to serve: the one that is given, or the one that the registry's adapters share."""
+def _merged_target(version: Version, reference: str) -> AdapterTarget:
+    from flora.serve.request import AdapterTarget
+
+    return AdapterTarget(serving_digest=version.serving_digest, version_digest=version.digest, label=reference)
+
+
+def _find_base(registry: Registry, source: str | None, merged: Version | None) -> tuple[Path, str]:
+    """Folder and name of the base to serve: the one that is given, or the one that the registry's adapters share.
+
+    merged  the one adapter that is to be served, if it is one
+    """
     from flora.checkpoint import locate_checkpoint, open_checkpoint
 
     if source is not None:
         checkpoint = open_checkpoint(locate_checkpoint(source))
         return checkpoint.path, checkpoint.name
     used = [entry for entry in registry.bases() if entry.num_adapters > 0]
+    if merged is not None and merged.base_id is not None:
+        used = [entry for entry in used if entry.base_id == merged.base_id]
     if not used:
         lacking = "adapters whose base is known" if registry.names(limit=1) else "adapters"
         raise UsageError(

@@ -25,11 +25,15 @@ def model_routes(state: ServerState) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         after: Annotated[str | None, Query(max_length=512)] = None,
     ) -> Response:
-        """The base, then adapters in the order of names; the id of the last one, as `after`, asks for the next page."""
+        """The base, then adapters in the order of names; the id of the last one, as `after`, asks for the next page.
+
+        Where one adapter is merged into the base, it is the only model.
+        """
         starts = after is None
-        after_name = None if after is None or after == state.config.base_name else after
+        first = state.models.default_name
+        after_name = None if after is None or after == first else after
         entries, has_more = await state.models.page(after=after_name, limit=limit - starts)
-        cards = [base_card(state)] * starts + [
+        cards = [await card(first)] * starts + [
             adapter_card(state, entry.name, entry.version, entry) for entry in entries
         ]
         return JSONResponse(
@@ -44,10 +48,11 @@ def model_routes(state: ServerState) -> APIRouter:
 
     @router.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
+        return JSONResponse(await card(model))
+
+    async def card(model: str) -> dict[str, Any]:
         served = await state.models.resolve(model)
-        if served.version is None:
-            return JSONResponse(base_card(state))
-        return JSONResponse(adapter_card(state, model, served.version, None))
+        return base_card(state) if served.version is None else adapter_card(state, model, served.version, None)
 
     return router
 
@@ -79,7 +84,8 @@ def adapter_routes(state: ServerState) -> APIRouter:
         body, unknown = parse(UnloadBody, await request.body())
         served = await state.models.resolve(body.lora_name)
         if served.target is None or served.version is None:
-            raise NameInvalid("the base cannot be unloaded", fix="name an adapter", param="lora_name")
+            what = "the base" if served.version is None else f"{body.lora_name} is merged into the base, and"
+            raise NameInvalid(f"{what} cannot be unloaded", fix="name an adapter", param="lora_name")
         state.models.forget_nickname(body.lora_name)
         unloaded = await until_disconnect(request, state.client.unload_adapter(served.target.serving_digest))
         return JSONResponse(
@@ -134,7 +140,8 @@ def residency(state: ServerState, version: Version) -> str:
     beat, ready = state.client.heartbeat, state.client.ready
     if beat is None or ready is None:
         return "disk"
-    if any(adapter.serving_digest == version.serving_digest for adapter in beat.resident):
+    is_merged = ready.merged == version.serving_digest
+    if is_merged or any(adapter.serving_digest == version.serving_digest for adapter in beat.resident):
         return "cpu" if ready.device.startswith("cpu") else "gpu"
     return "disk"
 

@@ -48,7 +48,7 @@ def generation_routes(state: ServerState) -> APIRouter:
 def fingerprint(state: ServerState, served: Served) -> str:
     """Names the weights that answer: the base's, and the adapter's serving digest."""
     base = state.models.base_id.removeprefix("sha256:")[:12]
-    adapter = served.target.serving_digest.removeprefix("sha256:")[:12] if served.target else "base"
+    adapter = served.version.serving_digest.removeprefix("sha256:")[:12] if served.version else "base"
     return f"fl-{base}-{adapter}"
 
 
@@ -62,7 +62,7 @@ async def _answer(
     headers: dict[str, str],
 ) -> Response:
     shape = kind(
-        model=state.config.base_name if body.model is None else body.model,
+        model=state.models.default_name if body.model is None else body.model,
         tokenizer=state.tokenizer,
         fingerprint=fingerprint(state, served),
         num_logprobs=body.num_logprobs,

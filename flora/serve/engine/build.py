@@ -10,7 +10,7 @@ import torch
 
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
-from flora.identity import base_record
+from flora.identity import BaseRecord, base_record
 from flora.kernels import Ops
 from flora.serve.config import EngineConfig
 from flora.serve.engine.arena import Arena
@@ -18,9 +18,10 @@ from flora.serve.engine.cpu.ops import CpuOps
 from flora.serve.engine.engine import Engine
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loader import Loader, ThreadLoader
+from flora.serve.engine.merge import merge_into
 from flora.serve.engine.model.config import ModelConfig, parse_model_config, resolve_max_context
 from flora.serve.engine.model.llama import LlamaModel
-from flora.serve.engine.model.weights import draw_weights, load_weights
+from flora.serve.engine.model.weights import ModelWeights, draw_weights, load_weights
 from flora.serve.engine.pages import PagePool
 from flora.serve.engine.policy import Policy
 from flora.serve.engine.pool import DevicePool
@@ -44,7 +45,7 @@ def build_engine(
 
     loader     where adapters come from; None: the registry that the configuration names
     on_loaded  called from the loader's thread after each load: wakes whoever waits for the engine to have work
-    Raises CheckpointError, ShapeMismatch, NotFound, UsageError.
+    Raises CheckpointError, ShapeMismatch, NotFound, UsageError; where an adapter is merged, what merge_into raises.
     """
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
@@ -57,13 +58,11 @@ def build_engine(
     geometry = pool_geometry(model_config, config, dtype.itemsize)
     pool_tokens = (geometry.num_pages - 1) * geometry.page_tokens
     max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
-    if config.dummy_weights:
-        weights = draw_weights(model_config, dtype, device)
-    else:
-        weights = load_weights(checkpoint, model_config, dtype, device)
+    record = base_record(checkpoint, config.cache_dir)
+    weights = _weights(config, checkpoint, record, model_config, device)
     ops = choose_ops(device)
     ready = Ready(
-        base_id=str(base_record(checkpoint, config.cache_dir).base_id),
+        base_id=str(record.base_id),
         max_context=max_context,
         vocab_size=model_config.vocab_size,
         num_pages=geometry.num_pages,
@@ -73,6 +72,7 @@ def build_engine(
         dtype=config.dtype,
         kernels=dict.fromkeys(_OPS, ops.name),
         engine_pid=os.getpid(),
+        merged=config.merge.serving_digest if config.merge else None,
     )
     if loader is None:
         loader = _make_loader(config, geometry, dtype, device, on_loaded)
@@ -89,6 +89,21 @@ def build_engine(
         num_slots=config.max_adapters,
         host_cache_bytes=config.host_cache_bytes,
     )
+
+
+def _weights(
+    config: EngineConfig, checkpoint: Checkpoint, record: BaseRecord, model_config: ModelConfig, device: torch.device
+) -> ModelWeights:
+    dtype = _dtype(config.dtype)
+    if config.dummy_weights:
+        return draw_weights(model_config, dtype, device)
+    if config.merge is None:
+        return load_weights(checkpoint, model_config, dtype, device)
+    merged = merge_into(checkpoint, record, config.registry, config.merge)
+    weights = load_weights(merged, model_config, dtype, device)
+    merged.check_all_loaded()
+    logger.info("adapter merged label=%s digest=%s", config.merge.label, config.merge.serving_digest)
+    return weights
 
 
 def _policy(config: EngineConfig) -> Policy:

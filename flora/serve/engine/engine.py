@@ -32,6 +32,7 @@ from flora.serve.messages import (
     TokenEvent,
     UnloadAdapter,
 )
+from flora.serve.request import AdapterTarget
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,11 @@ class Engine:
 
     def load_adapter(self, message: LoadAdapter, client: bytes = b"") -> None:
         """Makes an adapter resident as soon as there is room; answered by AdapterLoaded or Rejected."""
-        self.supply.load(message, client)
+        try:
+            self._check_adapter(message.adapter)
+            self.supply.load(message, client)
+        except FloraError as error:
+            self._outbox.reject((client, message.request_id), error)
 
     def unload_adapter(self, message: UnloadAdapter, client: bytes = b"") -> None:
         """Lets an adapter go as soon as no running sequence needs it; answered at once by AdapterUnloaded."""
@@ -212,6 +217,7 @@ class Engine:
         if self.scheduler.get(key):
             raise RequestInvalid(f"request {message.request_id} is here already")
         self._check_prompt(message.prompt)
+        self._check_adapter(message.adapter)
         sequence = Sequence(
             key,
             message.prompt,
@@ -235,6 +241,13 @@ class Engine:
             )
         if not 0 <= min(prompt) <= max(prompt) < self.ready.vocab_size:
             raise RequestInvalid(f"the prompt has a token id outside 0 to {self.ready.vocab_size - 1}")
+
+    def _check_adapter(self, adapter: AdapterTarget | None) -> None:
+        if adapter and self.ready.merged:
+            raise RequestInvalid(
+                f"adapter {adapter.label} cannot be applied: another one is merged into the base",
+                fix="start the server without --merge",
+            )
 
     def _advance(self, chunk: Chunk, drawn: Drawn) -> None:
         """Puts the drawn token in its place, or ends the sequence."""

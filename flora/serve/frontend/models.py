@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,22 +49,39 @@ class Models:
     """The models of one server: its base, and every adapter of the registry that belongs to that base."""
 
     def __init__(
-        self, registry: Registry, *, base_name: str, base_id: str, base_folder: Path, tokenizer: Tokenizer
+        self,
+        registry: Registry,
+        *,
+        base_name: str,
+        base_id: str,
+        base_folder: Path,
+        tokenizer: Tokenizer,
+        merged: AdapterTarget | None = None,
     ) -> None:
+        """merged  the adapter that is in the engine's weights: then it is the only model. Raises AdapterNotFound."""
         self.base_name = base_name
         self.base_id = base_id
+        self.merged = merged
         self._registry = registry
         self._base = Served(base_template(base_folder), base_end_tokens(base_folder, tokenizer))
         self._carried: OrderedDict[str, _Carried] = OrderedDict()
         self._carried_lock = threading.Lock()
         self._nicknames: dict[str, Reference] = {}
+        self._merged = self._serve_merged(merged) if merged else None
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="registry")
+
+    @property
+    def default_name(self) -> str:
+        """What answers a request that names no model."""
+        return self.merged.label if self.merged else self.base_name
 
     async def resolve(self, model: str | None) -> Served:
         """What `model` names: the base, `reference`, `base:reference`, or a name given by `nickname`.
 
         Raises AdapterNotFound (also for what is no reference at all), BaseMismatch, StoreError.
         """
+        if self._merged is not None:
+            return await self._resolve_merged(self._merged, model)
         if model is None or model == self.base_name:
             return self._base
         reference = self._reference(model)
@@ -75,6 +92,12 @@ class Models:
 
         Raises NameInvalid, and what `resolve` raises.
         """
+        if self.merged is not None:
+            raise NameInvalid(
+                f"this server serves {self.merged.label} merged into its base, and loads no other adapter",
+                fix="start it without --merge",
+                param="lora_name",
+            )
         if name == reference:
             return await self.resolve(name)
         if not (_is_reference(name) and _is_reference(reference)):
@@ -103,7 +126,12 @@ class Models:
         self._nicknames.pop(name, None)
 
     async def page(self, *, after: str | None, limit: int) -> tuple[list[Entry], bool]:
-        """Up to `limit` of this base's adapters after the name `after`, in order; and whether there are more."""
+        """Up to `limit` of this base's adapters after the name `after`, in order; and whether there are more.
+
+        None where an adapter is merged: no other is served.
+        """
+        if self.merged is not None:
+            return [], False
         return await self._call(lambda: self._page(after, limit))
 
     def close(self) -> None:
@@ -127,15 +155,39 @@ class Models:
     def _serve(self, reference: Reference, label: str) -> Served:
         version = self._registry.resolve(reference)
         self._check_base(version)
+        target = AdapterTarget(serving_digest=version.serving_digest, version_digest=version.digest, label=label[:200])
+        return replace(self._served(version), target=target)
+
+    def _served(self, version: Version) -> Served:
+        """The version with its own template and end tokens where it has some, else with the base's."""
         carried = self._carried_by(version)
         return Served(
             template=carried.template or self._base.template,
             end_tokens=self._base.end_tokens if carried.end_tokens is None else carried.end_tokens,
             version=version,
-            target=AdapterTarget(
-                serving_digest=version.serving_digest, version_digest=version.digest, label=label[:200]
-            ),
         )
+
+    def _serve_merged(self, merged: AdapterTarget) -> Served:
+        """No target: to the engine its rows are the base's."""
+        version = self._registry.by_digest(merged.version_digest)
+        return replace(self._served(version), target=None)
+
+    async def _resolve_merged(self, merged: Served, model: str | None) -> Served:
+        """The one model of this server, by the name that it was given, or any other that means the same weights."""
+        if model in (None, self.default_name):
+            return merged
+        assert merged.version is not None
+        refused = AdapterNotFound(
+            f"this server serves {self.default_name} only, merged into its base",
+            fix=f"ask for {self.default_name}, or a server without --merge",
+        )
+        if model == self.base_name:
+            raise refused
+        reference = self._reference(model)
+        version = await self._call(lambda: self._registry.resolve(reference))
+        if version.serving_digest != merged.version.serving_digest:
+            raise refused
+        return merged
 
     def _find(self, name: str) -> Version | None:
         try:
