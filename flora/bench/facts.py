@@ -11,6 +11,7 @@ from flora.bench.row import Row
 from flora.bench.settings import ServeBench
 from flora.bench.trace import Trace
 from flora.serve.config import EngineConfig
+from flora.serve.request import AdapterTarget
 
 _SIZES = {  # fields of EngineConfig that have columns of their own, or say where things lie
     "base", "registry", "cache_dir", "device", "dtype", "pool_bytes", "max_sequences", "max_batch_tokens",
@@ -59,8 +60,12 @@ def engine_facts(config: EngineConfig) -> dict[str, Any]:
         "max_sequences": config.max_sequences,
         "pool_gib": round(config.pool_bytes / 2**30, 1),
         "host_gib": round(config.host_cache_bytes / 2**30, 1),
-        "switches": {name: getattr(config, name) for name in config.__struct_fields__ if name not in _SIZES},
+        "switches": {name: _plain(getattr(config, name)) for name in config.__struct_fields__ if name not in _SIZES},
     }
+
+
+def _plain(value: Any) -> Any:
+    return value.label if isinstance(value, AdapterTarget) else value
 
 
 def _version_of(package: str) -> str | None:

@@ -10,6 +10,7 @@ from flora.bench.facts import Surroundings, engine_facts, make_row, workload_fac
 from flora.bench.in_process import drive_engine
 from flora.bench.row import Row
 from flora.bench.settings import ServeBench
+from flora.bench.storm import Storm, StormRow, drive_storm, storm_row
 from flora.bench.summary import summarize
 from flora.bench.timeline import check_timelines
 from flora.bench.workload import all_numbers, asks_for, trace_of, wanted_numbers, warm_up_asks
@@ -78,3 +79,35 @@ def check_nothing_leaks(engine: Engine) -> int:
             cause=f"{pages.num_usable} pages, {beat.free_pages} free, {resident} of resident adapters",
         )
     return left
+
+
+def measure_storm(
+    bench: ServeBench,
+    storm: Storm,
+    where: Surroundings,
+    *,
+    scratch: Path | None = None,
+    tell: Tell = lambda text: None,
+) -> Iterator[StormRow]:
+    """A row for each number of adapters that the streams use; those that are loaded come on top.
+
+    Raises CheckFailed where a load is refused, a stream ends early, or the idle engine holds pages.
+    """
+    with tempfile.TemporaryDirectory(prefix="flora-bench-", dir=scratch) as folder:
+        most = max(bench.setting.adapters)
+        newcomers = range(most, most + storm.num_loads)
+        world = make_world(Path(folder), bench, range(most + storm.num_loads))
+        tell(f"{len(world.targets)} adapters registered")
+        for num_adapters in bench.setting.adapters:
+            config = world.config([*range(num_adapters), *newcomers])
+            with running_engine(config) as engine:
+                streams = [world.targets[i] for i in range(num_adapters)]
+                before = engine.heartbeat()
+                weather = drive_storm(engine, storm, streams, [world.targets[i] for i in newcomers])
+                after = engine.heartbeat()
+                check_nothing_leaks(engine)
+                counts = {
+                    "evictions": after.adapter_evictions - before.adapter_evictions,
+                    "preemptions": after.preemptions - before.preemptions,
+                }
+                yield storm_row(bench, storm, weather, where, config, engine.ready.kernels, counts)

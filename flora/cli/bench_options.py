@@ -31,7 +31,7 @@ def _flag(panel: str, name: str, metavar: str | None = None, help: str | None = 
 
 
 _WHAT, _WHEN, _ENGINE = "What is asked", "When, and by what it is judged", "Engine"
-_SWITCHES, _HTTP = "What the engine does, and may leave", "Over HTTP"
+_SWITCHES, _HTTP, _STORM = "What the engine does, and may leave", "Over HTTP", "A storm of loads"
 
 Preset = Annotated[
     str | None,
@@ -92,6 +92,11 @@ IgnoreEos = Annotated[bool, _flag(_HTTP, "--ignore-eos/--no-ignore-eos", None, "
 System = Annotated[str | None, _flag(_HTTP, "--system", "NAME", "What rows call the server at --url.")]
 ApiKey = Annotated[str | None, _flag(_HTTP, "--api-key", "KEY", envvar="FLORA_API_KEY")]
 GpuName = Annotated[str | None, _flag(_HTTP, "--gpu", "NAME", "That the server at --url has.")]
+StormRate = Annotated[
+    float | None, _flag(_STORM, "--storm", "R", "Load R new adapters a second beside streams, instead.", min=0.1)
+]
+Streams = Annotated[int, _flag(_STORM, "--streams", "N", "That decode meanwhile, --adapters among them.", min=1)]
+StormSeconds = Annotated[float, _flag(_STORM, "--storm-seconds", "S", "As long before the storm as in it.", min=0.1)]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Append a JSON line for each row as it comes.")]
 Scratch = Annotated[
     Path | None, typer.Option("--scratch", metavar="DIR", help="For config, registry and adapters meanwhile.")
@@ -143,7 +148,7 @@ def make_engine_config(
     max_adapters: int,
     loaders: int | None,
     threads: int | None,
-    **switches: bool | int | float | None,
+    **switches: Any,
 ) -> EngineConfig:
     """An engine for measuring, its folders still to be filled in. Raises UsageError.
 

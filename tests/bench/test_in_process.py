@@ -17,26 +17,10 @@ from flora.errors import CheckFailed
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
 from flora.serve.engine.pages import Use
+from tests.bench.clocks import SteppingClock
 
 TINY = Setting("tiny", "attention", ranks=(8, 4), adapters=(0, 3), num_requests=12, lengths=(4, 16))
 ENGINE = EngineConfig(base=Path(), registry="", cache_dir=Path(), pool_bytes=32 << 20, max_sequences=8, num_threads=1)
-
-
-class SteppingClock:
-    """Time that passes by a millisecond whenever someone looks, and jumps where someone sleeps."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-        self.slept: list[float] = []  # until when, each time
-
-    def now(self) -> float:
-        self.now_s += 0.001
-        return self.now_s
-
-    def sleep_until(self, moment_s: float) -> None:
-        assert moment_s >= self.now_s - 0.01, "nobody waits for the past"
-        self.slept.append(moment_s)
-        self.now_s = max(self.now_s, moment_s)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,14 @@ from flora.cli.sizing import resolve_device
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flora.bench.facts import Surroundings
     from flora.bench.row import Row
+    from flora.bench.settings import ServeBench
+    from flora.bench.storm import Storm
+
+_STORM_LENGTH = "8k"  # streams must not end before the storm does
 
 
 def serve(
@@ -48,6 +55,9 @@ def serve(
     prefetch: flag.Prefetch = None,
     cluster: flag.Cluster = None,
     early_abort: flag.EarlyAbort = False,
+    storm: flag.StormRate = None,
+    streams: flag.Streams = 64,
+    storm_seconds: flag.StormSeconds = 10.0,
     http: flag.OverHttp = False,
     url: flag.Url = None,
     clients: flag.NumClients = None,
@@ -75,6 +85,8 @@ def serve(
       flora bench serve --preset S2 --adapters 200 --rate 20 --cv 2
 
       flora bench serve --http --clients 256 --adapters 100
+
+      flora bench serve --storm 50 --streams 64 --adapters 16
     """
     from flora.bench.facts import Surroundings
     from flora.bench.http_stream import Endpoint
@@ -82,6 +94,7 @@ def serve(
     from flora.bench.serving import measure_engine
     from flora.bench.serving_http import Clients, measure_own_server, measure_url
     from flora.bench.settings import ServeBench
+    from flora.bench.storm import Storm
 
     if url and http:
         raise UsageError("--url and --http exclude each other", fix="give --http for a server that is started here")
@@ -102,7 +115,7 @@ def serve(
             dtype,
             pool=pool,
             host_cache=host_cache,
-            max_len=max_len,
+            max_len=max_len or (_STORM_LENGTH if storm else None),
             max_sequences=max_sequences,
             max_batch_tokens=max_batch_tokens,
             max_adapters=max_adapters,
@@ -123,6 +136,9 @@ def serve(
     )
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
     where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else _gpu_name(device)))
+    if storm:
+        _measure_storm(bench, Storm(rate=storm, num_streams=streams, window_s=storm_seconds), where, scratch, out, form)
+        return
     driven_by = Clients(clients, ignore_eos)
     if url:
         measured = measure_url(
@@ -145,6 +161,33 @@ def serve(
         if out:
             append_row(out, row)
     _print_rows(form, rows)
+
+
+def _measure_storm(
+    bench: ServeBench, storm: Storm, where: Surroundings, scratch: Path | None, out: Path | None, form: Format
+) -> None:
+    import msgspec
+
+    from flora.bench.row import append_row
+    from flora.bench.serving import measure_storm
+
+    rows = []
+    for row in measure_storm(bench, storm, where, scratch=scratch, tell=note):
+        rows.append(msgspec.to_builtins(row))
+        if out:
+            append_row(out, row)
+    columns = (
+        Column("streams", "streams", is_number=True),
+        Column("storm", "loads/s asked", _number, is_number=True),
+        Column("loads", "loads", is_number=True),
+        Column("load_ms_p99", "load p99, ms", _number, is_number=True),
+        Column("gap_ms_p50_before", "gap p50, ms", _number, is_number=True),
+        Column("gap_ms_p99_before", "p99", _number, is_number=True),
+        Column("gap_ms_p50_during", "in the storm p50", _number, is_number=True),
+        Column("gap_ms_p99_during", "p99", _number, is_number=True),
+        Column("gap_p99_ratio", "p99 ratio", lambda ratio: f"{ratio:.2f}", is_number=True),
+    )
+    print_table(form, "rows", columns, rows, id_key="storm")
 
 
 def _gpu_name(device: str) -> str | None:
