@@ -28,6 +28,7 @@ from flora.cli.commands import (
     listing,
     merge,
     prune,
+    remotes,
     serve,
     verify,
 )
@@ -105,7 +106,12 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
         "gc": care.gc,
         "fsck": care.fsck,
     },
-    "Exchange them": {"import": exchange.import_, "export": exchange.export, "push": exchange.push},
+    "Exchange them": {
+        "import": exchange.import_,
+        "export": exchange.export,
+        "push": remotes.push,
+        "pull": remotes.pull,
+    },
     "Serve them": {
         "serve": serve.serve,
         "run": client.run,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 TOKEN = "hf_" + "t" * 34
@@ -24,6 +24,20 @@ class Repo:
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=lambda: ["0" * 40])
     messages: list[str] = field(default_factory=list)
+    snapshots: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by commit, branch or tag
+    is_gated: bool = False
+
+    def keep(self, files: dict[str, bytes]) -> str:
+        """Makes `files` the newest commit, as a push from elsewhere would; returns it."""
+        self.files = dict(files)
+        self.commits.append(hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest())
+        return self.commits[-1]
+
+    def at(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """The commit that `revision` means, and its files."""
+        self.snapshots[self.commits[-1]] = dict(self.files)
+        commit = self.commits[-1] if revision == "main" else revision
+        return (commit, self.snapshots[commit]) if commit in self.snapshots else None
 
 
 @dataclass
@@ -34,6 +48,15 @@ class Hub:
     requests: list[tuple[str, str]] = field(default_factory=list)
     before_commit: Callable[[Repo], None] = lambda repo: None  # what someone else does meanwhile
     broken: dict[str, int] = field(default_factory=dict)  # status to answer with, by a pattern in the path
+    busy: dict[str, int] = field(default_factory=dict)  # how often to answer 429 first, by a pattern in the path
+    truncate: list[int] = field(default_factory=list)  # where the next bodies of files end too early, in bytes
+    corrupt: int = 0  # how many of the next files come with a byte changed
+    before_file: Callable[[Repo], None] = lambda repo: None
+    pause_s: float = 0.0  # between the bytes of a file
+    elsewhere: str = ""  # where files are redirected to
+    tokens_seen: list[str | None] = field(default_factory=list)  # with each file request
+    offsets: list[int] = field(default_factory=list)  # where file requests began
+    ended: Event = field(default_factory=Event)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -58,7 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
         for part, status in self.hub.broken.items():
             if re.search(part, path):
                 return self._answer(status, {"error": "broken on purpose"})
-        if not path.startswith("/lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        for part, left in self.hub.busy.items():
+            if left and re.search(part, path):
+                self.hub.busy[part] -= 1
+                return self._answer(429, {"error": "slow down"}, {"Retry-After": "0"})
+        if not path.startswith(("/lfs/", "/cdn/")) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._answer(401, {"error": "Invalid username or password."})
         for pattern, handle in _ROUTES:
             if method == pattern[0] and (match := re.fullmatch(pattern[1], path)):
@@ -91,13 +118,66 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[repo_id] = Repo(is_private)
         return self._answer(200, {"url": f"{self.hub.address}/{repo_id}"})
 
-    def info(self, body: bytes, repo: str) -> None:
+    def info(self, body: bytes, repo: str, revision: str = "main") -> None:
         if repo not in self.hub.repos:
             return self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
-        siblings = [{"rfilename": name} for name in sorted(self.hub.repos[repo].files)]
-        return self._answer(
-            200, {"id": repo, "sha": self.hub.repos[repo].commits[-1], "siblings": siblings, "tags": []}
-        )
+        if self.hub.repos[repo].is_gated:
+            return self._answer(403, {"error": "Access to this model is restricted"}, {"X-Error-Code": "GatedRepo"})
+        found = self.hub.repos[repo].at(revision)
+        if found is None:
+            return self._answer(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        commit, files = found
+        siblings = [self._sibling(name, data) for name, data in sorted(files.items())]
+        return self._answer(200, {"id": repo, "sha": commit, "siblings": siblings, "tags": []})
+
+    def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
+        if "blobs=" not in self.path:
+            return {"rfilename": name}
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git}
+        if name.endswith(".safetensors"):
+            sha256 = hashlib.sha256(data).hexdigest()
+            sibling["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 135}
+        return sibling
+
+    def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
+        self.hub.tokens_seen.append(self.headers.get("Authorization"))
+        self.hub.before_file(self.hub.repos[repo])
+        found = self.hub.repos[repo].at(revision)
+        if found is None or name not in found[1]:
+            return self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+        if self.hub.elsewhere:
+            location = f"{self.hub.elsewhere}/cdn/{repo}/{found[0]}/{name}"
+            return self._answer(302, {}, {"Location": location})
+        return self.cdn(body, repo, revision, name)
+
+    def cdn(self, body: bytes, repo: str, revision: str, name: str) -> None:
+        hub = self.hub
+        if self.path.startswith("/cdn/"):
+            hub.tokens_seen.append(self.headers.get("Authorization"))
+        found = hub.repos[repo].at(revision)
+        assert found is not None
+        data = found[1][name]
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        offset = int(match[1]) if match else 0
+        hub.offsets.append(offset)
+        if hub.corrupt:
+            hub.corrupt -= 1
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        data = data[offset:]
+        self.send_response(206 if match else 200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if hub.truncate:
+            data = data[: hub.truncate.pop(0)]
+            self.close_connection = True
+        if not hub.pause_s:
+            self.wfile.write(data)
+            return
+        for i in range(len(data)):
+            self.wfile.write(data[i : i + 1])
+            if hub.ended.wait(hub.pause_s):
+                return
 
     def validate_yaml(self, body: bytes) -> None:
         content = json.loads(body)["content"]
@@ -162,6 +242,9 @@ _ROUTES = [
     (("POST", "/api/repos/create"), _Handler.create),
     (("POST", "/api/validate-yaml"), _Handler.validate_yaml),
     (("GET", f"/api/models/{_REPO}"), _Handler.info),
+    (("GET", f"/api/models/{_REPO}/revision/(?P<revision>[\\w.\\-]+)"), _Handler.info),
+    (("GET", f"/{_REPO}/resolve/(?P<revision>[\\w.\\-]+)/(?P<name>[\\w.\\-]+)"), _Handler.resolve),
+    (("GET", f"/cdn/{_REPO}/(?P<revision>[\\w.\\-]+)/(?P<name>[\\w.\\-]+)"), _Handler.cdn),
     (("POST", f"/api/models/{_REPO}/preupload/main"), _Handler.preupload),
     (("POST", f"/{_REPO}\\.git/info/lfs/objects/batch"), _Handler.batch),
     (("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"), _Handler.upload),
@@ -180,6 +263,7 @@ def serve_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         thread.join()
         server.server_close()

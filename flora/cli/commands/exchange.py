@@ -1,17 +1,17 @@
-"""`flora import`, `export` and `push`: adapters from and to the rest of the world."""
+"""`flora import` and `export`: adapters from and to folders that other tools read and write."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flora.cli.extraction import hash_cache_dir
-from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, open_registry
-from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
+from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
+from flora.cli.output import Column, choose_format, print_record, print_table
 from flora.cli.sizes import show_bytes
 from flora.errors import BaseMismatch
 from flora.names import check_name
@@ -31,7 +31,7 @@ class ExportProfile(StrEnum):
     PORTABLE = "portable"
 
 
-_Profile = Annotated[
+ProfileOption = Annotated[
     ExportProfile,
     typer.Option(
         "--profile",
@@ -67,7 +67,7 @@ def import_(
     form = choose_format(as_json=as_json, ids_only=quiet)
     check_name(name)
     adapter = load_peft(path)
-    bound = _bind(adapter, base) if base is not None else None
+    bound = bind_to(adapter, base) if base is not None else None
     with open_registry(registry, create=True) as store:
         version = store.add(bound.adapter if bound else adapter, name, provenance={"command": "import"})
         if bound is not None:
@@ -90,13 +90,13 @@ def import_(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Bound:
+class Bound:
     adapter: Adapter
     checkpoint: Checkpoint  # of its base
     record: BaseRecord
 
 
-def _bind(adapter: Adapter, base: str) -> _Bound:
+def bind_to(adapter: Adapter, base: str) -> Bound:
     """The adapter bound to the weights of `base`. Raises BaseMismatch, also if its own record says other weights."""
     from flora.checkpoint import locate_checkpoint, open_checkpoint
     from flora.identity import base_record
@@ -112,14 +112,14 @@ def _bind(adapter: Adapter, base: str) -> _Bound:
             cause=f"its record says base {binding.base_id}; this checkpoint is {record.base_id}",
             fix=f"give the base that it was made for, {binding.name}",
         )
-    return _Bound(bind(adapter, record, checkpoint.name, checkpoint.architecture), checkpoint, record)
+    return Bound(bind(adapter, record, checkpoint.name, checkpoint.architecture), checkpoint, record)
 
 
 def export(
     ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder, or one that Flora wrote.")],
     form_of_files: Annotated[ExportFormat, typer.Option("--format", help="Kind of files.")] = ExportFormat.PEFT,
-    profile: _Profile = ExportProfile.COMPACT,
+    profile: ProfileOption = ExportProfile.COMPACT,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
@@ -139,54 +139,3 @@ def export(
     rows = [{"file": str(file), "num_bytes": file.stat().st_size} for file in files]
     columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
     print_table(form, "files", columns, rows, id_key="file")
-
-
-def push(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="user/name on the Hugging Face Hub.")],
-    profile: _Profile = ExportProfile.PORTABLE,
-    private: Annotated[bool, typer.Option("--private", help="If the repository is new, keep it private.")] = False,
-    dry_run: DryRun = False,
-    registry: RegistryUrl = None,
-    as_json: AsJson = False,
-    quiet: IdsOnly = False,
-) -> None:
-    """Publish an adapter on the Hugging Face Hub, with a model card that says what it keeps and how to use it.
-
-    [bold]Examples[/bold]
-
-      flora push sql you/sql-adapter --dry-run
-
-      flora push sql:prod you/sql-adapter
-    """
-    from flora.registry.remotes.hub import plan_push
-    from flora.registry.remotes.hub import push as send
-
-    form = choose_format(as_json=as_json, ids_only=quiet)
-    with open_registry(registry) as store:
-        version = store.resolve(ref)
-        plan = plan_push(store.load(version), version, repo, profile=profile.value, is_private=private)
-    address = None if dry_run else send(plan)
-    files = [{"file": file.name, "num_bytes": file.num_bytes} for file in plan.files]
-    record: dict[str, Any] = {
-        "ref": version.ref,
-        "repo": plan.repo,
-        "url": address,
-        "dry_run": dry_run,
-        "message": plan.message,
-        "files": files,
-        "card": plan.card,
-    }
-    if form is Format.JSON:
-        print_json(record)
-    elif form is Format.IDS:
-        print(address or plan.repo)
-    else:
-        columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
-        print_table(form, "files", columns, files, id_key="file")
-        if dry_run:
-            print(f"\n--- README.md of {plan.repo}, the model card\n")
-            print(plan.card)
-            note(f"note: nothing was sent; {version.ref} would be one commit to {plan.repo}: {plan.message}")
-        else:
-            print(address)

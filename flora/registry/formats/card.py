@@ -124,11 +124,16 @@ With vLLM:
 vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(header.max_rank)} --lora-modules {name}={repo}
 ```
 
+With SGLang:
+
+```
+python -m sglang.launch_server --model-path {base} --lora-paths {name}={repo}
+```
+
 With Flora, beside any number of other adapters of the same base:
 
 ```
-hf download {repo} --local-dir {name}
-flora import {name} --name {name}
+flora pull {repo} --name {name}
 flora serve {base}
 ```
 """
