@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from flora.bench.trace import Trace, Workload, draw_trace
+from flora.serve.engine.policy import Policy
 from flora.serve.engine.scheduler import Plan
 from flora.serve.engine.sequence import Sequence, State
 from tests.serve.engine.desk import Desk
+from tests.serve.engine.worlds import ask, run_to_end
 
 STEP_S = 0.05
 ADAPTER_PAGES = 3
@@ -283,3 +285,36 @@ def test_without_prefetch_nothing_is_loaded_before_its_turn():
     while desk.scheduler.get((b"", "base")):
         desk.step()
     assert wanted() == ["y"]
+
+
+# --- the engine's switches ---
+
+
+def test_the_configuration_reaches_the_scheduler(world):
+    settings = {
+        "fairness": False,
+        "max_wait_s": 1.5,
+        "slo_ttft_s": 2.0,
+        "cluster": 3,
+        "prefetch": False,
+        "prefix_cache": True,
+    }
+    engine = world.engine(**settings)
+    engine.close()
+
+    assert engine.scheduler.policy == Policy(**settings)
+
+
+def test_an_engine_refuses_who_comes_too_late_and_goes_on(world):
+    """Nobody has a first token within a nanosecond of his arrival; who has no such promise is served."""
+    hasty, patient = world.engine(slo_ttft_s=1e-9), world.engine()
+    for engine in (hasty, patient):
+        ask(engine, "r", [1, 2, 3])
+    answers = run_to_end(hasty), run_to_end(patient)
+
+    assert answers[0]["r"].rejected.code == "FL-SLO"
+    assert answers[1]["r"].finish_reason == "length"
+    assert hasty.heartbeat().aborts == 1
+    assert hasty.pages.num_free == hasty.pages.num_usable
+    hasty.close()
+    patient.close()
