@@ -27,12 +27,15 @@ class PackedLinear:
     weight  [out_features, in_features], any strides; on a CPU it is copied (as float32) and can be freed
     bias    [out_features] or None
 
+    row_invariant  on a GPU, too, by row_matmul; on a CPU it is so in any case
+
     A CPU multiplies in float32 and rounds once to x's dtype: half precision saves no time without AMX, and one path is
     one thing to trust.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_invariant: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
+        self._row_invariant = row_invariant
         if weight.device.type == "cpu":
             dense = weight.detach().float().contiguous()
             self._product = invariant_product(dense, packed=True)
@@ -44,12 +47,18 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """[..., out_features] in x's dtype, for x [..., in_features]."""
         if x.device.type != "cpu":
+            if self._row_invariant:
+                return self.into(None, x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
             return F.linear(x, self._weight, self._bias)
         rows = self._product(x.reshape(-1, self.in_features).float(), self._weight, self._bias)
         return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def into(self, out: Tensor | None, x: Tensor) -> Tensor:
         """As a call, in `out` [n, out_features] if there is one, of x's dtype and device; x is [n, in_features]."""
+        if self._row_invariant and x.device.type != "cpu":
+            from flora.kernels.row_matmul import row_matmul  # needs Triton
+
+            return row_matmul(x, self._weight, self._bias, out)
         if out is None:
             return self(x)
         if x.device.type == "cpu" or self._bias is not None:

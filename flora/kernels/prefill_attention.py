@@ -20,10 +20,11 @@ def prefill_attention(
     tuning: PrefillTuning,
     *,
     prefill_range: Tensor | None,
+    min_queries: int = 2,
     num_sms: int,
     overlap: bool,
 ) -> None:
-    """Rows of `out` that belong to sequences with two queries or more; the other rows are left alone.
+    """Rows of `out` that belong to sequences with `min_queries` or more, 1 or 2; the other rows are left alone.
 
     prefill_range  int32 [2]: only sequences from the first up to the second have so many (None: any may). A captured
                    step has room for hundreds of sequences and mostly a few prompts: their tiles are then the only ones.
@@ -63,6 +64,7 @@ def prefill_attention(
         *kv.stride()[:4],
         block_tables.stride(0),
         HAS_RANGE=prefill_range is not None,
+        MIN_QUERIES=min_queries,
         PAGE_TOKENS=page_tokens,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -99,6 +101,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     head_stride,
     table_stride,
     HAS_RANGE: tl.constexpr,
+    MIN_QUERIES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -132,7 +135,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         num_queries = tl.load(p_starts + i_seq + 1) - query_start
         seq_len = tl.load(p_seq_lens + i_seq)
         first_query = (i_tile - (query_start - first_start) // TILE_TOKENS - (i_seq - first_seq)) * TILE_TOKENS
-        if num_queries > 1 and first_query < num_queries:
+        if num_queries >= MIN_QUERIES and first_query < num_queries:
             o_rows = tl.arange(0, BLOCK_ROWS)
             o_queries = first_query + o_rows // GROUP
             m_rows = (o_rows < TILE_TOKENS * GROUP) & (o_queries < num_queries)

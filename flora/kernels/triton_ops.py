@@ -22,15 +22,22 @@ class TritonOps:
 
     name = "triton"
 
-    def __init__(self, num_sms: int, tuning: Tuning | None = None, *, overlap: bool = False) -> None:
+    def __init__(
+        self, num_sms: int, tuning: Tuning | None = None, *, overlap: bool = False, batch_invariant: bool = False
+    ) -> None:
+        """batch_invariant  a token's attention has the same bits in a chunk of any size and as a single query"""
         self.num_sms = num_sms  # multiprocessors
         self.tuning = tuning or Tuning()
+        self.batch_invariant = batch_invariant
         self.overlap = overlap  # launches start while the ones before them end; Hopper and later can
 
     @classmethod
-    def for_device(cls, device: torch.device, tuning: Tuning | None = None) -> "TritonOps":
+    def for_device(
+        cls, device: torch.device, tuning: Tuning | None = None, *, batch_invariant: bool = False
+    ) -> "TritonOps":
         properties = torch.cuda.get_device_properties(device)
-        return cls(properties.multi_processor_count, tuning, overlap=properties.major >= 9)
+        sms, overlap = properties.multi_processor_count, properties.major >= 9
+        return cls(sms, tuning, overlap=overlap, batch_invariant=batch_invariant)
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
@@ -49,13 +56,7 @@ class TritonOps:
         work: WorkList,
     ) -> None:
         """See Ops.lora_expand."""
-        import os
-
-        tuning, num_sms, overlap = (
-            self._lora_tuning(work),
-            self.num_sms,
-            self.overlap and not os.environ.get("XP_BESIDE"),
-        )
+        tuning, num_sms, overlap = self._lora_tuning(work), self.num_sms, self.overlap
         lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, tuning, num_sms=num_sms, overlap=overlap)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
@@ -80,10 +81,18 @@ class TritonOps:
         """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
         of, overlap = (q, kv, block_tables, seq_lens, query_starts, softmax_scale), self.overlap
-        decode_attention(out, *of, self.tuning.decode, overlap=overlap)
-        if max_queries != 1:
-            tuning, num_sms = self.tuning.prefill, self.num_sms
-            prefill_attention(out, *of, tuning, prefill_range=prefill_range, num_sms=num_sms, overlap=overlap)
+        if not self.batch_invariant:
+            decode_attention(out, *of, self.tuning.decode, overlap=overlap)
+        if self.batch_invariant or max_queries != 1:
+            prefill_attention(
+                out,
+                *of,
+                self.tuning.prefill,
+                prefill_range=prefill_range,
+                min_queries=1 if self.batch_invariant else 2,
+                num_sms=self.num_sms,
+                overlap=overlap,
+            )
         return out
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -54,6 +54,18 @@ class PrefillTuning:
     max_head_bytes: int = 256  # of one head of one token; wider heads take WIDE_HEADS, which fits 227 KiB of smem
 
 
+@dataclass(frozen=True, slots=True)
+class MatmulTuning:
+    """The one tile of row_matmul: part of the rounding, so never by the number of rows."""
+
+    block_rows: int = 64
+    block_outputs: int = 128
+    block_k: int = 64
+    band: int = 8
+    num_warps: int = 4
+    num_stages: int = 4
+
+
 WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 

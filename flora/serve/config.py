@@ -34,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_loaders: int = 0  # processes that load adapters; 0: a thread of the engine's process
     dummy_weights: bool = False  # benchmarks: a base drawn at random from config.json alone
     num_threads: int | None = None  # of torch on a CPU; None: its own choice
+    batch_invariant: bool = False  # a row's bits are the same in steps of any size; on a CPU they are so in any case
     poison: bool = False  # tests: refill freed pages with NaN
 
 

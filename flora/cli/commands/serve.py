@@ -167,6 +167,14 @@ def serve(
             rich_help_panel=_TURNS,
         ),
     ] = True,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="On a GPU: the same bits in batches of any size, slower. On a CPU it is always so.",
+            rich_help_panel=_TURNS,
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", min=1, help="Of torch on a CPU.")] = None,
     drain: Annotated[
         float, typer.Option("--drain", metavar="SECONDS", min=0, help="Left to running requests after Ctrl-C.")
@@ -225,6 +233,7 @@ def serve(
         slo_ttft_s=slo_ttft_s,
         cluster=cluster,
         prefetch=prefetch,
+        batch_invariant=batch_invariant,
         num_threads=threads,
     )
     config: ServeConfig = ServeConfig(

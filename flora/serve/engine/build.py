@@ -60,7 +60,7 @@ def build_engine(
     max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
     record = base_record(checkpoint, config.cache_dir)
     weights = _weights(config, checkpoint, record, model_config, device)
-    ops = choose_ops(device)
+    ops = choose_ops(device, batch_invariant=config.batch_invariant)
     ready = Ready(
         base_id=str(record.base_id),
         max_context=max_context,
@@ -96,11 +96,11 @@ def _weights(
 ) -> ModelWeights:
     dtype = _dtype(config.dtype)
     if config.dummy_weights:
-        return draw_weights(model_config, dtype, device)
+        return draw_weights(model_config, dtype, device, row_invariant=config.batch_invariant)
     if config.merge is None:
-        return load_weights(checkpoint, model_config, dtype, device)
+        return load_weights(checkpoint, model_config, dtype, device, row_invariant=config.batch_invariant)
     merged = merge_into(checkpoint, record, config.registry, config.merge)
-    weights = load_weights(merged, model_config, dtype, device)
+    weights = load_weights(merged, model_config, dtype, device, row_invariant=config.batch_invariant)
     merged.check_all_loaded()
     logger.info("adapter merged label=%s digest=%s", config.merge.label, config.merge.serving_digest)
     return weights
@@ -154,7 +154,15 @@ def _make_runner(config: EngineConfig, model: LlamaModel, pool: DevicePool, limi
         return SerialRunner(model, pool, config.max_adapters)
     from flora.serve.engine.cuda.runner import CudaRunner
 
-    runner = CudaRunner(model, pool, config.max_adapters, limits, max_context, max_cells=_MAX_CELLS)
+    runner = CudaRunner(
+        model,
+        pool,
+        config.max_adapters,
+        limits,
+        max_context,
+        max_cells=_MAX_CELLS,
+        batch_invariant=config.batch_invariant,
+    )
     runner.capture()
     return runner
 
@@ -178,13 +186,13 @@ def pool_geometry(model: ModelConfig, config: EngineConfig, itemsize: int) -> Po
     return replace(geometry, num_pages=num_pages)
 
 
-def choose_ops(device: torch.device) -> Ops:
+def choose_ops(device: torch.device, *, batch_invariant: bool = False) -> Ops:
     """Plain torch on a CPU, Triton on a GPU: never one for want of the other."""
     if device.type == "cpu":
         return CpuOps()
     from flora.kernels import TritonOps  # needs Triton
 
-    return TritonOps.for_device(device)
+    return TritonOps.for_device(device, batch_invariant=batch_invariant)
 
 
 def _device(name: str) -> torch.device:

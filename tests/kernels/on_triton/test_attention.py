@@ -69,6 +69,27 @@ def test_naming_the_sequences_that_prefill_changes_no_bit(device, dtype, tuning)
     assert torch.equal(result, attend(TritonOps(2, tuning), cache, q, lengths, queries, device))
 
 
+def test_batch_invariant_attention_has_one_way_for_prompts_in_any_chunks_and_for_single_tokens(device, dtype):
+    """A context of 70 tokens: its rows in one chunk, in two, and one by one."""
+    cache = PagedCache([70, 33], 2, 16, 16, dtype=dtype)
+    q, ops = queries_of(70, 4, 16, dtype), TritonOps(2, SMALL, batch_invariant=True)
+    neighbour = queries_of(1, 4, 16, dtype)
+    # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
+    places = range(70) if device.type == "cuda" else range(0, 70, 8)
+
+    whole = attend(ops, cache, q, [70, 33], [70, 0], device)
+    wanted = attend(ReferenceOps(), cache, q, [70, 33], [70, 0], device)
+    torch.testing.assert_close(whole, wanted, rtol=0, atol=TOLERANCE[dtype])
+    halves = [
+        attend(ops, cache, q[:48], [48, 33], [48, 0], device),
+        attend(ops, cache, q[48:], [70, 33], [22, 0], device),
+    ]
+    assert torch.equal(torch.cat(halves)[places], whole[places])
+    for token in places:
+        both = torch.cat((q[token : token + 1], neighbour))
+        assert torch.equal(attend(ops, cache, both, [token + 1, 33], [1, 1], device)[0], whole[token]), token
+
+
 def test_a_decode_row_keeps_its_bits_in_any_company(device, dtype):
     lengths = [70, 3, 65, 33]
     cache = PagedCache(lengths, 2, 32, 16, dtype=dtype)

@@ -1,7 +1,7 @@
 """The engine on a GPU: captured graphs and overlapped steps tell what transformers with PEFT would."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,13 @@ from tests.serve.engine.worlds import World, ask, run_to_end
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = {"device": "cuda", "max_sequences": 24, "max_batch_tokens": 64, "poison": True}
+CROWD = {  # nothing remembered and nobody preferred: two runs of equal lengths then have equal steps
+    "max_sequences": 256,
+    "max_batch_tokens": 512,
+    "pool_bytes": 512 << 20,
+    "prefix_cache": False,
+    "fairness": False,
+}
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm2-135m", "qwen2.5-0.5b")
 
 
@@ -126,7 +133,7 @@ def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path,
     many of any adapters, its own and some full of NaN among them. The two runs have the same steps of the same shapes.
     """
     world = World(bases(family), tmp_path)
-    engine = world.engine(device="cuda", dtype=dtype, max_sequences=256, max_batch_tokens=512, pool_bytes=512 << 20)
+    engine = world.engine(device="cuda", dtype=dtype, **CROWD)
     ranks = (1, 3, 4, 8, 64, 128)
     targets = [world.add(random_adapter(world.config, seed, ranks=ranks), f"a{seed}") for seed in range(8)]
     broken = [world.add(random_adapter(world.config, seed, ranks=ranks), f"broken{seed}") for seed in (8, 9)]
@@ -143,6 +150,22 @@ def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path,
         mixed = trial.run(engine, f"mixed{number}", trial.neighbours)
 
         assert plain == mixed, f"trial {number}: {len(trial.neighbours)} neighbours"
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2.5-0.5b"])
+def test_batch_invariant_a_request_has_the_same_bits_alone_and_in_any_crowd(bases, tmp_path, family, dtype):
+    """20 trials each: every logit of one request, alone and beside 1 to 255 neighbours, in other steps and chunks."""
+    world = World(bases(family), tmp_path)
+    engine = world.engine(device="cuda", dtype=dtype, batch_invariant=True, **CROWD)
+    targets = [world.add(random_adapter(world.config, seed, ranks=(1, 8, 64)), f"a{seed}") for seed in range(4)]
+
+    for number in range(20):
+        trial = draw_trial(number, targets, [])
+        alone = replace(trial, line=0, neighbours=[None], lengths=[1], max_tokens=[1])
+
+        assert trial.run(engine, f"crowd{number}", trial.neighbours) == alone.run(engine, f"alone{number}", [None])
     engine.close()
 
 

@@ -73,9 +73,19 @@ class CudaRunner:
     overlaps = True
 
     def __init__(
-        self, model: LlamaModel, pool: DevicePool, num_slots: int, limits: Limits, max_context: int, max_cells: int
+        self,
+        model: LlamaModel,
+        pool: DevicePool,
+        num_slots: int,
+        limits: Limits,
+        max_context: int,
+        max_cells: int,
+        *,
+        batch_invariant: bool = False,
     ) -> None:
-        """max_cells  of an adapter that the tables hold without being made wider"""
+        """max_cells  of an adapter that the tables hold without being made wider
+        batch_invariant  rows that decode go the way of those that prefill, in one work list
+        """
         self.model = model
         self.pool = pool
         self.device = pool.cells.device
@@ -83,6 +93,7 @@ class CudaRunner:
         self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells, max_cells, alignment)
         self._copies = AdapterCopies(pool.cells)
         self._copied: dict[str, torch.cuda.Event] = {}  # of adapters in host memory: when their last copy was done
+        self._batch_invariant = batch_invariant
         self._max_sequences = limits.max_sequences
         self._max_rows = max(limits.max_batch_tokens, limits.max_sequences)
         table_pages = pool.geometry.pages_for_tokens(max_context)
@@ -138,7 +149,7 @@ class CudaRunner:
             self.capture()
         try:
             keyed = [
-                (chunk.count > 1, -1 if slot is None else slot)
+                (chunk.count > 1 and not self._batch_invariant, -1 if slot is None else slot)
                 for chunk, slot in zip(chunks, adapter_slots, strict=True)
             ]
             order = sorted(range(len(chunks)), key=keyed.__getitem__)
@@ -195,7 +206,7 @@ class CudaRunner:
         num_sampled = int(samples.sum())
         host["logits_rows"][:num_sampled] = ends[samples] - 1
         host["sampled_lanes"][:num_sampled] = lanes[samples]
-        num_decoding = int((counts == 1).sum())
+        num_decoding = 0 if self._batch_invariant else int((counts == 1).sum())
         host["prefill_range"][:] = num_decoding, num_sequences
         first_rows = ends - counts
         decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
@@ -237,7 +248,11 @@ class CudaRunner:
 
     def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""
-        work = (self._work("decode_segments", rows, FEW_ROWS, max_rank),) if reach else ()
+        work: tuple[WorkList, ...] = ()
+        if reach and self._batch_invariant:
+            work = (self._work("prefill_segments", rows, PREFILL_BLOCK_ROWS, max_rank),)
+        elif reach:
+            work = (self._work("decode_segments", rows, FEW_ROWS, max_rank),)
         return self._forward(rows, rows, work, reach, max_queries=1)
 
     def _mixed(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
@@ -246,10 +261,9 @@ class CudaRunner:
         if reach:
             decoding = min(rows, self._max_sequences)
             prefilling = self._max_sequences + rows // PREFILL_BLOCK_ROWS
-            work = (
-                self._work("decode_segments", decoding, FEW_ROWS, max_rank),
-                self._work("prefill_segments", prefilling, PREFILL_BLOCK_ROWS, max_rank),
-            )
+            work = (self._work("prefill_segments", prefilling, PREFILL_BLOCK_ROWS, max_rank),)
+            if not self._batch_invariant:
+                work = (self._work("decode_segments", decoding, FEW_ROWS, max_rank), *work)
         return self._forward(rows, self._max_sequences, work, reach, max_queries=rows)
 
     def _work(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:

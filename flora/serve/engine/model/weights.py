@@ -34,9 +34,17 @@ class ModelWeights:
     head: PackedLinear  # [vocab_size, hidden_size]
 
 
-def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    row_invariant: bool = False,
+) -> ModelWeights:
     """The base in `dtype` on `device`; q, k, v and gate, up lie fused.
 
+    row_invariant  see PackedLinear
     Raises CheckpointError (a tensor is missing, or there is one that the model has no place for) and ShapeMismatch.
     """
     check_tensors(checkpoint, config)
@@ -47,7 +55,8 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype
     def linear(*modules: str) -> PackedLinear:
         weights = [load(f"{module}.weight") for module in modules]
         biases = [load(f"{module}.bias") for module in modules if f"{module}.bias" in checkpoint.tensors]
-        return PackedLinear(torch.cat(weights), torch.cat(biases) if biases else None)
+        bias = torch.cat(biases) if biases else None
+        return PackedLinear(torch.cat(weights), bias, row_invariant=row_invariant)
 
     def layer(index: int) -> LayerWeights:
         at = f"model.layers.{index}"
@@ -70,7 +79,9 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype
     )
 
 
-def draw_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> ModelWeights:
+def draw_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, *, row_invariant: bool = False
+) -> ModelWeights:
     """A base of this shape drawn at random on `device`: for speed, which does not depend on the weights."""
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -83,9 +94,11 @@ def draw_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
     def linear(*modules: str, has_bias: bool = False) -> PackedLinear:
         shapes = [config.module_shape(module) for module in modules]
         out_features = sum(out for _, out in shapes)
-        return PackedLinear(draw(out_features, shapes[0][0]), draw(out_features) if has_bias else None)
+        weight, bias = draw(out_features, shapes[0][0]), draw(out_features) if has_bias else None
+        return PackedLinear(weight, bias, row_invariant=row_invariant)
 
     embedding = draw(config.vocab_size, config.hidden_size)
+    head = embedding if config.tied else draw(config.vocab_size, config.hidden_size)
     return ModelWeights(
         embedding=embedding,
         layers=tuple(
@@ -102,7 +115,7 @@ def draw_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, 
             for _ in range(config.num_layers)
         ),
         norm=ones(config.hidden_size),
-        head=PackedLinear(embedding if config.tied else draw(config.vocab_size, config.hidden_size)),
+        head=PackedLinear(head, row_invariant=row_invariant),
     )
 
 
