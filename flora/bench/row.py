@@ -76,9 +76,13 @@ def append_row(path: Path, row: msgspec.Struct) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, object]]:
-    """Every row of a file, in order, whatever its kind. Raises UsageError where a line is none."""
+    """Every row of a file, in order, whatever its kind. Raises UsageError where it cannot be read or a line is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the rows of {path} cannot be read", cause=str(error)) from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -133,7 +133,7 @@ for _panel, _verbs in _PANELS.items():
         _add(app, _name, _verb, _panel)
 for _name, _verb in bench.VERBS.items():
     _add(bench.app, _name, _verb)
-app.add_typer(bench.app, name="bench", help="Measure serving.", rich_help_panel="Try it out")
+app.add_typer(bench.app, name="bench", help="Measure serving, and draw it.", rich_help_panel="Try it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

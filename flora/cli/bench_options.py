@@ -118,7 +118,7 @@ def make_setting(
     from flora.bench.settings import SETTINGS
     from flora.bench.shapes import MODULE_SETS, SHAPES
 
-    setting = _one_of(SETTINGS, preset, "--preset")
+    setting = one_of(SETTINGS, preset, "--preset")
     changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests}
     if ranks:
         changes["ranks"] = numbers(ranks, "--ranks", least=1)
@@ -127,8 +127,8 @@ def make_setting(
     if lengths:
         changes["lengths"] = numbers(lengths, "--lengths", least=1)
     setting = replace(setting, **{name: value for name, value in changes.items() if value is not None})
-    _one_of(SHAPES, setting.shape, "--shape")
-    _one_of(MODULE_SETS, setting.modules, "--modules")
+    one_of(SHAPES, setting.shape, "--shape")
+    one_of(MODULE_SETS, setting.modules, "--modules")
     if len(setting.lengths) != 2 or setting.lengths[0] >= setting.lengths[1]:
         raise UsageError(
             f"--lengths {lengths} leaves no length", fix="give the least and one more than the most: 8,512"
@@ -187,7 +187,8 @@ def numbers(text: str, flag: str, *, least: int = 0) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _one_of(choices: Mapping[str, _T], name: str, flag: str) -> _T:
+def one_of(choices: Mapping[str, _T], name: str, flag: str) -> _T:
+    """What the flag names. Raises UsageError."""
     if name not in choices:
         raise UsageError(f"{flag} {name!r} is not known", fix=f"give one of {', '.join(choices)}")
     return choices[name]

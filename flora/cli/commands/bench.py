@@ -1,10 +1,11 @@
-"""`flora bench serve`: serving, measured."""
+"""`flora bench serve` and `flora bench plot`: serving measured, and its rows drawn."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +17,6 @@ from flora.cli.sizing import resolve_device
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from flora.bench.facts import Surroundings
     from flora.bench.row import Row
     from flora.bench.settings import ServeBench
@@ -223,7 +222,35 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
 
 
-VERBS = {"serve": serve}
+def plot(
+    files: Annotated[list[Path], typer.Argument(metavar="ROWS…", help="What --out wrote: JSON lines.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The SVG to write.")],
+    show: Annotated[
+        str, typer.Option("--show", metavar="WHAT", help="throughput, tokens, latency, pace, slo or burst.")
+    ] = "throughput",
+    title: Annotated[str | None, typer.Option("--title", metavar="WORDS")] = None,
+) -> None:
+    """Draw rows of `flora bench serve` as one SVG: throughput by adapters, latency and SLO attainment by rate.
+
+    What differs between rows names the curves; of the same measurement, the latest commit's counts.
+
+    [bold]Examples[/bold]
+
+      flora bench plot rows.jsonl --out throughput.svg
+
+      flora bench plot fcfs.jsonl abort.jsonl --show burst --out burst.svg
+    """
+    from flora.bench.plots import PLOTS, curves_of
+    from flora.bench.row import read_rows
+    from flora.cli.bench_plot import draw_plot
+
+    chosen = flag.one_of(PLOTS, show, "--show")
+    curves = curves_of(chosen, [row for file in files for row in read_rows(file)])
+    out.write_text(draw_plot(chosen, curves, title), encoding="utf-8")
+    note(f"{len(curves)} curves in {out}")
+
+
+VERBS = {"serve": serve, "plot": plot}
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}

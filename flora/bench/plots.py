@@ -1,0 +1,117 @@
+"""From rows of results to the curves of a plot: what differs between rows names them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from flora.errors import UsageError
+
+Rows = Sequence[Mapping[str, Any]]
+
+_NAMING = ("system", "gpu", "shape", "modules", "ranks", "adapters", "requests", "lengths", "rate", "alpha", "cv",
+           "order", "clients", "max_sequences", "pool_gib", "merged", "fixed_slots", "slo_ttft_s")  # fmt: skip
+_SWITCHES_LEFT_OUT = {"num_loaders", "page_tokens", "num_threads", "max_context"}  # sizes that name no curve
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One way to look at rows."""
+
+    title: str
+    x: str  # a field of a row
+    x_title: str
+    ys: tuple[tuple[str, str], ...]  # field, and the word that tells its curve from the others
+    y_title: str
+    is_x_log: bool = False
+    is_y_log: bool = False
+    y_scale: float = 1.0  # from the field's unit to the axis's
+
+
+PLOTS = {
+    "throughput": Plot("Throughput against adapters", "adapters", "adapters", (("req_s", ""),), "requests a second",
+                       is_x_log=True),
+    "tokens": Plot("Throughput against adapters", "adapters", "adapters", (("out_tok_s", ""),), "tokens a second",
+                   is_x_log=True),
+    "latency": Plot("Time to the first token against rate", "rate", "requests a second that arrive",
+                    (("ttft_ms_p50", "p50"), ("ttft_ms_p99", "p99")), "ms to the first token", is_y_log=True),
+    "pace": Plot("Time per token against rate", "rate", "requests a second that arrive",
+                 (("tpot_ms_p50", "p50"), ("tpot_ms_p99", "p99")), "ms a token"),
+    "slo": Plot("Requests with their first token in time, against rate", "rate", "requests a second that arrive",
+                (("slo_attainment", ""),), "share, %", y_scale=100.0),
+    "burst": Plot("Requests with their first token in time, against burstiness", "cv", "variation of the gaps (cv)",
+                  (("slo_attainment", ""),), "share, %", y_scale=100.0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    name: str
+    points: tuple[tuple[float, float], ...]  # by x
+    base: float | None = None  # y at x = 0, where the plot is over adapters: the base alone
+
+
+def curves_of(plot: Plot, rows: Rows) -> list[Curve]:
+    """The plot's curves, in the order in which rows name them.
+
+    Of rows that agree in all but seed, commit and figures, those of the latest commit count, and of its seeds the
+    median. Raises UsageError where no row has the plot's fields.
+    """
+    usable = [row for row in rows if row.get(plot.x) is not None and any(row.get(y) is not None for y, _ in plot.ys)]
+    if not usable:
+        fields = ", ".join([plot.x, *(y for y, _ in plot.ys)])
+        raise UsageError(f"no row has {fields}", fix="give rows of `flora bench serve --out FILE`, or another --show")
+    named = [_facts(row, without=plot.x) for row in usable]
+    differing = [key for key in _keys(named) if len({_plain(facts.get(key)) for facts in named}) > 1]
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row, facts in zip(usable, named, strict=True):
+        name = ", ".join(_word(key, facts.get(key)) for key in differing if facts.get(key) is not None)
+        groups.setdefault(name, []).append(row)
+    return [curve for name, of_name in groups.items() for curve in _curves(plot, name, of_name)]
+
+
+def _curves(plot: Plot, name: str, rows: Rows) -> list[Curve]:
+    found = []
+    for field, word in plot.ys:
+        by_x: dict[float, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row.get(field) is not None:
+                by_x.setdefault(float(row[plot.x]), []).append(row)
+        points = {x: plot.y_scale * _latest(of_x, field) for x, of_x in sorted(by_x.items())}
+        base = points.pop(0.0, None) if plot.x == "adapters" else None
+        found.append(Curve(", ".join(filter(None, (name, word))), tuple(points.items()), base))
+    return found
+
+
+def _latest(rows: Rows, field: str) -> float:
+    commit = rows[-1].get("commit")
+    return median(float(row[field]) for row in rows if row.get("commit") == commit)
+
+
+def _facts(row: Mapping[str, Any], without: str) -> dict[str, Any]:
+    """What may name a row's curve."""
+    facts = {key: row.get(key) for key in _NAMING if key != without}
+    switches = row.get("switches") or {}
+    return facts | {key: value for key, value in switches.items() if key not in _SWITCHES_LEFT_OUT}
+
+
+def _keys(named: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for facts in named for key in facts))
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _word(key: str, value: Any) -> str:
+    """How a fact reads in a legend: `vllm`, `100 adapters`, `no fairness`."""
+    if isinstance(value, bool):
+        words = key.replace("_", " ")
+        return words if value else f"no {words}"
+    if key in ("system", "gpu", "shape", "order"):
+        return str(value)
+    if key == "modules":
+        return "all projections" if value == "all" else str(value)
+    if key in ("adapters", "clients"):
+        return f"{value} {key}"
+    return f"{key.replace('_', ' ')} {_plain(value)}"
