@@ -214,7 +214,8 @@ def _weight_files(path: Path) -> list[Path]:
     if pickles:
         raise PickleRefused(
             f"{path} holds its weights as {pickles[0]}, a pickle file that can run code when it is opened",
-            fix="save it again as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+            fix="save it again as safetensors: model.save_pretrained(folder); or `flora extract --allow-pickle`, which "
+            "reads tensors only, in a process of its own",
         )
     if (path / "adapter_model.safetensors").exists():
         raise CheckpointError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from flora.cli.progress import Report, progress
@@ -105,12 +108,33 @@ class Outcome:
 
 
 def extract_one(
-    base_source: str, target: Target, config: ExtractConfig, registry_url: str | None, *, is_quiet: bool = False
+    base_source: str,
+    target: Target,
+    config: ExtractConfig,
+    registry_url: str | None,
+    *,
+    is_quiet: bool = False,
+    allow_pickle: bool = False,
 ) -> Outcome:
-    """Extracts one pair and stores the adapter where `target` says. What can be refused early is."""
+    """Extracts one pair and stores the adapter where `target` says. What can be refused early is.
+
+    allow_pickle  convert pickled weights first, into a temporary folder
+    """
+    with _readable(base_source, target.source, allow_pickle=allow_pickle) as (base, tuned):
+        return _extract_pair(base, tuned, target, config, registry_url, is_quiet=is_quiet)
+
+
+def _extract_pair(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    target: Target,
+    config: ExtractConfig,
+    registry_url: str | None,
+    *,
+    is_quiet: bool,
+) -> Outcome:
     from flora.extract import extract as extract_pair
 
-    base, tuned = _open_pair(base_source, target.source)
     registry = _open_target(target, base, config, registry_url)
     with progress(f"extracting {tuned.path.name}", is_quiet=is_quiet) as report:
         result = extract_pair(base, tuned, config, _telling(report))
@@ -127,16 +151,34 @@ def extract_one(
     return Outcome(result, version, target.out, tuned.num_bytes)
 
 
-def plan_one(base_source: str, target: Target, config: ExtractConfig) -> tuple[Target, ExtractionPlan]:
+def plan_one(
+    base_source: str, target: Target, config: ExtractConfig, *, allow_pickle: bool = False
+) -> tuple[Target, ExtractionPlan]:
     from flora.extract import plan_extraction
 
-    return target, plan_extraction(*_open_pair(base_source, target.source), config)
+    with _readable(base_source, target.source, allow_pickle=allow_pickle) as (base, tuned):
+        return target, plan_extraction(base, tuned, config)
 
 
-def _open_pair(base: str, tuned: str) -> tuple[Checkpoint, Checkpoint]:
+@contextmanager
+def _readable(base: str, tuned: str, *, allow_pickle: bool) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints, open; pickled ones as temporary copies, if they may be."""
     from flora.checkpoint import locate_checkpoint, open_checkpoint
+    from flora.errors import PickleRefused
 
-    return open_checkpoint(locate_checkpoint(base)), open_checkpoint(locate_checkpoint(tuned))
+    def opened(source: str, parent: Path) -> Checkpoint:
+        folder = locate_checkpoint(source)
+        try:
+            return open_checkpoint(folder)
+        except PickleRefused:
+            if not allow_pickle:
+                raise
+        from flora.unpickle import convert_pickles
+
+        return open_checkpoint(convert_pickles(folder, parent))
+
+    with TemporaryDirectory(prefix="flora-unpickled-") as folder:
+        yield opened(base, Path(folder) / "base"), opened(tuned, Path(folder) / "tuned")
 
 
 def _open_target(target: Target, base: Checkpoint, config: ExtractConfig, registry_url: str | None) -> Registry | None:

@@ -14,6 +14,7 @@ from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
 from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits
+from flora.extract.dequantize import dequantized
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pairs import TensorPair
@@ -42,12 +43,20 @@ class Change:
 class PairWorker:
     """Works on pairs of one base and one tuned checkpoint; each thread that calls it has a workspace of its own."""
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, ranks: Mapping[str, int], config: ExtractConfig) -> None:
-        self._base = base
-        self._tuned = tuned
+    def __init__(
+        self,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        ranks: Mapping[str, int],
+        config: ExtractConfig,
+        workspaces: local | None = None,
+    ) -> None:
+        """`workspaces` may be shared by the workers of several tuned checkpoints, which take turns on the threads."""
+        self._base = dequantized(base)
+        self._tuned = dequantized(tuned)
         self._ranks = ranks
         self._config = config
-        self._threads = local()
+        self._threads = workspaces or local()
         # torch loads a GPU's linear algebra on first use, and fails if two threads do so at once
         torch.linalg.cholesky(torch.ones(1, 1, device=config.device))
 

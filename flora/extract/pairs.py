@@ -172,7 +172,7 @@ def _check_dtypes(pairs: Sequence[TensorPair]) -> None:
             if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith("weight")):
                 raise CheckpointError(
                     f"{info.name} of {info.file} is stored as {info.dtype}, a quantized weight",
-                    cause="a quantized checkpoint has no exact difference from its base",
+                    cause="Flora reads fp8 weights that have a scale beside them, and no other quantized ones",
                     fix="give the checkpoint as it was before quantization: float32, bfloat16 or float16",
                     tensor=info.name,
                     dtype=info.dtype,

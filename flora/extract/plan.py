@@ -8,6 +8,7 @@ import torch
 from flora.checkpoint import Checkpoint
 from flora.errors import UsageError
 from flora.extract.config import FACTOR_BYTES, ExtractConfig
+from flora.extract.dequantize import dequantized
 from flora.extract.factorize import GRAM_SIDE
 from flora.extract.pairs import TensorPair, pair_tensors
 from flora.extract.sidecars import check_vocabulary
@@ -41,6 +42,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     if base.path.resolve() == tuned.path.resolve():
         raise UsageError(f"{base.path} is given as base and as tuned checkpoint", fix="give two different checkpoints")
     _check_device(config.device)
+    base, tuned = dequantized(base), dequantized(tuned)
     pairs, notes = pair_tensors(base, tuned, config.include, config.exclude, config.wish)
     check_vocabulary(base, tuned)
     modules = [pair for pair in pairs if pair.status == "extractable"]

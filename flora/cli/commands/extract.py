@@ -48,6 +48,9 @@ def extract(
         str,
         typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16, float32 or float8."),
     ] = "bfloat16",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read .bin weights too, by weights_only, in a process of their own.")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="A full SVD of every matrix: slow, for audits.")] = False,
     strict: Annotated[
         bool,
@@ -95,13 +98,15 @@ def extract(
     )
     targets = [Target.of(source, name, out) for source in tuned]
     if dry_run:
-        plans = [plan_one(base, target, config) for target in targets]
+        plans = [plan_one(base, target, config, allow_pickle=allow_pickle) for target in targets]
         _print_plans(form, plans)
         return
     outcomes, unchanged = [], []
     for target in targets:
         try:
-            outcome = extract_one(base, target, config, registry, is_quiet=form is Format.IDS)
+            outcome = extract_one(
+                base, target, config, registry, is_quiet=form is Format.IDS, allow_pickle=allow_pickle
+            )
         except NothingChanged as error:
             unchanged.append(_tell_unchanged(target, error, is_strict=strict))
             continue

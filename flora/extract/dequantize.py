@@ -1,0 +1,79 @@
+"""Weights that are stored as fp8 with scales, read as the numbers they stand for.
+
+    block    W[i, j] * scale_inv[i // rows, j // columns]     DeepSeek, Qwen: NAME_scale_inv, quantization_config's
+                                                              weight_block_size, 128 by 128 if it does not say
+    channel  W[i, j] * scale[i]                               compressed-tensors: NAME_scale [out, 1]
+    tensor   W * scale                                        NAME_scale of one element
+
+The numbers are exact in float32: four bits of an fp8 times a float32 or bf16 scale, rounded once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from flora.checkpoint import Checkpoint
+from flora.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCALES = ("_scale_inv", "_scale")
+_BLOCK = (128, 128)
+
+
+@dataclass(frozen=True, eq=False)
+class DequantizedCheckpoint(Checkpoint):
+    """A checkpoint whose fp8 weights load as float32; their scales are no tensors of their own."""
+
+    source: Checkpoint = field(kw_only=True)  # as stored
+    scales: Mapping[str, str] = field(kw_only=True)  # of each fp8 weight, by its name
+
+    def load(self, name: str) -> "Tensor":
+        tensor = self.source.load(name)
+        if name not in self.scales:
+            return tensor
+        scale = self.source.load(self.scales[name]).float()
+        return tensor.float() * _spread(scale, tensor, self.scales[name], _block_of(self))
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint itself if no weight of it is fp8 with a scale; else a view of it that reads float32."""
+    scales = {
+        name: name + suffix
+        for name, info in checkpoint.tensors.items()
+        for suffix in _SCALES
+        if info.dtype == "F8_E4M3" and name + suffix in checkpoint.tensors
+    }
+    if not scales:
+        return checkpoint
+    hidden = set(scales.values()) | {name.removesuffix("weight") + "input_scale" for name in scales}
+    tensors = {
+        name: replace(info, dtype="F32") if name in scales else info
+        for name, info in checkpoint.tensors.items()
+        if name not in hidden
+    }
+    return DequantizedCheckpoint(checkpoint.path, checkpoint.config, tensors, source=checkpoint, scales=scales)
+
+
+def _block_of(checkpoint: Checkpoint) -> tuple[int, int]:
+    said = (checkpoint.config.get("quantization_config") or {}).get("weight_block_size")
+    return (int(said[0]), int(said[1])) if isinstance(said, list) and len(said) == 2 else _BLOCK
+
+
+def _spread(scale: "Tensor", weight: "Tensor", name: str, block: tuple[int, int]) -> "Tensor":
+    """The scale of every element, by broadcasting or [out, in]. Raises CheckpointError if the shapes do not fit."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    rows, columns = weight.shape
+    if scale.dim() == 1 and len(scale) == rows:
+        return scale[:, None]
+    if tuple(scale.shape) == (rows, 1):
+        return scale
+    if tuple(scale.shape) == (-(-rows // block[0]), -(-columns // block[1])):
+        return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    raise CheckpointError(
+        f"{name} is {list(scale.shape)} for a weight of {[rows, columns]}",
+        cause=f"it is no scale for a tensor, a channel or blocks of {block[0]} by {block[1]}",
+        tensor=name,
+    )

@@ -1,0 +1,182 @@
+"""Checkpoints in other forms than plain safetensors: fp8 with scales, and pickles where they are allowed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+from flora.checkpoint import Checkpoint, open_checkpoint
+from flora.errors import CheckpointError, PickleRefused
+from flora.extract import ExtractConfig, extract, plan_extraction
+from flora.extract.dequantize import dequantized
+from flora.identity import base_record
+from flora.rank import RankRule
+from flora.unpickle import convert_pickles
+from tests.extract.models import build, rewrite, save, tune
+
+RANK_8 = ExtractConfig(RankRule(max_rank=8), factor_dtype="float32")
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def quantize(checkpoint: Checkpoint, block: tuple[int, int] = (32, 16)) -> Checkpoint:
+    """The projections as fp8 with a scale for each block, as DeepSeek and Qwen publish theirs."""
+
+    def to_fp8(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            weight = tensors[name].float()
+            rows, columns = weight.shape[0] // block[0], weight.shape[1] // block[1]
+            blocks = weight.view(rows, block[0], columns, block[1])
+            scale = blocks.abs().amax((1, 3)) / 448
+            tensors[name] = (blocks / scale[:, None, :, None]).view_as(weight).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = scale
+
+    checkpoint = rewrite(checkpoint, to_fp8)
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": list(block)}
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(checkpoint.path)
+
+
+def test_fp8_weights_read_as_transformers_dequantizes_them(tmp_path):
+    checkpoint = quantize(save(build(), tmp_path / "base"))
+
+    options = FineGrainedFP8Config(weight_block_size=(32, 16), dequantize=True)
+    judge = AutoModelForCausalLM.from_pretrained(checkpoint.path, quantization_config=options, dtype=torch.float32)
+
+    ours = dequantized(checkpoint)
+    assert not [name for name in ours.tensors if "scale" in name]
+    for name, weight in judge.named_parameters():
+        assert torch.allclose(ours.load(name).float(), weight.float(), rtol=2**-8), name  # the judge rounds to bf16
+
+
+def test_an_fp8_base_gives_the_adapter_of_the_numbers_it_stands_for(tmp_path):
+    model = build()
+    base = quantize(save(model, tmp_path / "base"))
+    tuned = save(tune(model), tmp_path / "tuned")
+    read = dequantized(base)
+    plain_folder = tmp_path / "plain"
+    shutil.copytree(tuned.path, plain_folder)
+    save_file({name: read.load(name).clone() for name in read.tensors}, plain_folder / "model.safetensors")
+
+    from_fp8 = extract(base, tuned, RANK_8).adapter
+    from_plain = extract(open_checkpoint(plain_folder), tuned, RANK_8).adapter
+
+    assert from_fp8.factors.keys() == from_plain.factors.keys()
+    for name, factors in from_fp8.factors.items():
+        assert torch.equal(factors.A, from_plain.factors[name].A)
+    assert from_fp8.header.base.base_id == str(base_record(base).base_id)  # of the files as they are
+    assert NAME in from_fp8.header.base.touched
+
+
+@pytest.mark.parametrize(
+    ("scale", "spread"),
+    [
+        (torch.tensor(0.5), lambda weight: 0.5 * weight),
+        (torch.full((96, 1), 0.25), lambda weight: 0.25 * weight),
+    ],
+    ids=["tensor", "channel"],
+)
+def test_scales_of_a_tensor_and_of_channels(tmp_path, scale, spread):
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NAME], tensors[f"{NAME}_scale"] = weight, scale
+
+    checkpoint = dequantized(rewrite(save(build(), tmp_path / "base"), narrow))
+
+    assert torch.equal(checkpoint.load(NAME), spread(weight.float()))
+
+
+def test_a_scale_that_fits_nothing_is_named(tmp_path):
+    def narrow(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[NAME], tensors[f"{NAME}_scale_inv"] = tensors[NAME].to(torch.float8_e4m3fn), torch.ones(7, 3)
+
+    model = build()
+    base = rewrite(save(model, tmp_path / "base"), narrow)
+
+    with pytest.raises(CheckpointError, match=rf"{NAME}_scale_inv is \[7, 3\] for a weight of \[96, 64\]"):
+        extract(base, save(tune(model), tmp_path / "tuned"), RANK_8)
+
+
+# --- pickles ---
+
+
+def pickled(checkpoint: Checkpoint, folder: Path, shards: int = 1) -> Path:
+    """The checkpoint as older trainers saved it: pytorch_model.bin."""
+    shutil.copytree(checkpoint.path, folder)
+    (folder / "model.safetensors").unlink()
+    tensors = load_file(checkpoint.path / "model.safetensors")
+    names = sorted(tensors)
+    for shard in range(shards):
+        part = {name: tensors[name] for name in names[shard::shards]}
+        suffix = "" if shards == 1 else f"-{shard + 1:05d}-of-{shards:05d}"
+        torch.save(part, folder / f"pytorch_model{suffix}.bin")
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_weights_give_the_same_adapter_as_safetensors(tmp_path, shards):
+    model = build()
+    base, tuned = save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned")
+    folder = pickled(tuned, tmp_path / "pickled" / "tuned", shards)
+
+    converted = convert_pickles(folder, tmp_path / "converted")
+
+    assert converted.name == "tuned"
+    plain, ours = extract(base, tuned, RANK_8).adapter, extract(base, open_checkpoint(converted), RANK_8).adapter
+    assert ours.header == plain.header
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    torch.save({"weight": Bomb(tmp_path / "pwned")}, folder / "pytorch_model.bin")
+
+    with pytest.raises(PickleRefused, match="no plain tensors"):
+        convert_pickles(folder, tmp_path / "converted")
+
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_pickle_of_something_else_is_refused_by_name(tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    torch.save({"weight": torch.ones(2), "epoch": 3}, folder / "pytorch_model.bin")
+
+    with pytest.raises(PickleRefused) as caught:
+        convert_pickles(folder, tmp_path / "converted")
+
+    assert caught.value.cause == "pytorch_model.bin holds 'epoch', which is no tensor"
+
+
+def test_a_truncated_pickle_is_told(tmp_path):
+    folder = tmp_path / "half"
+    folder.mkdir()
+    torch.save({"weight": torch.ones(2000)}, folder / "pytorch_model.bin")
+    data = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+
+    with pytest.raises(CheckpointError, match=r"half cannot be read"):
+        convert_pickles(folder, tmp_path / "converted")
+
+
+def test_a_plan_needs_no_scale_to_be_read(tmp_path):
+    model = build()
+    base = quantize(save(model, tmp_path / "base"))
+
+    plan = plan_extraction(base, save(tune(model), tmp_path / "tuned"), RANK_8)
+
+    assert len(plan.extractable) == 14
