@@ -1,6 +1,5 @@
 """The runner on a GPU: steps overlap, decode replays a graph, and only `collect` waits for the device."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,67 +7,30 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import FEW_ROWS, WorkList, heaviest_first
+from flora.kernels import FEW_ROWS, WorkList
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
+from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.graphs import Reach, StepGraphs, StepOutput, decode_sizes, mixed_sizes
-from flora.serve.engine.cuda.inputs import Arrays, InputSizes, StepInputs
+from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.cuda.sampler import draw_rows
+from flora.serve.engine.cuda.step import CudaStep
 from flora.serve.engine.layout import stream_alignment
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.packing import PackedAdapter
 from flora.serve.engine.pool import DevicePool
 from flora.serve.engine.residency import Resident
-from flora.serve.engine.sampler import Draw, Drawn
+from flora.serve.engine.sampler import Draw
 from flora.serve.engine.scheduler import Chunk, Limits
 from flora.serve.engine.sequence import PENDING
 from flora.serve.engine.tables import AdapterTables
-from flora.serve.messages import TokenLogprobs
 
 _GRAPH_MAX_RANK = 512  # of a module in a captured step; it sizes buffers that are written only as far as ranks go
 
 
-class CudaStep:
-    """A launched step: its tokens are on their way to pinned memory."""
-
-    def __init__(
-        self, sampled: list[Chunk], tokens: Tensor, highest: Tensor, logprobs: dict[int, tuple[Tensor, Tensor, Tensor]]
-    ) -> None:
-        """tokens int64, highest [len(sampled)]; logprobs  of a row: chosen [], the top's ids and values [k]"""
-        self._sampled = sampled
-        self._tokens = _to_host(tokens)
-        self._highest = _to_host(highest)
-        self._logprobs = {
-            row: (_to_host(chosen), _to_host(ids), _to_host(values)) for row, (chosen, ids, values) in logprobs.items()
-        }
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def collect(self) -> list[tuple[Chunk, Drawn]]:
-        """See LaunchedStep.collect."""
-        try:
-            self._done.synchronize()
-        except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
-            raise EngineDead("the GPU failed in a step", cause=str(error)) from error
-        tokens, highest = self._tokens.tolist(), self._highest.tolist()
-        return [(chunk, self._drawn(row, tokens[row], highest[row])) for row, chunk in enumerate(self._sampled)]
-
-    def _drawn(self, row: int, token: int, highest: float) -> Drawn:
-        if not math.isfinite(highest):
-            return Drawn(None)
-        if row not in self._logprobs:
-            return Drawn(token)
-        chosen, ids, values = self._logprobs[row]
-        return Drawn(token, TokenLogprobs(float(chosen), tuple(ids.tolist()), tuple(values.tolist())))
-
-
 class CudaRunner:
-    """Runs planned steps on one GPU.
-
-    Rows of a step: sequences that decode, by adapter, then those that prefill, by adapter. Each part has a work list of
-    its own, since a tile of many rows is wasted on one and the other way round.
-    """
+    """Runs planned steps on one GPU."""
 
     overlaps = True
 
@@ -105,11 +67,14 @@ class CudaRunner:
         )
         self._inputs = StepInputs(sizes, self.device)
         # twice: sequences that ended may still have a row in the step that runs
-        self._lanes = Lanes(2 * limits.max_sequences, table_pages)
+        lanes = Lanes(2 * limits.max_sequences, table_pages)
+        self._filler = StepFiller(
+            self._inputs, lanes, pool.geometry.page_tokens, lambda: self.tables.ranks, one_list=batch_invariant
+        )
         self._logits = torch.empty(
             limits.max_sequences, model.config.vocab_size, dtype=pool.cells.dtype, device=self.device
         )
-        self._lane_tokens = torch.zeros(self._lanes.num_lanes + 1, dtype=torch.int64, device=self.device)
+        self._lane_tokens = torch.zeros(lanes.num_lanes + 1, dtype=torch.int64, device=self.device)
         self._decode_graphs: StepGraphs | None = None
         self._mixed_graphs: StepGraphs | None = None
         self._captured: Tensor | None = None  # the cell table that the graphs read
@@ -130,11 +95,7 @@ class CudaRunner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Captures the graphs: before the first request, and again when the tables have moved."""
-        host = self._inputs.begin()
-        self._pad(host, 0, self._max_rows, 0, self._max_sequences)
-        host["num_decode_segments"][:] = host["num_prefill_segments"][:] = 0
-        host["prefill_range"][:] = 0
-        self._inputs.send()
+        self._filler.fill_nothing()
         self._captured = self.tables.weights.cells
         mixed = StepGraphs(self._mixed, mixed_sizes(self._max_rows))
         mixed.capture()
@@ -148,13 +109,9 @@ class CudaRunner:
         if self._captured is not self.tables.weights.cells:
             self.capture()
         try:
-            keyed = [
-                (chunk.count > 1 and not self._batch_invariant, -1 if slot is None else slot)
-                for chunk, slot in zip(chunks, adapter_slots, strict=True)
-            ]
-            order = sorted(range(len(chunks)), key=keyed.__getitem__)
+            order = self._filler.order(chunks, adapter_slots)
             chunks = [chunks[i] for i in order]
-            slots = np.array([keyed[i][1] for i in order], dtype=np.int32)
+            slots = np.array([-1 if (slot := adapter_slots[i]) is None else slot for i in order], dtype=np.int32)
             sampled = [chunk for chunk in chunks if chunk.samples]
             return self._sample(sampled, self._run(chunks, slots).first(len(sampled)))
         except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
@@ -169,80 +126,11 @@ class CudaRunner:
         is_decode = rows == len(chunks)
         graphs, run = (self._decode_graphs, self._decode) if is_decode else (self._mixed_graphs, self._mixed)
         if reach and self.tables.max_rank > _GRAPH_MAX_RANK:
-            self._fill(chunks, counts, slots, rows)
+            self._filler.fill(chunks, counts, slots, rows)
             return run(rows, reach, self.tables.max_rank)
         padded = graphs.padded(rows)
-        self._fill(chunks, counts, slots, padded)
+        self._filler.fill(chunks, counts, slots, padded)
         return graphs.replay(padded, reach)
-
-    # --- the inputs ---
-
-    def _fill(self, chunks: list[Chunk], counts: np.ndarray, slots: np.ndarray, padded_rows: int) -> None:
-        num_sequences = len(chunks)
-        ends = counts.cumsum()
-        rows = int(ends[-1])
-        lanes = self._lanes.of([chunk.sequence for chunk in chunks])
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num_sequences)
-        samples = np.fromiter((chunk.samples for chunk in chunks), bool, num_sequences)
-        host = self._inputs.begin()
-        if rows == num_sequences:
-            row_lanes, positions = lanes, starts
-            host["token_ids"][:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
-        else:
-            owners = np.repeat(np.arange(num_sequences), counts)
-            row_lanes, positions = lanes[owners], np.arange(rows) - (ends - counts - starts)[owners]
-            tokens: list[int] = []
-            for chunk in chunks:
-                tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
-            host["token_ids"][:rows] = tokens
-        tables, page_tokens = self._lanes.tables, self.pool.geometry.page_tokens
-        pages = tables[row_lanes, positions // page_tokens].astype(np.int64)
-        host["lanes"][:rows] = row_lanes
-        host["positions"][:rows] = positions
-        host["slots"][:rows] = pages * page_tokens + positions % page_tokens
-        host["seq_lens"][:num_sequences] = starts + counts
-        host["query_starts"][1 : num_sequences + 1] = ends
-        host["block_tables"][:num_sequences] = tables[lanes]
-        num_sampled = int(samples.sum())
-        host["logits_rows"][:num_sampled] = ends[samples] - 1
-        host["sampled_lanes"][:num_sampled] = lanes[samples]
-        num_decoding = 0 if self._batch_invariant else int((counts == 1).sum())
-        host["prefill_range"][:] = num_decoding, num_sequences
-        first_rows = ends - counts
-        decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
-        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, FEW_ROWS)
-        self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, PREFILL_BLOCK_ROWS)
-        self._pad(host, rows, padded_rows, num_sequences, self._max_sequences, num_sampled)
-        self._inputs.send()
-
-    def _fill_segments(
-        self, host: Arrays, name: str, slots: np.ndarray, first_rows: np.ndarray, end_row: int, block_rows: int
-    ) -> None:
-        """Runs of rows with one adapter, cut to `block_rows`. slots, first_rows  of sequences in order of their rows"""
-        edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
-        run_slots = slots[edges].tolist()
-        run_starts = first_rows[edges].tolist()
-        segments = [
-            (slot, row, min(block_rows, end - row))
-            for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
-            for row in range(start, end, block_rows)
-        ]
-        if segments:
-            host[name][: len(segments)] = heaviest_first(segments, self.tables.ranks)
-        host[f"num_{name}"][:] = len(segments)
-
-    def _pad(
-        self, host: Arrays, row: int, end_row: int, sequence: int, end_sequence: int, num_sampled: int = 0
-    ) -> None:
-        """Rows and sequences that compute nothing anyone reads: no context, no adapter, no place in the KV."""
-        host["token_ids"][row:end_row] = 0
-        host["lanes"][row:end_row] = self._lanes.spare
-        host["positions"][row:end_row] = 0
-        host["slots"][row:end_row] = -1
-        host["seq_lens"][sequence:end_sequence] = 0
-        host["logits_rows"][num_sampled:end_sequence] = 0
-        host["sampled_lanes"][num_sampled:end_sequence] = self._lanes.spare
-        host["query_starts"][sequence + 1 : end_sequence + 1] = row
 
     # --- the step on the device ---
 
@@ -312,10 +200,3 @@ class CudaRunner:
                 top = logprob.topk(min(draw.sampling.logprobs, len(logprob)))
                 logprobs[row] = (logprob.gather(0, tokens[row : row + 1])[0], top.indices, top.values)
         return CudaStep(sampled, tokens, output.highest, logprobs)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, on its way when this returns."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    return host

@@ -1,0 +1,99 @@
+"""What the GPU's runner writes for a step, row by row: on any machine, since only the copy is the device's business."""
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from flora.kernels import FEW_ROWS
+from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
+from flora.serve.engine.cuda.filling import StepFiller
+from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
+from flora.serve.engine.cuda.lanes import Lanes
+from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.sequence import PENDING, Sequence, State
+from flora.serve.request import SamplingParams
+
+PAGE_TOKENS, TABLE_PAGES, ROWS, SEQUENCES = 4, 16, 160, 24
+RANKS = [8, 64, 0, 16]  # by slot
+
+
+def draw_step(seeded: random.Random, count: int) -> tuple[list[Chunk], list[int | None]]:
+    """Sequences somewhere in their prompts or answers, with pages of their own, and the slots of their adapters."""
+    chunks, slots = [], []
+    free = seeded.sample(range(1, 1000), count * TABLE_PAGES)
+    for i in range(count):
+        length = seeded.randrange(1, 40)
+        prompt = tuple(seeded.randrange(100) for _ in range(length))
+        sequence = Sequence(
+            ("", str(i)), prompt, SamplingParams(max_tokens=9), None, order=i, arrived_s=0.0, max_context=64
+        )
+        sequence.state = State.RUNNING
+        sequence.pages = free[i * TABLE_PAGES : i * TABLE_PAGES + -(-length // PAGE_TOKENS)]
+        start = seeded.randrange(length) if seeded.random() < 0.5 else length - 1
+        rows = seeded.randrange(1, min(length - start, 6) + 1)
+        if seeded.random() < 0.2 and rows == 1:
+            sequence.tokens[start] = PENDING
+        chunks.append(Chunk(sequence, start, rows, samples=start + rows == length))
+        slots.append(seeded.choice([None, 0, 1, 3]))
+    return chunks, slots
+
+
+@pytest.mark.parametrize("one_list", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_every_row_finds_its_token_its_place_and_its_adapter(seed, one_list):
+    seeded = random.Random(seed)
+    sizes = InputSizes(ROWS, SEQUENCES, SEQUENCES + ROWS // PREFILL_BLOCK_ROWS, TABLE_PAGES)
+    inputs = StepInputs(sizes, torch.device("cpu"))
+    filler = StepFiller(inputs, Lanes(2 * SEQUENCES, TABLE_PAGES), PAGE_TOKENS, lambda: RANKS, one_list=one_list)
+    for _ in range(4):  # the arrays are used again: nothing of a step may be left for the next
+        chunks, slots = draw_step(seeded, seeded.randrange(1, SEQUENCES + 1))
+        order = filler.order(chunks, slots)
+        chunks, slots = [chunks[i] for i in order], [slots[i] for i in order]
+        counts = np.array([chunk.count for chunk in chunks])
+        padded = min(ROWS, int(counts.sum()) + seeded.randrange(10))
+
+        filler.fill(chunks, counts, np.array([-1 if slot is None else slot for slot in slots], np.int32), padded)
+
+        sent = {name: tensor.tolist() for name, tensor in inputs.device.items()}
+        row, row_slots, is_single, sampled = 0, [], [], []
+        for i, (chunk, slot) in enumerate(zip(chunks, slots, strict=True)):
+            assert sent["seq_lens"][i] == chunk.start + chunk.count
+            assert sent["query_starts"][i : i + 2] == [row, row + chunk.count]
+            assert sent["block_tables"][i][: len(chunk.sequence.pages)] == chunk.sequence.pages
+            for position in range(chunk.start, chunk.start + chunk.count):
+                assert sent["token_ids"][row] == chunk.sequence.tokens[position]
+                assert sent["positions"][row] == position
+                page = chunk.sequence.pages[position // PAGE_TOKENS]
+                assert sent["slots"][row] == page * PAGE_TOKENS + position % PAGE_TOKENS
+                row_slots.append(slot)
+                is_single.append(chunk.count == 1)
+                row += 1
+            if chunk.samples:
+                sampled.append((row - 1, sent["lanes"][row - 1]))
+        assert list(zip(sent["logits_rows"], sent["sampled_lanes"], strict=True))[: len(sampled)] == sampled
+        assert len({sent["lanes"][start] for start in sent["query_starts"][: len(chunks)]}) == len(chunks)
+        assert sent["slots"][row:padded] == [-1] * (padded - row)
+        assert set(sent["seq_lens"][len(chunks) :]) <= {0}
+        assert set(sent["query_starts"][len(chunks) :]) == {row}
+        assert set(sent["sampled_lanes"][len(sampled) :]) <= {filler.lanes.spare}
+
+        met: dict[int, int] = {}  # row -> slot, by the work lists
+        for name, most in (("decode", FEW_ROWS), ("prefill", PREFILL_BLOCK_ROWS)):
+            segments = sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]]
+            assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
+            for slot, first, number in segments:
+                assert 0 < number <= most
+                for met_row in range(first, first + number):
+                    assert met_row not in met
+                    assert is_single[met_row] == (name == "decode") or one_list
+                    met[met_row] = slot
+        assert met == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
+        first, end = sent["prefill_range"]
+        assert end == len(chunks)
+        assert all(chunk.count == 1 for chunk in chunks[:first])
+        assert one_list or all(chunk.count > 1 for chunk in chunks[first:])
+        for chunk in chunks:
+            chunk.sequence.state = State.FINISHED  # and its lane is another's
