@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flora.cli.options import RegistryUrl, open_registry
+from flora.cli.serving import find_base, merged_target, read_keys
 from flora.cli.sizes import parse_bytes, parse_length
 from flora.cli.sizing import PACE, default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
-from flora.errors import NotFound, UsageError
+from flora.errors import UsageError
 
 if TYPE_CHECKING:
-    from flora.registry import Registry, Version
     from flora.serve import ServeConfig
-    from flora.serve.request import AdapterTarget
 
 _MEMORY = "Memory"
 _ACCESS = "Access"
@@ -206,7 +205,7 @@ def serve(
         raise UsageError("--merge serves one adapter", fix="leave --adapter out")
     with open_registry(registry, create=True) as store:
         merged = store.resolve(merge) if merge else None
-        folder, name = _find_base(store, base, merged)
+        folder, name = find_base(store, base, merged)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
     pace = PACE["cpu" if device == "cpu" else "cuda"]
@@ -226,7 +225,7 @@ def serve(
         max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         max_adapters=max_adapters,
-        merge=_merged_target(merged, merge) if merged and merge else None,
+        merge=merged_target(merged, merge) if merged and merge else None,
         prefix_cache=prefix_cache,
         fairness=fairness,
         max_wait_s=max_wait_s,
@@ -243,7 +242,7 @@ def serve(
         port=port,
         preload=tuple(reference for given in adapter or () for reference in given.split(",") if reference),
         drain_s=drain,
-        api_keys=_read_keys(api_key_file) if api_key_file else (),
+        api_keys=read_keys(api_key_file) if api_key_file else (),
         insecure=insecure,
     )
     log.info(
@@ -251,57 +250,3 @@ def serve(
         config.base_name, device, dtype, engine.pool_bytes, engine.host_cache_bytes, registry_root
     )  # fmt: skip
     run_server(config)
-
-
-def _merged_target(version: Version, reference: str) -> AdapterTarget:
-    from flora.serve.request import AdapterTarget
-
-    return AdapterTarget(serving_digest=version.serving_digest, version_digest=version.digest, label=reference)
-
-
-def _find_base(registry: Registry, source: str | None, merged: Version | None) -> tuple[Path, str]:
-    """Folder and name of the base to serve: the one that is given, or the one that the registry's adapters share.
-
-    merged  the one adapter that is to be served, if it is one
-    """
-    from flora.checkpoint import locate_checkpoint, open_checkpoint
-
-    if source is not None:
-        checkpoint = open_checkpoint(locate_checkpoint(source))
-        return checkpoint.path, checkpoint.name
-    used = [entry for entry in registry.bases() if entry.num_adapters > 0]
-    if merged is not None and merged.base_id is not None:
-        used = [entry for entry in used if entry.base_id == merged.base_id]
-    if not used:
-        lacking = "adapters whose base is known" if registry.names(limit=1) else "adapters"
-        raise UsageError(
-            f"the registry has no {lacking}, so nothing says which base to serve",
-            fix="give it: flora serve BASE; or make an adapter first: flora extract BASE TUNED",
-        )
-    if len(used) > 1:
-        listed = "; ".join(
-            f"{entry.name} with {entry.num_adapters}, at {entry.path or 'no known place'}" for entry in used
-        )
-        raise UsageError(
-            f"the registry's adapters belong to {len(used)} bases", cause=listed, fix="say which: flora serve BASE"
-        )
-    (entry,) = used
-    if entry.path is None or not entry.path.is_dir():
-        raise NotFound(
-            f"where the base {entry.name} lies is not known",
-            cause=f"{entry.path} is gone" if entry.path else "its adapters came here without it",
-            fix="give its folder or Hub id: flora serve BASE",
-        )
-    return entry.path, entry.name
-
-
-def _read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of the file, one a line, blank lines and # comments aside. Raises UsageError."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the key file {path} cannot be read", cause=str(error)) from error
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
-    if not keys:
-        raise UsageError(f"the key file {path} holds no key", fix="write one key a line")
-    return keys

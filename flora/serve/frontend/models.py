@@ -1,28 +1,23 @@
 """A request's `model` to what answers it: the base, or one adapter version with its chat template and end tokens.
 
-The registry is asked on every request, so an alias that moved or a new version counts at once. What a version carries
-never changes, so that is read once and kept by version digest.
+The registry is asked on every request, so an alias that moved or a new version counts at once.
 """
 
 import asyncio
-import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG
-from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInvalid
+from flora.errors import AdapterNotFound, BaseMismatch, NameInvalid
 from flora.names import Reference, parse_reference
 from flora.registry import Entry, Registry, Version
-from flora.serve.frontend.template import base_template, decode_template
-from flora.serve.frontend.tokenizer import Tokenizer, read_json
+from flora.serve.frontend.carried import Carried, base_end_tokens
+from flora.serve.frontend.template import base_template
+from flora.serve.frontend.tokenizer import Tokenizer
 from flora.serve.request import AdapterTarget
 
-_KEPT_VERSIONS = 1024  # whose templates and end tokens stay in memory
 _MAX_NICKNAMES = 4096
 _T = TypeVar("_T")
 
@@ -35,14 +30,6 @@ class Served:
     end_tokens: tuple[int, ...]
     version: Version | None = None  # None: the base
     target: AdapterTarget | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Carried:
-    """What an adapter version brings besides weights; None where it has the base's."""
-
-    template: str | None
-    end_tokens: tuple[int, ...] | None
 
 
 class Models:
@@ -64,8 +51,7 @@ class Models:
         self.merged = merged
         self._registry = registry
         self._base = Served(base_template(base_folder), base_end_tokens(base_folder, tokenizer))
-        self._carried: OrderedDict[str, _Carried] = OrderedDict()
-        self._carried_lock = threading.Lock()
+        self._carried = Carried(registry)
         self._nicknames: dict[str, Reference] = {}
         self._merged = self._serve_merged(merged) if merged else None
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="registry")
@@ -160,7 +146,7 @@ class Models:
 
     def _served(self, version: Version) -> Served:
         """The version with its own template and end tokens where it has some, else with the base's."""
-        carried = self._carried_by(version)
+        carried = self._carried.by(version)
         return Served(
             template=carried.template or self._base.template,
             end_tokens=self._base.end_tokens if carried.end_tokens is None else carried.end_tokens,
@@ -213,27 +199,6 @@ class Models:
                 base_id=version.base_id,
             )
 
-    def _carried_by(self, version: Version) -> _Carried:
-        with self._carried_lock:
-            if carried := self._carried.get(version.digest):
-                self._carried.move_to_end(version.digest)
-                return carried
-        carried = self._read_carried(version)
-        with self._carried_lock:
-            self._carried[version.digest] = carried
-            if len(self._carried) > _KEPT_VERSIONS:
-                self._carried.popitem(last=False)
-        return carried
-
-    def _read_carried(self, version: Version) -> _Carried:
-        template = self._registry.extra(version, CHAT_TEMPLATE)
-        generation = self._registry.extra(version, GENERATION_CONFIG)
-        try:
-            end_tokens = _end_tokens(json.loads(generation)) if generation else None
-        except ValueError as error:
-            raise AdapterInvalid(f"the {GENERATION_CONFIG} of {version.ref} is not JSON", cause=str(error)) from error
-        return _Carried(decode_template(template, where=version.ref) if template else None, end_tokens)
-
     def _page(self, after: str | None, limit: int) -> tuple[list[Entry], bool]:
         offset = self._offset_after(after) if after else 0
         found: list[Entry] = []
@@ -269,23 +234,3 @@ def _is_reference(text: str) -> bool:
     except NameInvalid:
         return False
     return True
-
-
-def base_end_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """End-of-sequence ids as `generate` of transformers takes them: of generation_config.json, else of config.json;
-    the tokenizer's where neither has any.
-    """
-    for file in ("generation_config.json", "config.json"):
-        found = _end_tokens(read_json(folder / file) or {})
-        if found is not None:
-            return found
-    eos = tokenizer.token_id(tokenizer.named_tokens.get("eos_token", ""))
-    return () if eos is None else (eos,)
-
-
-def _end_tokens(config: dict[str, Any]) -> tuple[int, ...] | None:
-    """The end-of-sequence ids that a configuration names; None where it names none."""
-    value = config.get("eos_token_id") if isinstance(config, dict) else None
-    ids = value if isinstance(value, list) else [value]
-    found = tuple(token_id for token_id in ids if isinstance(token_id, int))
-    return found or None

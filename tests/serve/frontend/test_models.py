@@ -16,7 +16,8 @@ from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInva
 from flora.identity import BaseRecord, TensorRecord
 from flora.lowrank import LowRank
 from flora.registry import Registry
-from flora.serve.frontend.models import Models, base_end_tokens
+from flora.serve.frontend.carried import base_end_tokens
+from flora.serve.frontend.models import Models
 from tests.serve.frontend.vocabularies import byte_level
 
 TOKENIZER = byte_level()
