@@ -1,8 +1,18 @@
 """From two full checkpoints to one adapter: subtract, factorize, certify what the stored factors keep."""
 
 from flora.extract.config import ExtractConfig
+from flora.extract.jobs import ExtractProgress
 from flora.extract.kinds import Wish
 from flora.extract.plan import ExtractionPlan, plan_extraction
-from flora.extract.run import ExtractProgress, ExtractResult, extract
+from flora.extract.run import ExtractResult, extract, extract_many
 
-__all__ = ["ExtractConfig", "ExtractProgress", "ExtractResult", "ExtractionPlan", "Wish", "extract", "plan_extraction"]
+__all__ = [
+    "ExtractConfig",
+    "ExtractProgress",
+    "ExtractResult",
+    "ExtractionPlan",
+    "Wish",
+    "extract",
+    "extract_many",
+    "plan_extraction",
+]

@@ -23,6 +23,8 @@ class ExtractConfig:
     strict: bool = False  # a module that misses the asked energy fails the whole run
     device: str = "cpu"
     cache_dir: Path | None = None  # of file hashes; None hashes afresh
+    journal_dir: Path | None = None  # of finished pairs, from which an interrupted run is resumed; None keeps none
+    resume: bool = False  # go on where an interrupted run of the same files and options ended
 
     def __post_init__(self) -> None:
         if self.rule.is_empty:

@@ -1,6 +1,5 @@
 """The whole road from two checkpoints to an adapter; what happens to one pair of tensors stands in `change.py`."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -13,28 +12,17 @@ import torch
 
 from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
 from flora.checkpoint import Checkpoint
-from flora.extract.change import Change, PairWorker
+from flora.errors import CheckFailed, FloraError
+from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
+from flora.extract.jobs import ExtractProgress, Job, work_through
+from flora.extract.journal import Journal
 from flora.extract.plan import ExtractionPlan, plan_extraction
 from flora.extract.report import check_report, make_report
 from flora.extract.sidecars import changed_extras
-from flora.extract.workers import in_order
 from flora.forms import Form
 from flora.identity import BaseRecord, base_record
 from flora.rank import ranks_for_budget
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractProgress:
-    """Told after each tensor, in the order of names."""
-
-    name: str  # of the tensor just done
-    done_bytes: int  # of both checkpoints
-    total_bytes: int
-    done_modules: int
-    total_modules: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,6 +32,7 @@ class ExtractResult:
     tuned_record: BaseRecord
     plan: ExtractionPlan
     timings: Mapping[str, float]  # seconds: `total` by the clock; delta, factorize, fit summed over the workers
+    journal: Journal | None = None  # to be discarded once the adapter is stored
 
 
 def extract(
@@ -52,38 +41,72 @@ def extract(
     config: ExtractConfig,
     progress: Callable[[ExtractProgress], None] | None = None,
 ) -> ExtractResult:
-    """The adapter that turns `base` into `tuned`, as nearly as the rule allows. Reads both once and writes nothing.
+    """The adapter that turns `base` into `tuned`, as nearly as the rule allows. Reads both once.
 
+    Writes nothing but file hashes and the journal, where the configuration has folders for them.
     Raises what `plan_extraction` does, NotFinite, CheckpointError (nothing to extract has changed), and with
     `config.strict` CheckFailed when a module keeps less than the asked energy.
     """
+    (found,) = extract_many(base, [tuned], config, progress)
+    if isinstance(found, FloraError):
+        raise found
+    return found
+
+
+def extract_many(
+    base: Checkpoint,
+    tuned: Sequence[Checkpoint],
+    config: ExtractConfig,
+    progress: Callable[[ExtractProgress], None] | None = None,
+) -> list[ExtractResult | FloraError]:
+    """One adapter for each tuned checkpoint, in their order; each tensor of the base is at hand for all in turn.
+
+    What is wrong with one checkpoint's weights stands in its place and stops no other. Raises what `plan_extraction`
+    does for any of them, before any weight is read.
+    """
     start = time.perf_counter()
-    plan = plan_extraction(base, tuned, config)
-    for note in plan.notes:
-        log.info("%s", note)
-    with _hashing(base, tuned, config.cache_dir) as records, _full_float32():
-        changes = list(_work_through(base, tuned, plan, config, progress))
-        base_is, tuned_is = records()
+    plans = [plan_extraction(base, one, config) for one in tuned]
+    jobs = [Job(base, one, plan, config) for one, plan in zip(tuned, plans, strict=True)]
+    with _hashing([base, *tuned], config.cache_dir) as records, _full_float32():
+        found = work_through(jobs, progress)
+        if all(isinstance(one, FloraError) for one in found):
+            return [one for one in found if isinstance(one, FloraError)]
+        base_is, *tuned_are = records()
+    seconds = time.perf_counter() - start
+    return [
+        changes if isinstance(changes, FloraError) else _finish(job, changes, base_is, tuned_is, config, seconds)
+        for job, changes, tuned_is in zip(jobs, found, tuned_are, strict=True)
+    ]
+
+
+def _finish(
+    job: Job, changes: list[Change], base_is: BaseRecord, tuned_is: BaseRecord, config: ExtractConfig, seconds: float
+) -> ExtractResult | FloraError:
+    """Everything that takes the whole of one checkpoint's changes: the budget, the report, the adapter."""
     changes, cut = _cut_to_budget(changes, config)
-    report = make_report(changes, cut, plan.ranks, config)
-    check_report(report, base, tuned, config)
+    report = make_report(changes, cut, job.plan.ranks, config)
+    try:
+        check_report(report, job.base, job.tuned, config)
+    except FloraError as error:
+        if job.journal is not None:
+            leave = job.journal.release if isinstance(error, CheckFailed) else job.journal.discard
+            leave()  # a check that failed may pass on the same work, once less is asked
+        return error
     adapter = make_adapter(
         {change.pair.module: change.fit.factors for change in changes if change.fit},
-        base=_bind(base, base_is, changes),
-        recipe=_recipe(config, base, tuned, tuned_is),
+        base=_bind(job.base, base_is, changes),
+        recipe=_recipe(config, job.base, job.tuned, tuned_is),
         report=report,
-        extras=changed_extras(base, tuned),
+        extras=changed_extras(job.base, job.tuned),
         forms=_forms(changes),
         exact={change.pair.name: change.whole for change in changes if change.whole is not None},
     )
-    return ExtractResult(adapter, base_is, tuned_is, plan, _timings(changes, time.perf_counter() - start))
+    return ExtractResult(adapter, base_is, tuned_is, job.plan, _timings(changes, seconds), job.journal)
 
 
 @contextmanager
-def _hashing(
-    base: Checkpoint, tuned: Checkpoint, cache_dir: Path | None
-) -> Iterator[Callable[[], tuple[BaseRecord, BaseRecord]]]:
-    """Both records, made in a thread while the matrices are worked on; an error outside stops it at the next file."""
+def _hashing(checkpoints: Sequence[Checkpoint], cache_dir: Path | None) -> Iterator[Callable[[], list[BaseRecord]]]:
+    """Their records, made in a thread while the matrices are worked on; an error outside stops it at the next file."""
     stop = Event()
 
     def check(_: int) -> None:
@@ -91,7 +114,7 @@ def _hashing(
             raise CancelledError
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: (base_record(base, cache_dir, check), base_record(tuned, cache_dir, check)))
+        future = pool.submit(lambda: [base_record(one, cache_dir, check) for one in checkpoints])
         try:
             yield future.result
         finally:
@@ -107,23 +130,6 @@ def _full_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _work_through(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    plan: ExtractionPlan,
-    config: ExtractConfig,
-    progress: Callable[[ExtractProgress], None] | None,
-) -> Iterator[Change]:
-    done_bytes = done_modules = 0
-    total_modules = len(plan.extractable)
-    for change in in_order(plan.crew, PairWorker(base, tuned, plan.ranks, config), plan.pairs):
-        done_bytes += change.pair.num_bytes
-        done_modules += change.pair.status == "extractable"
-        if progress:
-            progress(ExtractProgress(change.pair.name, done_bytes, plan.read_bytes, done_modules, total_modules))
-        yield change
 
 
 def _cut_to_budget(changes: list[Change], config: ExtractConfig) -> tuple[list[Change], set[str]]:
