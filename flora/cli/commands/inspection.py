@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flora.adapter import Adapter, AdapterHeader, ChangeReport
 
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 _LEVELS = (0.9, 0.95, 0.99)  # of the stored factors' own energy
 
 
