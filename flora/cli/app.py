@@ -40,7 +40,7 @@ _CliUsageError: Any = typer.BadParameter.__base__  # click's UsageError, whereve
 _EXTRA_OF_MODULE = dict.fromkeys(
     ("fastapi", "starlette", "uvicorn", "h11", "zmq", "tokenizers", "jinja2", "prometheus_client", "httpx2", "triton"),
     "serve",
-) | {"transformers": "hf"}
+) | {"transformers": "hf", "obstore": "s3", "oras": "oci", "psycopg": "postgres", "gguf": "gguf"}
 
 app = typer.Typer(
     name="flora",

@@ -47,14 +47,13 @@ def fetch(
             fix="if that is what you want, give a larger --max-size",
         )
     done = 0
+
+    def tell(num_bytes: int) -> None:
+        report((done + num_bytes) / (total or 1), file.name)
+
     paths = []
     for file in files:
-        base = done
-        paths.append(
-            _fetch(
-                remote, listing, file, folder, limits, lambda n, f=file, b=base: report((b + n) / (total or 1), f.name)
-            )
-        )
+        paths.append(_fetch(remote, listing, file, folder, limits, tell))
         done += file.num_bytes
     return paths
 
