@@ -296,12 +296,6 @@ def test_two_extractions_at_once_both_land(home, base, tuned):
     assert main(["show", "sql@v2"]) == 0
 
 
-def test_weights_that_never_changed_make_no_adapter(flora, base, tmp_path):
-    done = flora("extract", base, copy(base, tmp_path / "copy"), code=1)
-
-    assert "error[FL-CHECKPOINT]" in done.err
-
-
 def test_a_checkpoint_in_another_dtype_is_no_obstacle(flora, base, tuned, tmp_path):
     def widen(tensors):
         for name in tensors:
