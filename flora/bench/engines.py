@@ -56,6 +56,7 @@ def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World
         setting.modules,
         setting.ranks,
         wanted,
+        padded_rank=max(setting.ranks) if setting.is_padded else None,
         num_processes=1 if is_small else os.cpu_count() or 1,
     )
     return World(folder, bench, targets)
@@ -85,6 +86,5 @@ def host_cache_bytes(config: EngineConfig, setting: Setting, numbers: Iterable[i
 
 def adapter_bytes(setting: Setting, number: int, dtype: str) -> int:
     """Of one adapter's factors."""
-    rank = setting.ranks[number % len(setting.ranks)]
     names = module_names(setting.shape, MODULE_SETS[setting.modules])
-    return sum(rank * sum(features(setting.shape, module)) for module, _ in names) * _ITEM_BYTES[dtype]
+    return sum(setting.rank(number) * sum(features(setting.shape, module)) for module, _ in names) * _ITEM_BYTES[dtype]

@@ -46,6 +46,8 @@ def workload_facts(bench: ServeBench, trace: Trace, num_adapters: int, seed: int
         "alpha": bench.alpha,
         "cv": bench.cv,
         "seed": seed,
+        "merged": bench.merged,
+        "fixed_slots": bench.engine.max_adapters if setting.is_padded else None,
     }
 
 

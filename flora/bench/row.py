@@ -48,6 +48,10 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float
     slo_attainment: float | None
     send_delay_ms_p99: float | None  # more than a few milliseconds over HTTP: the client was the bottleneck
+    merged: bool = False  # each adapter's requests on their own, by the base's weights as they are
+    # Adapters on the device at once, all filled up to the largest rank; None: a unified pool of true ranks. Generous to
+    # the slots: the pool is still one, so keys and values may take the pages of a slot that is idle.
+    fixed_slots: int | None = None
     clients: int | None = None  # at once, over HTTP
     start_s: float | None = None
     max_batch_tokens: int | None = None

@@ -19,6 +19,11 @@ class Setting:
     adapters: tuple[int, ...]  # how many there are, one measurement each; 0 is the base alone
     num_requests: int = 600
     lengths: tuple[int, int] = (8, 512)  # [low, high) of prompt and of answer, tokens
+    is_padded: bool = False  # every adapter is filled up to the largest rank with zeros, as in fixed slots
+
+    def rank(self, number: int) -> int:
+        """Of adapter number `number`, as it is stored."""
+        return max(self.ranks) if self.is_padded else self.ranks[number % len(self.ranks)]
 
 
 SETTINGS = {
@@ -42,3 +47,4 @@ class ServeBench:
     cv: float = 1.0  # of the gaps between them
     cancel: float = 0.0  # share of the requests that are cancelled midway
     slo_ttft_s: float = 6.0  # what attainment is counted by; S-LoRA's
+    merged: bool = False  # each adapter's requests on their own, as if it were merged into the base

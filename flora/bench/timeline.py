@@ -26,6 +26,12 @@ class Timeline:
     def first_s(self) -> float | None:
         return self.piece_s[0] if self.piece_s else None
 
+    def shift(self, by_s: float) -> None:
+        """Counts from a start that was so much earlier."""
+        self.sent_s = None if self.sent_s is None else self.sent_s + by_s
+        self.piece_s = [moment_s + by_s for moment_s in self.piece_s]
+        self.end_s = None if self.end_s is None else self.end_s + by_s
+
     def end(self, outcome: Outcome, now_s: float, message: str = "") -> None:
         assert self.outcome is None, "a request ends once"
         self.outcome, self.end_s, self.message = outcome, now_s, message

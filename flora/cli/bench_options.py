@@ -78,6 +78,14 @@ Cluster = Annotated[int | None, _flag(_SWITCHES, "--cluster", "N", "Keep to N ad
 EarlyAbort = Annotated[
     bool, _flag(_SWITCHES, "--early-abort", None, "Give up requests that can no longer meet --slo-ttft.")
 ]
+Merged = Annotated[
+    bool,
+    _flag(_SWITCHES, "--merge", None, "Each adapter's requests on their own, as a server with merged weights has to."),
+]
+FixedSlots = Annotated[
+    int | None,
+    _flag(_SWITCHES, "--fixed-slots", "N", "Adapters filled up to the largest rank, N on the device at most.", min=1),
+]
 OverHttp = Annotated[bool, _flag(_HTTP, "--http", None, "Measure a server of Flora's, started for this.")]
 Url = Annotated[str | None, _flag(_HTTP, "--url", "URL", "Measure the server there, Flora's or another.")]
 NumClients = Annotated[
@@ -113,13 +121,14 @@ def make_setting(
     adapters: str | None,
     requests: int | None,
     lengths: str | None,
+    is_padded: bool,
 ) -> Setting:
     """The preset, changed by the flags that were given. Raises UsageError."""
     from flora.bench.settings import SETTINGS
     from flora.bench.shapes import MODULE_SETS, SHAPES
 
     setting = one_of(SETTINGS, preset, "--preset")
-    changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests}
+    changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests, "is_padded": is_padded}
     if ranks:
         changes["ranks"] = numbers(ranks, "--ranks", least=1)
     if adapters:

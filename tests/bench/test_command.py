@@ -45,6 +45,17 @@ def test_each_switch_reaches_the_engine(capfd):
     assert switched.items() <= row["switches"].items()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [([], (False, None)), (["--merge"], (True, None)), (["--fixed-slots", "3"], (False, 3))],
+)
+def test_rows_say_what_they_compare(words, said, capfd):
+    bench("--adapters", "2", "--requests", "4", "--lengths", "4,9", "--json", *words)
+    [row] = json.loads(capfd.readouterr().out)["rows"]
+
+    assert (row["merged"], row["fixed_slots"]) == said
+
+
 def test_without_switches_prompts_are_computed_and_nobody_is_given_up(capfd):
     bench("--adapters", "0", "--requests", "4", "--lengths", "4,9", "--json")
     [row] = json.loads(capfd.readouterr().out)["rows"]
@@ -63,6 +74,7 @@ def test_without_switches_prompts_are_computed_and_nobody_is_given_up(capfd):
         (["--adapters", "5,x"], "--adapters '5,x'"),
         (["--ranks", "0"], "--ranks '0'"),
         (["--lengths", "9,9"], "--lengths 9,9"),
+        (["--merge", "--rate", "3"], "--merge"),
         (["--http", "--url", "http://127.0.0.1:1"], "--url and --http"),
     ],
 )

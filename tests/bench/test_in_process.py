@@ -1,14 +1,16 @@
 """The engine under measurement is the real one, on a CPU, with a base and adapters drawn at random."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from flora.bench.asks import Ask
 from flora.bench.engines import World, host_cache_bytes, make_world, running_engine
 from flora.bench.facts import Surroundings
-from flora.bench.in_process import drive_engine
+from flora.bench.in_process import drive_engine, drive_merged
 from flora.bench.serving import check_nothing_leaks, measure_engine
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.timeline import check_timelines
@@ -123,3 +125,33 @@ def test_the_host_cache_is_no_larger_than_the_adapters_can_fill():
     assert host_cache_bytes(config, g1, range(5)) == 3 << 29
     assert host_cache_bytes(config, g1, range(100)) == pytest.approx(1.25 * 25 * of_four, abs=1)
     assert host_cache_bytes(config, g1, range(1000)) == 28 << 30
+
+
+def test_merged_adapters_are_served_one_after_the_other_by_the_bases_weights(engine):
+    asks = [ask(0.0, adapter=i % 3) for i in range(9)]
+
+    seen = drive_merged(engine, asks)
+
+    check_timelines(asks, seen.timelines)
+    spans = [
+        (min(t.sent_s or 0 for t in of_one), max(t.end_s or 0 for t in of_one))
+        for of_one in (seen.timelines[i::3] for i in range(3))
+    ]
+    assert spans[0][1] <= spans[1][0] < spans[1][1] <= spans[2][0]
+    assert (seen.counts["loads"], seen.counts["evictions"]) == (0, 0)
+    assert seen.counts["steps"] >= 3 * 4
+
+
+def test_fixed_slots_hold_adapters_of_the_largest_rank_and_no_more_than_there_are(tmp_path):
+    setting = replace(TINY, is_padded=True)
+    slots = msgspec.structs.replace(ENGINE, max_adapters=2)
+    world = make_world(tmp_path, ServeBench(setting=setting, engine=slots), range(4))
+    asks = [ask(0.0, adapter=i % 4) for i in range(8)]
+
+    with running_engine(world.config(range(4))) as engine:
+        seen = drive_engine(engine, asks, world.targets)
+        resident = engine.heartbeat().resident
+
+    check_timelines(asks, seen.timelines)
+    assert [adapter.rank for adapter in resident] == [8, 8]  # ranks 8 and 4 in the setting
+    assert seen.counts["evictions"] >= 2

@@ -54,6 +54,8 @@ def serve(
     prefetch: flag.Prefetch = None,
     cluster: flag.Cluster = None,
     early_abort: flag.EarlyAbort = False,
+    merge: flag.Merged = False,
+    fixed_slots: flag.FixedSlots = None,
     storm: flag.StormRate = None,
     streams: flag.Streams = 64,
     storm_seconds: flag.StormSeconds = 10.0,
@@ -97,6 +99,10 @@ def serve(
 
     if url and http:
         raise UsageError("--url and --http exclude each other", fix="give --http for a server that is started here")
+    if merge and (rate or http or url or storm):
+        raise UsageError(
+            "--merge is measured on the engine, with all requests there at once", fix="leave the other flags out"
+        )
     form = choose_format(as_json=as_json, ids_only=False)
     device, dtype = resolve_device(device, dtype)
     bench = ServeBench(
@@ -108,6 +114,7 @@ def serve(
             adapters=adapters,
             requests=requests,
             lengths=lengths,
+            is_padded=fixed_slots is not None,
         ),
         engine=flag.make_engine_config(
             device,
@@ -117,7 +124,7 @@ def serve(
             max_len=max_len or (_STORM_LENGTH if storm else None),
             max_sequences=max_sequences,
             max_batch_tokens=max_batch_tokens,
-            max_adapters=max_adapters,
+            max_adapters=fixed_slots or max_adapters,
             loaders=loaders,
             threads=threads,
             prefix_cache=prefix_cache,
@@ -132,6 +139,7 @@ def serve(
         cv=cv,
         cancel=cancel,
         slo_ttft_s=slo_ttft,
+        merged=merge,
     )
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
     where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else _gpu_name(device)))
