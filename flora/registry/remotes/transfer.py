@@ -49,12 +49,12 @@ def fetch(
     done = 0
 
     def tell(num_bytes: int) -> None:
-        report((done + num_bytes) / (total or 1), file.name)
+        report((done + num_bytes) / (total or 1), current.name)
 
     paths = []
-    for file in files:
-        paths.append(_fetch(remote, listing, file, folder, limits, tell))
-        done += file.num_bytes
+    for current in files:
+        paths.append(_fetch(remote, listing, current, folder, limits, tell))
+        done += current.num_bytes
     return paths
 
 
