@@ -79,7 +79,7 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures") or ["unknown"]
+        names = self.config.get("architectures") or [self.config.get("_class_name", "unknown")]  # or diffusers' word
         return str(names[0])
 
     @property
@@ -220,6 +220,13 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "adapter_model.safetensors").exists():
         raise CheckpointError(
             f"{path} is an adapter, not a checkpoint", fix="give the folder of the full model that it was made from"
+        )
+    if (path / "model_index.json").exists():
+        parts = sorted(part.name for part in path.iterdir() if part.is_dir() and any(part.glob("*.safetensors")))
+        raise CheckpointError(
+            f"{path} is a diffusers pipeline of {len(parts)} models, not one checkpoint",
+            fix="extract one component at a time, the same on both sides: "
+            + ", ".join(f"{path.name}/{part}" for part in parts),
         )
     raise CheckpointError(f"{path} holds no safetensors weights", fix=f"a checkpoint has {SINGLE_FILE} or {INDEX_FILE}")
 

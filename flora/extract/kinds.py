@@ -9,7 +9,7 @@ from flora.checkpoint import FLOAT_DTYPES
 from flora.forms import Kind
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "token_embedding")
-HEADS = ("lm_head", "embed_out", "output", "proj_out", "vocab_projector", "generator_lm_head")
+HEADS = ("lm_head", "embed_out", "output", "vocab_projector", "generator_lm_head")
 HEAD_PATHS = ("cls.predictions.decoder", "predictions.decoder", "lm_head.decoder")  # of encoders' masked-word heads
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
