@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import resource
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from flora.bench.timeline import Timeline
 from flora.errors import RemoteError
 
 _TOO_LATE = "first_token_too_late"  # Flora's code for a request that early abort gave up
+
+_SOCKETS = 16_384
 
 _T = TypeVar("_T")
 
@@ -45,7 +48,11 @@ _chunks = msgspec.json.Decoder(_Chunk)
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """Runs it on uvloop where that is installed."""
+    """Runs it on uvloop where that is installed, with as many sockets as the system allows: each client is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _SOCKETS:
+        most = _SOCKETS if hard == resource.RLIM_INFINITY else min(hard, _SOCKETS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     factory = None
     with contextlib.suppress(ImportError):
         import uvloop

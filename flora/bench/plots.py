@@ -62,7 +62,7 @@ def curves_of(plot: Plot, rows: Rows) -> list[Curve]:
         fields = ", ".join([plot.x, *(y for y, _ in plot.ys)])
         raise UsageError(f"no row has {fields}", fix="give rows of `flora bench serve --out FILE`, or another --show")
     named = [_facts(row, without=plot.x) for row in usable]
-    differing = [key for key in _keys(named) if len({_plain(facts.get(key)) for facts in named}) > 1]
+    differing = [key for key in _keys(named) if len({_plain(facts[key]) for facts in named if key in facts}) > 1]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row, facts in zip(usable, named, strict=True):
         name = ", ".join(_word(key, facts.get(key)) for key in differing if facts.get(key) is not None)
@@ -89,8 +89,8 @@ def _latest(rows: Rows, field: str) -> float:
 
 
 def _facts(row: Mapping[str, Any], without: str) -> dict[str, Any]:
-    """What may name a row's curve."""
-    facts = {key: row.get(key) for key in _NAMING if key != without}
+    """What may name a row's curve; older rows say less, and are not another curve for that."""
+    facts = {key: row[key] for key in _NAMING if key in row and key != without}
     switches = row.get("switches") or {}
     return facts | {key: value for key, value in switches.items() if key not in _SWITCHES_LEFT_OUT}
 

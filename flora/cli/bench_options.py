@@ -76,7 +76,7 @@ Prefetch = Annotated[
 ]
 Cluster = Annotated[int | None, _flag(_SWITCHES, "--cluster", "N", "Keep to N adapters where that is possible.", min=1)]
 EarlyAbort = Annotated[
-    bool, _flag(_SWITCHES, "--early-abort", None, "Give up requests that can no longer meet --slo-ttft.")
+    float | None, _flag(_SWITCHES, "--slo-ttft-s", "SECONDS", "Give up who can no longer have a first token by then.")
 ]
 Merged = Annotated[
     bool,

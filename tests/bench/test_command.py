@@ -37,7 +37,7 @@ def test_rows_are_printed_and_written_as_they_come(tmp_path, capfd):
 def test_each_switch_reaches_the_engine(capfd):
     bench(
         "--adapters", "2", "--requests", "4", "--lengths", "4,9", "--prefix-cache", "--no-fairness", "--no-prefetch",
-        "--cluster", "3", "--early-abort", "--slo-ttft", "5", "--json",
+        "--cluster", "3", "--slo-ttft-s", "5", "--json",
     )  # fmt: skip
     [row] = json.loads(capfd.readouterr().out)["rows"]
 

@@ -51,6 +51,12 @@ def test_switches_name_curves_too():
     ]
 
 
+def test_an_older_row_that_says_less_is_no_other_curve():
+    rows = [row(5, 30.0), row(100, 20.0, merged=False, switches={"fairness": True})]
+
+    assert [curve.name for curve in curves_of(THROUGHPUT, rows)] == [""]
+
+
 def test_rows_without_the_field_are_refused_by_its_name():
     with pytest.raises(UsageError, match="cv, slo_attainment"):
         curves_of(BURST, [row(5, 30.0)])
