@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flora.cli.progress import Report, progress
 from flora.cli.sizes import show_bytes
-from flora.errors import NameInvalid, UsageError
+from flora.errors import FloraError, NameInvalid, UsageError
 from flora.names import check_name
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class Outcome:
         return self.version.ref if self.version else str(self.out)
 
     @property
+    def num_resumed(self) -> int:
+        """Tensors that an interrupted run had done already."""
+        return self.result.journal.num_resumed if self.result.journal else 0
+
+    @property
     def adapter_bytes(self) -> int:
         """Of the stored weights."""
         if self.version is not None:
@@ -103,6 +108,7 @@ class Outcome:
             "verdict": verdict(report),
             "advice": list(advice(report)),
             "seconds": dict(self.result.timings),
+            "num_resumed": self.num_resumed,
             "tensors": to_json(report)["tensors"],
         }
 
@@ -116,28 +122,46 @@ def extract_one(
     is_quiet: bool = False,
     allow_pickle: bool = False,
 ) -> Outcome:
-    """Extracts one pair and stores the adapter where `target` says. What can be refused early is.
+    """Extracts one pair and stores the adapter where `target` says. What can be refused early is."""
+    (found,) = extract_all(base_source, [target], config, registry_url, is_quiet=is_quiet, allow_pickle=allow_pickle)
+    if isinstance(found, FloraError):
+        raise found
+    return found
 
-    allow_pickle  convert pickled weights first, into a temporary folder
-    """
-    with _readable(base_source, target.source, allow_pickle=allow_pickle) as (base, tuned):
-        return _extract_pair(base, tuned, target, config, registry_url, is_quiet=is_quiet)
 
-
-def _extract_pair(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    target: Target,
+def extract_all(
+    base_source: str,
+    targets: Sequence[Target],
     config: ExtractConfig,
     registry_url: str | None,
     *,
-    is_quiet: bool,
-) -> Outcome:
-    from flora.extract import extract as extract_pair
+    is_quiet: bool = False,
+    allow_pickle: bool = False,
+) -> list[Outcome | FloraError]:
+    """Extracts several fine-tunes of one base, which is read once, and stores each adapter where its target says.
 
-    registry = _open_target(target, base, config, registry_url)
-    with progress(f"extracting {tuned.path.name}", is_quiet=is_quiet) as report:
-        result = extract_pair(base, tuned, config, _telling(report))
+    What is wrong with one fine-tune's weights stands in its place. What headers and names can show is raised before
+    any weight is read.
+
+    allow_pickle  convert pickled weights first, into a temporary folder
+    """
+    from flora.extract import extract_many
+
+    sources = [base_source, *(target.source for target in targets)]
+    with _readable(sources, allow_pickle=allow_pickle) as (base, *tuned):
+        registries = [_open_target(target, base, config, registry_url) for target in targets]
+        title = f"extracting {tuned[0].path.name}" + (f" and {len(tuned) - 1} more" if len(tuned) > 1 else "")
+        with progress(title, is_quiet=is_quiet) as report:
+            found = extract_many(base, tuned, config, _telling(report))
+        return [
+            result if isinstance(result, FloraError) else _store(result, base, one, target, registry)
+            for result, one, target, registry in zip(found, tuned, targets, registries, strict=True)
+        ]
+
+
+def _store(
+    result: ExtractResult, base: Checkpoint, tuned: Checkpoint, target: Target, registry: Registry | None
+) -> Outcome:
     version = None
     if registry is not None and target.name is not None:
         with registry:
@@ -148,6 +172,8 @@ def _extract_pair(
         from flora.registry.formats.peft import save_peft
 
         save_peft(result.adapter, target.out, paths=tree_paths(base.path, result.adapter.header))
+    if result.journal is not None:
+        result.journal.discard()  # only now is nothing of it needed any more
     return Outcome(result, version, target.out, tuned.num_bytes)
 
 
@@ -156,13 +182,13 @@ def plan_one(
 ) -> tuple[Target, ExtractionPlan]:
     from flora.extract import plan_extraction
 
-    with _readable(base_source, target.source, allow_pickle=allow_pickle) as (base, tuned):
+    with _readable([base_source, target.source], allow_pickle=allow_pickle) as (base, tuned):
         return target, plan_extraction(base, tuned, config)
 
 
 @contextmanager
-def _readable(base: str, tuned: str, *, allow_pickle: bool) -> Iterator[tuple[Checkpoint, Checkpoint]]:
-    """Both checkpoints, open; pickled ones as temporary copies, if they may be."""
+def _readable(sources: Sequence[str], *, allow_pickle: bool) -> Iterator[list[Checkpoint]]:
+    """The checkpoints, open; pickled ones as temporary copies, if they may be."""
     from flora.checkpoint import locate_checkpoint, open_checkpoint
     from flora.errors import PickleRefused
 
@@ -178,7 +204,7 @@ def _readable(base: str, tuned: str, *, allow_pickle: bool) -> Iterator[tuple[Ch
         return open_checkpoint(convert_pickles(folder, parent))
 
     with TemporaryDirectory(prefix="flora-unpickled-") as folder:
-        yield opened(base, Path(folder) / "base"), opened(tuned, Path(folder) / "tuned")
+        yield [opened(source, Path(folder) / str(place)) for place, source in enumerate(sources)]
 
 
 def _open_target(target: Target, base: Checkpoint, config: ExtractConfig, registry_url: str | None) -> Registry | None:
@@ -221,6 +247,12 @@ def _telling(report: Report) -> Callable[[ExtractProgress], None]:
         report(done.done_bytes / max(1, done.total_bytes), detail)
 
     return tell
+
+
+def journal_dir() -> Path:
+    from flora.config import settings
+
+    return settings().cache_dir / "unfinished"
 
 
 def hash_cache_dir() -> Path:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.extraction import Outcome, Target, extract_one, hash_cache_dir, plan_one
+from flora.cli.extraction import Outcome, Target, extract_all, hash_cache_dir, journal_dir, plan_one
 from flora.cli.options import AsJson, Budget, Device, DryRun, Energy, IdsOnly, MaxRank, RegistryUrl, rank_rule
 from flora.cli.output import Format, choose_format, note, percent, print_json, print_record
 from flora.cli.sizes import show_bytes
-from flora.errors import CheckFailed, NothingChanged, UsageError
+from flora.errors import CheckFailed, FloraError, NothingChanged, UsageError
 
 if TYPE_CHECKING:
     from flora.extract import ExtractionPlan
@@ -58,6 +58,9 @@ def extract(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Same inputs and seed, same digests.")] = 0,
     device: Device = "cpu",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run with the same words ended.")
+    ] = False,
     dry_run: DryRun = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
@@ -66,7 +69,8 @@ def extract(
     """Turn full fine-tunes into adapters, and say what each one keeps.
 
     The rules --rank, --energy and --budget may be combined; with none of them, --rank 64 is taken. With neither --name
-    nor --out, the adapter is registered under the name of TUNED's folder.
+    nor --out, the adapter is registered under the name of TUNED's folder. Of several TUNED the base is read once. What
+    is done is kept until the adapter is stored: after a crash, the same words and --resume go on from there.
 
     [bold]Examples[/bold]
 
@@ -95,26 +99,33 @@ def extract(
         strict=strict,
         device=device,
         cache_dir=hash_cache_dir(),
+        journal_dir=journal_dir(),
+        resume=resume,
     )
     targets = [Target.of(source, name, out) for source in tuned]
     if dry_run:
         plans = [plan_one(base, target, config, allow_pickle=allow_pickle) for target in targets]
         _print_plans(form, plans)
         return
-    outcomes, unchanged = [], []
-    for target in targets:
-        try:
-            outcome = extract_one(
-                base, target, config, registry, is_quiet=form is Format.IDS, allow_pickle=allow_pickle
-            )
-        except NothingChanged as error:
-            unchanged.append(_tell_unchanged(target, error, is_strict=strict))
-            continue
-        outcomes.append(outcome)
+    found = extract_all(base, targets, config, registry, is_quiet=form is Format.IDS, allow_pickle=allow_pickle)
+    outcomes = [outcome for outcome in found if isinstance(outcome, Outcome)]
+    for outcome in outcomes:
         if form is not Format.JSON:
             _print_outcome(form, outcome)
+    failed = [error for error in found if isinstance(error, FloraError) and not isinstance(error, NothingChanged)]
+    if not outcomes and failed:
+        raise failed[0]
+    unchanged = [
+        _tell_unchanged(target, error, is_strict=strict)
+        for target, error in zip(targets, found, strict=True)
+        if isinstance(error, NothingChanged)
+    ]
     if form is Format.JSON:
         print_json({"adapters": [outcome.record() for outcome in outcomes], "unchanged": unchanged})
+    for error in failed[1:]:
+        note(str(error))
+    if failed:
+        raise failed[0]
 
 
 def _tell_unchanged(target: Target, error: NothingChanged, *, is_strict: bool) -> dict[str, Any]:
@@ -154,6 +165,8 @@ def _print_outcome(form: Format, outcome: Outcome) -> None:
     print_record(form, outcome.record(), id_key="id", facts=facts, title=f"{where}, from {header.base.name}")
     if form is Format.IDS:
         return
+    if outcome.num_resumed:
+        note(f"resumed: {outcome.num_resumed} of {len(report.tensors)} tensors were done already")
     note(f"verdict: {verdict(report)}")
     for line in advice(report):
         note(f"note: {line}")
