@@ -8,14 +8,15 @@
     manifest.py   the record of one version, whose digest is the version's identity; packing.py writes and reads it
     index.py      questions to the index;  changes.py  its changes;  refusals.py  what it says no to
     adding.py, aliases.py, removal.py      what the door does under the write lock
-    collect.py, check.py, rebuild.py       gc, fsck, reindex
+    labels.py, lineage.py, requirements.py    what is noted, what it was made of, what it must keep
+    collect.py, check.py, rebuild.py, leases.py       gc, fsck, reindex, and what running servers use
     binding.py    an import's base, proven
     formats/      safetensors files, PEFT folders, model cards;  remotes/  the Hugging Face Hub
 
 Importing this package imports no torch.
 """
 
-from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Unset, Version
+from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Search, Unset, Version
 from flora.registry.registry import Registry
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "GcReport",
     "Problem",
     "Registry",
+    "Search",
     "Unset",
     "Version",
 ]

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from flora.registry.manifest import Manifest
 from flora.registry.records import AliasMove, Version
-from flora.registry.tables import alias_moves, aliases, bases, names, version_blobs, versions
+from flora.registry.tables import alias_moves, aliases, bases, labels, names, protections, version_blobs, versions
 
 
 def reserve_number(connection: sa.Connection, name: str, number: int) -> None:
@@ -75,6 +75,21 @@ def move_alias(connection: sa.Connection, move: AliasMove, *, target: str | None
     )
 
 
+def set_label(connection: sa.Connection, version: Version, key: str, value: str | None) -> None:
+    """Gives the version that label, or for None takes it away."""
+    version_id = _version_id(version.name, version.digest)
+    connection.execute(labels.delete().where(labels.c.version_id == version_id, labels.c.key == key))
+    if value is not None:
+        connection.execute(labels.insert().values(version_id=version_id, key=key, value=value))
+
+
+def set_protection(connection: sa.Connection, name: str, alias: str, is_protected: bool) -> None:
+    """Protects the alias of that name, or no longer does."""
+    connection.execute(protections.delete().where(protections.c.name == name, protections.c.alias == alias))
+    if is_protected:
+        connection.execute(protections.insert().values(name=name, alias=alias))
+
+
 def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> None:
     """Registers the base, or corrects its name and where it lies."""
     connection.execute(bases.delete().where(bases.c.base_id == base_id))
@@ -83,7 +98,7 @@ def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> 
 
 def clear(connection: sa.Connection) -> None:
     """Empties every table but the bases, whose places on this machine stand nowhere else."""
-    for table in (aliases, alias_moves, version_blobs, versions, names):
+    for table in (aliases, alias_moves, labels, protections, version_blobs, versions, names):
         connection.execute(table.delete())
 
 

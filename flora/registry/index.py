@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 from flora.names import Reference
-from flora.registry.records import AliasMove, BaseEntry, Entry, Version
-from flora.registry.tables import alias_moves, aliases, bases, names, version_blobs, versions
+from flora.registry.records import AliasMove, BaseEntry, Entry, Search, Version
+from flora.registry.tables import alias_moves, aliases, bases, labels, names, protections, version_blobs, versions
 
 _DEFAULT_ALIASES = ("prod", "latest")  # what a bare name means, first hit
 _MAX_NEAR = 1000  # names looked at for a suggestion: a misspelt request must stay cheap
@@ -84,6 +84,50 @@ def history_of(connection: sa.Connection, name: str, alias: str) -> list[AliasMo
         .order_by(moves.id)
     )
     return [AliasMove(*row[:6], moved_at=datetime.fromisoformat(row[6])) for row in connection.execute(query)]
+
+
+def labels_of(connection: sa.Connection, version: Version) -> dict[str, str]:
+    query = select(labels.c.key, labels.c.value).select_from(_NAMED.join(labels, labels.c.version_id == versions.c.id))
+    query = query.where(names.c.name == version.name, versions.c.number == version.number).order_by(labels.c.key)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def protected_aliases(connection: sa.Connection, name: str) -> set[str]:
+    return set(connection.execute(select(protections.c.alias).where(protections.c.name == name)).scalars())
+
+
+def search(connection: sa.Connection, wanted: Search, limit: int | None) -> list[Version]:
+    """Versions that fit all that is wanted, in the order of names and numbers."""
+    query = select(*_VERSION).select_from(_NAMED)
+    if wanted.text:
+        escaped = wanted.text.lower().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        pattern = f"%{escaped}%"
+        labeled = select(labels.c.version_id).where(
+            sa.or_(
+                func.lower(labels.c.key).like(pattern, escape="\\"),
+                func.lower(labels.c.value).like(pattern, escape="\\"),
+            )
+        )
+        query = query.where(
+            sa.or_(
+                func.lower(names.c.name).like(pattern, escape="\\"),
+                func.lower(versions.c.base_name).like(pattern, escape="\\"),
+                versions.c.id.in_(labeled),
+            )
+        )
+    for key, value in wanted.labels.items():
+        has = select(labels.c.version_id).where(labels.c.key == key)
+        query = query.where(versions.c.id.in_(has if value is None else has.where(labels.c.value == value)))
+    if wanted.base is not None:
+        query = query.where(sa.or_(versions.c.base_name == wanted.base, versions.c.base_id == wanted.base))
+    if wanted.min_energy is not None:
+        query = query.where(versions.c.kept_share >= wanted.min_energy)
+    if wanted.max_rank is not None:
+        query = query.where(versions.c.max_rank <= wanted.max_rank)
+    if wanted.operation is not None:
+        query = query.where(versions.c.operation == wanted.operation)
+    query = query.order_by(names.c.name, versions.c.number).limit(limit)
+    return [_version(row) for row in connection.execute(query)]
 
 
 def entries(connection: sa.Connection, prefix: str, limit: int | None, offset: int) -> list[Entry]:

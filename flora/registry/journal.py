@@ -6,7 +6,7 @@ did not happen; what a crash keeps from it, the next change writes. A line writt
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,27 @@ class Removed(msgspec.Struct, frozen=True, tag="remove", tag_field="op"):
     number: int
 
 
-Change = Added | Moved | Removed
+class Labeled(msgspec.Struct, frozen=True, tag="label", tag_field="op"):
+    name: str
+    number: int
+    key: str
+    value: str | None  # None: taken away
+
+
+class Protected(msgspec.Struct, frozen=True, tag="protect", tag_field="op"):
+    name: str
+    alias: str
+    is_protected: bool
+
+
+Change = Added | Moved | Removed | Labeled | Protected
+
+
+class Event(msgspec.Struct, frozen=True):
+    """A change, and where in the journal it ends."""
+
+    change: Change
+    cursor: int  # to go on from
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -74,6 +94,29 @@ class Journal:
     def read(self) -> list[Change]:
         """Every change in the file, in order. What a crash tore is passed over: the next flush wrote it again."""
         return list(self._lines().values())
+
+    def follow(self, cursor: int) -> Iterator[Event]:
+        """The changes that the file tells after `cursor` (0: from the start), each once, in order.
+
+        A line that is still being written is left for the next call.
+        """
+        if not self.path.exists():
+            return
+        decoder = msgspec.json.Decoder(_Line)
+        last = 0  # what a crash let be written twice stands close together
+        with self.path.open("rb") as file:
+            file.seek(cursor)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    return
+                cursor += len(text)
+                try:
+                    line = decoder.decode(text)
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    continue
+                if line.id > last:
+                    last = line.id
+                    yield Event(line.change, cursor)
 
     def pending(self, connection: sa.Connection) -> list[Change]:
         """Changes that are committed and not in the file yet, because a crash came between."""

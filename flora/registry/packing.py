@@ -1,6 +1,9 @@
 """An adapter as blobs: weights, report, extras, and the manifest that names them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,9 +34,20 @@ def put_adapter(store: BlobStore, adapter: "Adapter") -> tuple[Manifest, str]:
 
 def get_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     """The adapter that `manifest` describes, every blob checked. Raises StoreError."""
+    return _read_adapter(store, manifest, store.verified_path(Digest(manifest.weights.digest)))
+
+
+@contextmanager
+def reading_adapter(store: BlobStore, manifest: Manifest) -> Iterator["Adapter"]:
+    """As get_adapter, with the weights checked while the caller uses them. See BlobStore.verified_beside."""
+    with store.verified_beside(Digest(manifest.weights.digest)) as path:
+        yield _read_adapter(store, manifest, path)
+
+
+def _read_adapter(store: BlobStore, manifest: Manifest, path: Path) -> "Adapter":
     from flora.adapter import Adapter
 
-    tensors = load_tensors(store.verified_path(Digest(manifest.weights.digest)))
+    tensors = load_tensors(path)
     return Adapter(
         header=manifest.header,
         factors=to_factors(manifest.header, tensors),

@@ -6,9 +6,9 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from flora.errors import StoreError
-from flora.names import Digest
-from flora.registry import changes
-from flora.registry.journal import Added, Journal, Moved, live_versions
+from flora.names import Digest, Reference
+from flora.registry import changes, index
+from flora.registry.journal import Added, Journal, Labeled, Moved, Protected, live_versions
 from flora.registry.manifest import parse_manifest
 from flora.registry.packing import describe_version, get_report
 from flora.registry.records import AliasMove
@@ -43,6 +43,12 @@ def rebuild(connection: sa.Connection, store: BlobStore, journal: Journal) -> Re
             )
             target = change.digest if (change.name, change.digest) in found else None
             changes.move_alias(connection, move, target=target)
+        elif isinstance(change, Labeled):
+            reference = Reference(change.name, version=change.number)
+            if version := index.find(connection, reference):
+                changes.set_label(connection, version, change.key, change.value)
+        elif isinstance(change, Protected):
+            changes.set_protection(connection, change.name, change.alias, change.is_protected)
     journal.resume(connection)
     return RebuildReport(len(found), tuple(skipped))
 

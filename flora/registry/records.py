@@ -1,6 +1,7 @@
 """What the registry answers with."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -50,6 +51,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Search:
+    """What a version must have to be found; what is not given matters not."""
+
+    text: str = ""  # in its name, its base's name or a label, in any case
+    labels: Mapping[str, str | None] = field(default_factory=dict)  # None: any value
+    base: str | None = None  # name or base id
+    min_energy: float | None = None  # of the whole change
+    max_rank: int | None = None
+    operation: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class AliasMove:
     """One line of an alias's history. A digest of None: the alias did not exist, or was removed."""
 
@@ -80,6 +93,7 @@ class GcReport:
     num_bytes: int
     kept_young: int  # unreferenced too, but younger than the grace time: a writer may be about to name them
     dry_run: bool
+    kept_leased: int = 0  # unreferenced, and in use by a running server
 
 
 @dataclass(frozen=True, slots=True)

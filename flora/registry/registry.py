@@ -6,7 +6,7 @@ index as it was before or as it is after; what it may leave besides are blobs wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,20 @@ from flora.digests import canonical_json
 from flora.errors import AdapterNotFound, NotFound
 from flora.identity import BaseRecord
 from flora.names import Digest, Reference, check_alias, check_name, parse_reference
-from flora.registry import adding, aliases, changes, index, removal
+from flora.registry import adding, aliases, changes, index, labels, removal
 from flora.registry.home import Home
-from flora.registry.packing import get_adapter, get_report
+from flora.registry.journal import Event
+from flora.registry.lineage import Ancestor, lineage
+from flora.registry.packing import get_adapter, get_report, reading_adapter
 from flora.registry.place import locate
 from flora.registry.rebuild import RebuildReport, rebuild
-from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Unset, Version
+from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Search, Unset, Version
 from flora.registry.refusals import not_found
 from flora.registry.store import store_error
 
 if TYPE_CHECKING:
     from flora.adapter import Adapter
+    from flora.registry.leases import Lease
 
 
 class Registry:
@@ -147,6 +150,13 @@ class Registry:
         """
         return get_adapter(self._home.store, self._home.manifest(version))
 
+    def loading(self, version: Version) -> AbstractContextManager[Adapter]:
+        """As load, with the weights checked by another thread while the caller copies them.
+
+        What the caller made of them counts once the context has ended without a StoreError.
+        """
+        return reading_adapter(self._home.store, self._home.manifest(version))
+
     def report(self, version: Version) -> ChangeReport | None:
         return get_report(self._home.store, self._home.manifest(version))
 
@@ -163,13 +173,59 @@ class Registry:
     # Aliases and removal
 
     def set_alias(
-        self, name: str, alias: str, version: Version, *, expected: str | Unset | None = UNSET, reason: str = ""
+        self,
+        name: str,
+        alias: str,
+        version: Version,
+        *,
+        expected: str | Unset | None = UNSET,
+        reason: str = "",
+        force: bool = False,
     ) -> None:
         """Points `alias` to `version`, if it still points to the version digest `expected` (None: does not exist yet).
 
+        A protected alias moves only with `force`.
         Raises NameInvalid, UsageError, AdapterNotFound (the version was removed), AliasConflict.
         """
-        aliases.set_alias(self._home, name, alias, version, expected, reason)
+        aliases.set_alias(self._home, name, alias, version, expected, reason, force=force)
+
+    def protect(self, name: str, alias: str, *, is_protected: bool = True) -> None:
+        """Keeps the alias from being moved without force, or with False no longer. Raises UsageError for `latest`."""
+        aliases.protect(self._home, name, alias, is_protected)
+
+    def protected(self, name: str) -> set[str]:
+        """The aliases of `name` that are protected."""
+        with self._home.reading() as connection:
+            return index.protected_aliases(connection, check_name(name))
+
+    # Labels, search, lineage, events
+
+    def set_labels(self, version: Version, wanted: Mapping[str, str | None]) -> None:
+        """Notes key=value of the version; a value of None takes a label away. Raises NameInvalid, AdapterNotFound."""
+        labels.set_labels(self._home, version, wanted)
+
+    def labels(self, version: Version) -> dict[str, str]:
+        with self._home.reading() as connection:
+            return index.labels_of(connection, version)
+
+    def search(self, wanted: Search, *, limit: int | None = None) -> list[Version]:
+        """Versions that fit all that is wanted, in the order of names and numbers."""
+        with self._home.reading() as connection:
+            return index.search(connection, wanted, limit)
+
+    def lineage(self, version: Version) -> Ancestor:
+        """The version with all that it was made of, as far as the registry knows."""
+        return lineage(self._home, version)
+
+    def events(self, cursor: int = 0) -> Iterator[Event]:
+        """What happened after `cursor`, which each event carries: additions, alias moves, removals, labels."""
+        return self._home.journal.follow(cursor)
+
+    def lease(self) -> Lease:
+        """A lease of this process: what it keeps, no gc takes. Raises StoreError."""
+        from flora.registry.leases import Lease
+
+        return Lease(self.root)
 
     def remove(self, ref: str | Reference, *, force: bool = False) -> list[Version]:
         """Takes a version (`name@vN`), or with a bare name all of them, out of the index; `gc` frees the bytes.
@@ -204,9 +260,11 @@ class Registry:
     def gc(self, *, dry_run: bool = False, grace_s: float = 3600.0) -> GcReport:
         """Takes blobs that nothing refers to and leftovers of crashed writes, once they are older than `grace_s`."""
         from flora.registry.collect import collect
+        from flora.registry.leases import leased_blobs
 
         with self._home.writing() as connection:  # the lock keeps writers from naming what is being taken
-            return collect(connection, self._home.store, dry_run=dry_run, grace_s=grace_s)
+            leased = leased_blobs(self.root, self._home.store, grace_s=grace_s, take=not dry_run)
+            return collect(connection, self._home.store, dry_run=dry_run, grace_s=grace_s, leased=leased)
 
     def fsck(self) -> list[Problem]:
         """Every problem of index and store; changes nothing. Reads all weights."""

@@ -91,6 +91,29 @@ journal_lines = sa.Table(  # changes on their way to the journal file
     sqlite_autoincrement=True,  # a number is not given again after its row is gone
 )
 
+labels = sa.Table(
+    "labels",
+    metadata,
+    sa.Column(
+        "version_id",
+        sa.Integer,
+        sa.ForeignKey("versions.id", name="labels_of_version", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("key", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Index("versions_of_label", "key", "value"),
+    sqlite_strict=True,
+)
+
+protections = sa.Table(  # by name and not by id: it outlives the versions that it is about
+    "protections",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("alias", sa.Text, primary_key=True),
+    sqlite_strict=True,
+)
+
 bases = sa.Table(
     "bases",
     metadata,

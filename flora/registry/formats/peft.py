@@ -154,7 +154,9 @@ def _with_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> s
 
 def _spell_all(adapter: Adapter, factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> dict[str, "Tensor"]:
     """Every tensor of the folder; an embedding's factors again for each module that shares its weight."""
-    tensors = {spell_exact(name, _with_tied(factors, forms)): tensor for name, tensor in adapter.exact.items()}
+    tensors = {
+        spell_exact(told, _with_tied(factors, forms)): adapter.exact[told.name] for told in adapter.header.exact_tensors
+    }
     for name, lowrank in factors.items():
         tensors |= spell(name, lowrank, forms[name])
     return tensors | spell_tied(factors, forms)
@@ -172,7 +174,7 @@ def load_peft(folder: Path) -> Adapter:
         record = _read_record(folder)
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
         header = rename(record.header, record.paths)
-        exact = {tensor.name: spell_exact(tensor.name, _adapted(header)) for tensor in header.exact_tensors}
+        exact = {tensor.name: spell_exact(tensor, _adapted(header)) for tensor in header.exact_tensors}
         adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact))
         back = {path: name for name, path in record.paths.items()}
         return replace(_renamed(adapter, back), header=record.header)

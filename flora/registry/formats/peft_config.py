@@ -44,7 +44,7 @@ _NEUTRAL = {
 }  # fmt: skip
 
 _CAUSAL = re.compile(r"ForCausalLM|LMHead|^unknown$")  # for others PEFT's plain model does, whatever their inputs
-_OWN = ("modules_to_save", "bias", "fan_in_fan_out")
+_OWN = ("modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices")
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=_MAX_RANK)]
 
@@ -139,7 +139,7 @@ def make_config(header: AdapterHeader, target_modules: list[str]) -> dict[str, A
     alphas = Counter(module.alpha for module in header.modules if module.rank == rank)
     alpha = alphas.most_common(1)[0][0] if alphas else rank
     modules = [(name, module) for module in header.modules for name in (module.name, *module.tied)]
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if _CAUSAL.search(header.base.architecture) else None,
         "auto_mapping": None,
@@ -161,11 +161,17 @@ def make_config(header: AdapterHeader, target_modules: list[str]) -> dict[str, A
         "rank_pattern": {anchored(name): m.rank for name, m in modules if m.rank != rank},
         "alpha_pattern": {anchored(name): _plain_number(m.alpha) for name, m in modules if m.alpha != alpha},
     }
+    new_rows = {
+        tensor.name.removesuffix(".weight"): list(range(tensor.first_row, tensor.first_row + tensor.shape[0]))
+        for tensor in header.exact_tensors
+        if tensor.first_row is not None
+    }
+    return config | ({"trainable_token_indices": new_rows} if new_rows else {})
 
 
 def _modules_to_save(header: AdapterHeader) -> list[str] | None:
     """Modules whose weight the adapter carries whole. A bias alone needs no entry: `bias` speaks for all."""
-    names = [tensor.name for tensor in header.exact_tensors]
+    names = [tensor.name for tensor in header.exact_tensors if tensor.first_row is None]
     return sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight")) or None
 
 

@@ -88,7 +88,7 @@ def read_weights(path: Path, config: LoraScales, exact: Mapping[str, str] | None
 
 def _take_exact(tensors: dict[str, "Tensor"], name: str) -> "Tensor":
     tensor = tensors.pop(name, None)
-    if tensor is None or tensor.ndim != 1:
+    if tensor is None or tensor.ndim != (2 if name.endswith("trainable_tokens_delta") else 1):
         raise AdapterInvalid(f"{WEIGHTS_FILE} lacks {name}, which the record beside it names", tensor=name)
     if not bool(tensor.isfinite().all()):
         raise NotFinite(f"tensor {name} holds NaN or infinity", tensor=name)

@@ -4,6 +4,7 @@
     conv            M.lora_A.weight [r, in, *kernel]     M.lora_B.weight [out, r, 1, …]
     embedding       M.lora_embedding_A [r, tokens]       M.lora_embedding_B [features, r]
     exact           M.weight, M.bias                     a bias beside factors: M.base_layer.bias
+    new rows        M.token_adapter.trainable_tokens_delta [rows, features]: the rows themselves, whatever the name says
 
 An embedding's factors here are of its table [tokens, features]: PEFT's are of the transposed one, so they trade places.
 """
@@ -12,6 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from flora.adapter import ExactTensor
 from flora.forms import LINEAR, Form
 
 if TYPE_CHECKING:
@@ -62,7 +64,10 @@ def spell_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> d
     return tensors
 
 
-def spell_exact(name: str, adapted: Collection[str] = ()) -> str:
+def spell_exact(tensor: ExactTensor, adapted: Collection[str] = ()) -> str:
     """The name of a tensor that an adapter carries whole, where modules `adapted` have factors beside it."""
+    name = tensor.name
     module, _, leaf = name.rpartition(".")
+    if tensor.first_row is not None:
+        return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
     return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapted else PREFIX + name

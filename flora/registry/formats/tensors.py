@@ -102,7 +102,7 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 def to_tensors(adapter: "Adapter") -> dict[str, "Tensor"]:
     """All that the adapter holds under the names that PEFT gives it in adapter_model.safetensors, each weight once."""
     forms = adapter.header.forms
-    tensors = {spell_exact(name): tensor for name, tensor in adapter.exact.items()}
+    tensors = {spell_exact(told): adapter.exact[told.name] for told in adapter.header.exact_tensors}
     for module, lowrank in adapter.factors.items():
         tensors |= spell(module, lowrank, forms[module])
     return tensors
@@ -132,7 +132,7 @@ def to_exact(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[str
     """The whole tensors that `header` describes, likewise."""
     exact = {}
     for described in header.exact_tensors:
-        tensor = tensors.get(spell_exact(described.name))
+        tensor = tensors.get(spell_exact(described))
         if tensor is None or tuple(tensor.shape) != described.shape:
             raise AdapterInvalid(f"the weights lack {described.name} as its header tells it", tensor=described.name)
         exact[described.name] = tensor
