@@ -7,6 +7,7 @@ index as it was before or as it is after; what it may leave besides are blobs wi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 

@@ -83,7 +83,8 @@ class RegistrySource:
 
         Raises StoreError, NotFinite.
         """
-        pack_cells(self._registry.load(found.version), found.layout, cells)
+        with self._registry.loading(found.version) as adapter:
+            pack_cells(adapter, found.layout, cells)
 
     @property
     def _registry(self) -> Registry:
