@@ -1,6 +1,7 @@
 """From two full checkpoints to one adapter: subtract, factorize, certify what the stored factors keep."""
 
 from flora.extract.config import ExtractConfig
+from flora.extract.estimate import estimate_seconds
 from flora.extract.jobs import ExtractProgress
 from flora.extract.kinds import Wish
 from flora.extract.plan import ExtractionPlan, plan_extraction
@@ -12,6 +13,7 @@ __all__ = [
     "ExtractResult",
     "ExtractionPlan",
     "Wish",
+    "estimate_seconds",
     "extract",
     "extract_many",
     "plan_extraction",

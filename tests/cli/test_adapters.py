@@ -101,6 +101,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(flora, base, tuned
     plan = flora("extract", base, tuned, "--rank", 8, "--dry-run", "--json").json["plans"][0]
 
     assert (plan["num_extractable"], plan["num_tensors"], plan["max_rank"]) == (14, 20, 8)
+    assert 0 < plan["seconds"] < 60
     assert not (home / "registry").exists()
 
 

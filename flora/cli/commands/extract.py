@@ -14,7 +14,7 @@ from flora.cli.sizes import show_bytes
 from flora.errors import CheckFailed, FloraError, NothingChanged, UsageError
 
 if TYPE_CHECKING:
-    from flora.extract import ExtractionPlan
+    from flora.extract import ExtractConfig, ExtractionPlan
 
 DEFAULT_RANK = 64  # where no rule is given: what people train LoRA with at the upper end, and every engine serves
 
@@ -105,7 +105,7 @@ def extract(
     targets = [Target.of(source, name, out) for source in tuned]
     if dry_run:
         plans = [plan_one(base, target, config, allow_pickle=allow_pickle) for target in targets]
-        _print_plans(form, plans)
+        _print_plans(form, plans, config)
         return
     found = extract_all(base, targets, config, registry, is_quiet=form is Format.IDS, allow_pickle=allow_pickle)
     outcomes = [outcome for outcome in found if isinstance(outcome, Outcome)]
@@ -181,8 +181,8 @@ def _next_commands(outcome: Outcome) -> list[str]:
     return ["flora serve", f'flora run {name} "PROMPT"', f"flora push {name} USER/{name.rpartition('/')[2]}"]
 
 
-def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]]) -> None:
-    records = [_plan_record(target, plan) for target, plan in plans]
+def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]], config: ExtractConfig) -> None:
+    records = [_plan_record(target, plan, config) for target, plan in plans]
     if form is Format.JSON:
         print_json({"plans": records})
         return
@@ -193,6 +193,7 @@ def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]]) -> No
             ("reads", show_bytes(plan.read_bytes)),
             ("writes", f"up to {show_bytes(plan.factor_bytes)}"),
             ("memory", f"about {show_bytes(plan.memory_bytes)} beside the mapped files"),
+            ("time", _show_seconds(record["seconds"])),
             ("would go to", ", ".join(str(place) for place in (target.name, target.out) if place)),
         ]
         print_record(form, record, id_key="source", facts=facts, title=f"plan for {target.source}")
@@ -200,7 +201,22 @@ def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]]) -> No
             note(f"note: {line}")
 
 
-def _plan_record(target: Target, plan: ExtractionPlan) -> dict[str, Any]:
+def _show_seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "not predicted for this device"
+    shown = (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+    return f"about {shown} of work on this machine, if the files are in the disk's cache"
+
+
+def _plan_record(target: Target, plan: ExtractionPlan, config: ExtractConfig) -> dict[str, Any]:
+    from flora.extract import estimate_seconds
+
     return {
         "source": target.source,
         "name": target.name,
@@ -211,6 +227,7 @@ def _plan_record(target: Target, plan: ExtractionPlan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "factor_bytes": plan.factor_bytes,
         "memory_bytes": plan.memory_bytes,
+        "seconds": estimate_seconds(plan, config),
         "tensors": [
             {"name": pair.name, "shape": list(pair.shape), "status": pair.status, "rank": plan.ranks.get(pair.name)}
             for pair in plan.pairs
