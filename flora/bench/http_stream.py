@@ -5,6 +5,7 @@ one reads what servers of OpenAI's API send: a length or chunks, one JSON body o
 """
 
 import asyncio
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flora.errors import RemoteError, UsageError
 
 OnEvent = Callable[[bytes], bool]  # takes the data of one event; False hangs up
 
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] [0-9]{3}")
 _PATIENCE_S = 900.0  # for one whole answer: a request may wait for many others
 
 
@@ -119,6 +121,8 @@ class _Reader(asyncio.Protocol):
             self._finish()
 
     def _begin(self, head: bytes) -> None:
+        if not _STATUS_LINE.match(head):
+            raise ValueError(f"this is not HTTP: {head[:60]!r}")
         first, *lines = head.split(b"\r\n")
         fields = {name.strip().lower(): value.strip().lower() for name, _, value in (x.partition(b":") for x in lines)}
         self._status = int(first.split(b" ")[1])

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,30 +21,30 @@ _SOCKETS = 16_384
 _T = TypeVar("_T")
 
 
-class _Choice(msgspec.Struct):
+class Choice(msgspec.Struct):
     text: str | None = None
     finish_reason: str | None = None
 
 
-class _Usage(msgspec.Struct):
+class Usage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
 
-class _Problem(msgspec.Struct):
+class Problem(msgspec.Struct):
     message: str = ""
     code: str | int | None = None
 
 
-class _Chunk(msgspec.Struct):
+class Chunk(msgspec.Struct):
     """What a benchmark needs of a completion's chunk, or of an error in its place."""
 
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: _Problem | None = None
+    choices: list[Choice] = []
+    usage: Usage | None = None
+    error: Problem | None = None
 
 
-_chunks = msgspec.json.Decoder(_Chunk)
+decode_chunk = msgspec.json.Decoder(Chunk).decode
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
@@ -78,7 +78,14 @@ async def drive_server(
     ignore_eos  a field beyond OpenAI's, which Flora, vLLM and SGLang know
     Raises RemoteError where the server cannot be reached.
     """
-    requests = [endpoint.request("POST", "/v1/completions", _body(ask, model_of, ignore_eos)) for ask in asks]
+    requests = [
+        endpoint.request(
+            "POST",
+            "/v1/completions",
+            stream_body(model_of(ask.adapter), ask.prompt, ask.num_tokens, ignore_eos=ignore_eos),
+        )
+        for ask in asks
+    ]
     timelines = [Timeline() for _ in asks]
     free = asyncio.Semaphore(clients or len(asks))
     start_s = time.perf_counter()
@@ -89,7 +96,7 @@ async def drive_server(
         finally:
             free.release()
 
-    async with _fail_together() as tasks:
+    async with fail_together() as tasks:
         for number, ask in enumerate(asks):
             wait_s = start_s + ask.due_s - time.perf_counter()
             if wait_s > 0:
@@ -100,7 +107,7 @@ async def drive_server(
 
 
 @contextlib.asynccontextmanager
-async def _fail_together() -> Any:
+async def fail_together() -> AsyncIterator[asyncio.TaskGroup]:
     """A task group whose first error is the one that is raised."""
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -118,13 +125,13 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
 
 
 async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Timeline, start_s: float) -> None:
-    problem: _Problem | None = None
+    problem: Problem | None = None
     finish_reason: str | None = None
 
     def on_event(data: bytes) -> bool:
         nonlocal problem, finish_reason
         now_s = time.perf_counter() - start_s
-        chunk = _chunks.decode(data)
+        chunk = decode_chunk(data)
         for choice in chunk.choices:
             finish_reason = choice.finish_reason or finish_reason
             if choice.text:
@@ -141,7 +148,7 @@ async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Time
         timeline.num_tokens = len(timeline.piece_s)
         timeline.end("cancelled", now_s)
     elif answer.status != 200 or problem:
-        problem = problem or _problem_of(answer.body)
+        problem = problem or problem_of(answer.body)
         message = f"status {answer.status}: {problem.message}"
         timeline.end("aborted" if problem.code == _TOO_LATE else "failed", now_s, message)
     elif finish_reason in ("length", "stop"):
@@ -150,11 +157,12 @@ async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Time
         timeline.end("failed", now_s, f"the answer ended with finish_reason {finish_reason!r}")
 
 
-def _body(ask: Ask, model_of: Callable[[int | None], str], ignore_eos: bool) -> bytes:
+def stream_body(model: str, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool) -> bytes:
+    """The body of a greedy, streamed completion that ends with its usage."""
     body = {
-        "model": model_of(ask.adapter),
-        "prompt": ask.prompt,
-        "max_tokens": ask.num_tokens,
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
         "temperature": 0.0,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -162,12 +170,13 @@ def _body(ask: Ask, model_of: Callable[[int | None], str], ignore_eos: bool) -> 
     return msgspec.json.encode(body | ({"ignore_eos": True} if ignore_eos else {}))
 
 
-def _problem_of(body: bytes) -> _Problem:
+def problem_of(body: bytes) -> Problem:
+    """What an answer that is no success says."""
     try:
-        found = _chunks.decode(body).error
+        found = decode_chunk(body).error
     except msgspec.MsgspecError:
         found = None
-    return found or _Problem(body.decode(errors="replace")[:300])
+    return found or Problem(body.decode(errors="replace")[:300])
 
 
 async def get_json(endpoint: Endpoint, path: str) -> Any:
@@ -175,7 +184,7 @@ async def get_json(endpoint: Endpoint, path: str) -> Any:
     answer = await endpoint.send(endpoint.request("GET", path))
     if answer.status != 200:
         raise RemoteError(
-            f"{endpoint.url}{path} answers with status {answer.status}", cause=_problem_of(answer.body).message
+            f"{endpoint.url}{path} answers with status {answer.status}", cause=problem_of(answer.body).message
         )
     return msgspec.json.decode(answer.body)
 

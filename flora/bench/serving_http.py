@@ -17,6 +17,8 @@ from flora.bench.own_server import running_server
 from flora.bench.row import Row
 from flora.bench.settings import ServeBench
 from flora.bench.shapes import write_tokenizer
+from flora.bench.storm import Storm, StormRow, storm_row
+from flora.bench.storm_http import drive_storm_http
 from flora.bench.summary import summarize
 from flora.bench.timeline import Timeline, check_timelines
 from flora.bench.workload import all_numbers, asks_for, trace_of, wanted_numbers, warm_up_asks
@@ -27,6 +29,7 @@ Tell = Callable[[str], None]
 Metrics = Mapping[str, list[tuple[dict[str, str], float]]]
 
 _LOOK_S = 0.2  # between two looks at a server's metrics
+_ENDLESS = 1 << 20  # tokens
 _SETTLE_S = 30.0  # for a server to hear of clients that are gone
 _COUNTERS = {  # column of a row -> Flora's metric, the difference of which it is
     "steps": "flora:engine_steps_total",
@@ -111,6 +114,37 @@ def measure_url(
         yield from _passes(bench, num_adapters, endpoint, model_of, clients, facts)
 
 
+def measure_storm_http(
+    bench: ServeBench,
+    storm: Storm,
+    where: Surroundings,
+    *,
+    scratch: Path | None = None,
+    tell: Tell = lambda text: None,
+) -> Iterator[StormRow]:
+    """As serving.measure_storm, through a server of its own: what its clients feel."""
+    with tempfile.TemporaryDirectory(prefix="flora-bench-", dir=scratch) as place:
+        folder, most, base = Path(place), max(bench.setting.adapters), bench.setting.shape
+        world = make_world(folder, bench, range(most + storm.num_loads))
+        write_tokenizer(folder / "base", base)
+        newcomers = [world.targets[most + k].label for k in range(storm.num_loads)]
+        for num_adapters in bench.setting.adapters:
+            engine = world.config([*range(num_adapters), *range(most, most + storm.num_loads)])
+            streams = [world.targets[i].label for i in range(num_adapters)] or [base]
+            with running_server(ServeConfig(engine=engine, base_name=base, port=0), folder / "server.log") as url:
+                tell(f"{num_adapters} adapters: server up")
+                endpoint = Endpoint(url)
+                before = run(_settled(endpoint))
+                max_tokens = engine.max_context or _ENDLESS  # the engine ends where the context does
+                weather = run(drive_storm_http(endpoint, storm, streams, newcomers, max_tokens=max_tokens))
+                after = run(_settled(endpoint))
+                if _kv_pages(after) != 0:
+                    raise CheckFailed(f"the idle server holds {_kv_pages(after)} pages of keys and values")
+                counts = _counts(before, after)
+                kept = {name: counts[name] for name in ("evictions", "preemptions")}
+                yield storm_row(bench, storm, weather, where, engine, _kernels(after), kept, system="flora-http")
+
+
 def _measure_own(world: World, num_adapters: int, clients: Clients, where: Surroundings, tell: Tell) -> Iterator[Row]:
     bench = world.bench
     engine = world.config(wanted_numbers(bench, num_adapters))
@@ -151,11 +185,10 @@ def _passes(
         before = run(_settled(endpoint))
         timelines = _pass(endpoint, asks, model_of, clients)
         after = run(_settled(endpoint))
-        kernels = {labels["op"]: labels["implementation"] for labels, _ in after.get("flora:kernel_info", [])}
         yield make_row(
             **{"order": "warm" if order else "cold"} | facts,
             clients=clients.most,
-            kernels=kernels or None,
+            kernels=_kernels(after) or None,
             kv_pages_left=_kv_pages(after),
             **_counts(before, after),
             **workload_facts(bench, trace, num_adapters, seed),
@@ -184,6 +217,10 @@ async def _settled(endpoint: Endpoint) -> Metrics:
                 return now
         await asyncio.sleep(_LOOK_S)
     raise CheckFailed(f"{endpoint.url} still works on requests {_SETTLE_S:.0f} s after the last has ended")
+
+
+def _kernels(metrics: Metrics) -> dict[str, str]:
+    return {labels["op"]: labels["implementation"] for labels, _ in metrics.get("flora:kernel_info", [])}
 
 
 def _kv_pages(metrics: Metrics) -> int | None:

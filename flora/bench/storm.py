@@ -21,7 +21,7 @@ from flora.serve.messages import AdapterLoaded, Cancel, LoadAdapter, Rejected, S
 from flora.serve.request import AdapterTarget, SamplingParams
 
 _PROMPT_TOKENS = 32
-_FIRST_TOKENS = 16  # of every stream, before the clock starts
+FIRST_TOKENS = 16  # of every stream, before the clock starts
 _PATIENCE_S = 1.0
 _PROMPT_SEED = 11
 
@@ -95,6 +95,12 @@ def drive_storm(
     return _Drive(engine, storm, streams, newcomers, clock or WallClock()).run()
 
 
+def storm_prompts(storm: Storm) -> list[tuple[int, ...]]:
+    """Of the streams: token ids."""
+    rng = np.random.RandomState(_PROMPT_SEED)
+    return [tuple(rng.randint(10, 1000, _PROMPT_TOKENS).tolist()) for _ in range(storm.num_streams)]
+
+
 class _Drive:
     def __init__(
         self,
@@ -116,7 +122,7 @@ class _Drive:
     def run(self) -> Weather:
         engine, storm, weather = self._engine, self._storm, self._weather
         self._start_streams()
-        while len(self._tokens) < storm.num_streams or min(self._tokens.values()) < _FIRST_TOKENS:
+        while len(self._tokens) < storm.num_streams or min(self._tokens.values()) < FIRST_TOKENS:
             self._step([])
         end_s = self._clock.now() + storm.window_s
         while self._clock.now() < end_s:
@@ -135,10 +141,8 @@ class _Drive:
         return weather
 
     def _start_streams(self) -> None:
-        rng = np.random.RandomState(_PROMPT_SEED)
         room = self._engine.ready.max_context - _PROMPT_TOKENS - 1
-        for i in range(self._storm.num_streams):
-            prompt = tuple(rng.randint(10, 1000, _PROMPT_TOKENS).tolist())
+        for i, prompt in enumerate(storm_prompts(self._storm)):
             sampling = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
             adapter = self._streams[i % len(self._streams)] if self._streams else None
             self._engine.submit(Submit(request_id=f"stream-{i}", prompt=prompt, sampling=sampling, adapter=adapter))
@@ -174,12 +178,13 @@ def storm_row(
     config: EngineConfig,
     kernels: Mapping[str, str],
     counts: Mapping[str, int],
+    system: str = "flora",
 ) -> StormRow:
     """counts: evictions and preemptions of the whole storm"""
     before, during = (_percentiles_ms(gaps) for gaps in (weather.gaps_before_s, weather.gaps_during_s))
     loads = _percentiles_ms([ms / 1000 for ms in weather.load_ms]) if weather.load_ms else (None, None)
     facts: dict[str, Any] = {
-        "system": "flora",
+        "system": system,
         "commit": where.commit,
         "gpu": where.gpu,
         "kernels": dict(kernels),

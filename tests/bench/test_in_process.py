@@ -13,6 +13,7 @@ from flora.bench.facts import Surroundings
 from flora.bench.in_process import drive_engine, drive_merged
 from flora.bench.serving import check_nothing_leaks, measure_engine
 from flora.bench.settings import ServeBench, Setting
+from flora.bench.summary import summarize
 from flora.bench.timeline import check_timelines
 from flora.bench.workload import all_numbers
 from flora.errors import CheckFailed
@@ -155,3 +156,17 @@ def test_fixed_slots_hold_adapters_of_the_largest_rank_and_no_more_than_there_ar
     check_timelines(asks, seen.timelines)
     assert [adapter.rank for adapter in resident] == [8, 8]  # ranks 8 and 4 in the setting
     assert seen.counts["evictions"] >= 2
+
+
+def test_requests_that_the_engine_gives_up_are_counted_and_have_not_met_their_objective(world):
+    """No first token comes in a nanosecond, so early abort refuses everybody."""
+    bench = ServeBench(setting=TINY, engine=msgspec.structs.replace(ENGINE, slo_ttft_s=1e-9))
+    asks = [ask(0.0, adapter=i % 3) for i in range(6)]
+
+    with running_engine(replace(world, bench=bench).config(range(4))) as engine:
+        seen = drive_engine(engine, asks, world.targets)
+
+    check_timelines(asks, seen.timelines, may_abort=True)
+    figures = summarize(asks, seen.timelines, slo_ttft_s=6.0)
+    assert (figures["aborted"], figures["completed"], figures["slo_attainment"]) == (6, 0, 0.0)
+    assert (figures["ttft_ms_p50"], figures["tpot_ms_p50"], figures["req_s"]) == (None, None, 0.0)

@@ -1,7 +1,11 @@
 """The client against bytes as servers may cut them, and against a real Flora server with adapters drawn at random."""
 
+import json
 import socket
+import socketserver
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -17,8 +21,9 @@ from flora.bench.serving_http import Clients, measure_own_server, measure_url
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.shapes import write_tokenizer
 from flora.bench.timeline import check_timelines
-from flora.errors import CheckFailed, RemoteError, ServeError, UsageError
+from flora.errors import CheckFailed, DeadlineMissed, RemoteError, ServeError, UsageError
 from flora.serve import EngineConfig, ServeConfig
+from flora.serve.api.errors import envelope
 
 TINY = Setting("tiny", "attention", ranks=(8, 4), adapters=(3,), num_requests=10, lengths=(4, 16))
 ENGINE = EngineConfig(base=Path(), registry="", cache_dir=Path(), pool_bytes=32 << 20, max_context=512, num_threads=1)
@@ -150,3 +155,55 @@ def test_a_server_that_does_not_come_up_is_quoted(tmp_path):
         pass
 
     assert "holds no safetensors weights" in str(caught.value.cause)
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A server that gives every connection this answer, and ends it."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_request_that_the_server_gives_up_for_its_objective_is_an_abort():
+    body = json.dumps(envelope(DeadlineMissed("the first token would come too late"))).encode()
+    head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    with answering(head.encode() + body) as url:
+        [timeline] = run(drive_server(Endpoint(url), [ask(num_tokens=2)], model_of))
+
+    assert timeline.outcome == "aborted"
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (b"", "the connection ended within the answer"),
+        (b"SSH-2.0-OpenSSH_9.9\r\n\r\n", "this is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhal", "the connection ended within the answer"),
+    ],
+)
+def test_what_is_no_whole_answer_is_an_error_with_the_servers_address(answer, named):
+    with answering(answer) as url, pytest.raises(RemoteError) as caught:
+        run(drive_server(Endpoint(url), [ask(num_tokens=2)], model_of))
+
+    assert url in str(caught.value)
+    assert named in str(caught.value.cause)
+
+
+def test_a_stream_that_breaks_off_with_an_error_fails_with_its_words():
+    events = b'data: {"choices": [{"text": "a"}]}\n\ndata: {"error": {"message": "weights overflow"}}\n\n'
+
+    with answering(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + events) as url:
+        [timeline] = run(drive_server(Endpoint(url), [ask(num_tokens=2)], model_of))
+
+    assert (timeline.outcome, len(timeline.piece_s)) == ("failed", 1)
+    assert "weights overflow" in timeline.message

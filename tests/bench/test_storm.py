@@ -73,3 +73,21 @@ def test_a_storm_is_a_row_of_its_own_kind(tmp_path, capfd):
     assert (row["streams"], row["storm"], row["window_s"]) == (2, 10.0, 0.5)
     assert 0 < row["loads"] <= 5
     assert row["gap_p99_ratio"] == pytest.approx(row["gap_ms_p99_during"] / row["gap_ms_p99_before"], rel=0.01)
+
+
+def test_clients_of_a_server_feel_a_storm_too(capfd):
+    words = ["--shape", "tiny", "--device", "cpu", "--adapters", "1", "--pool", "32MiB", "--threads", "1", "--http"]
+
+    code = main(["bench", "serve", *words, "--storm", "6", "--streams", "2", "--storm-seconds", "0.5", "--json"])
+
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    [row] = json.loads(said.out)["rows"]
+    assert (row["system"], row["streams"]) == ("flora-http", 2)
+    assert 0 < row["loads"] <= 3
+    assert row["gap_ms_p99_before"] > 0
+
+
+def test_a_server_of_others_has_no_adapters_to_storm_with(capfd):
+    assert main(["bench", "serve", "--storm", "6", "--url", "http://127.0.0.1:1", "--device", "cpu"]) == 2
+    assert "--storm" in capfd.readouterr().err

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from flora.cli import bench_options as flag
+from flora.cli.bench_tables import print_rows, print_storms
 from flora.cli.machine import gpus
 from flora.cli.options import AsJson
-from flora.cli.output import Column, Format, choose_format, note, print_table
+from flora.cli.output import choose_format, note
 from flora.cli.sizing import resolve_device
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
-    from flora.bench.facts import Surroundings
-    from flora.bench.row import Row
-    from flora.bench.settings import ServeBench
-    from flora.bench.storm import Storm
+    import msgspec
 
+_R = TypeVar("_R", bound="msgspec.Struct")
 _STORM_LENGTH = "8k"  # streams must not end before the storm does
 
 
@@ -91,9 +90,9 @@ def serve(
     """
     from flora.bench.facts import Surroundings
     from flora.bench.http_stream import Endpoint
-    from flora.bench.row import append_row, commit_of_this_code
-    from flora.bench.serving import measure_engine
-    from flora.bench.serving_http import Clients, measure_own_server, measure_url
+    from flora.bench.row import commit_of_this_code
+    from flora.bench.serving import measure_engine, measure_storm
+    from flora.bench.serving_http import Clients, measure_own_server, measure_storm_http, measure_url
     from flora.bench.settings import ServeBench
     from flora.bench.storm import Storm
 
@@ -144,7 +143,11 @@ def serve(
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
     where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else _gpu_name(device)))
     if storm:
-        _measure_storm(bench, Storm(rate=storm, num_streams=streams, window_s=storm_seconds), where, scratch, out, form)
+        if url:
+            raise UsageError("--storm needs adapters that nobody has loaded", fix="leave --url out, or give --http")
+        measure = measure_storm_http if http else measure_storm
+        weather = Storm(rate=storm, num_streams=streams, window_s=storm_seconds)
+        print_storms(form, list(_kept(measure(bench, weather, where, scratch=scratch, tell=note), out)))
         return
     driven_by = Clients(clients, ignore_eos)
     if url:
@@ -162,72 +165,26 @@ def serve(
     else:
         measured = measure_engine(bench, where, scratch=scratch, tell=note)
     rows = []
-    for row in measured:
+    for row in _kept(measured, out):
         note(f"{row.adapters} adapters, seed {row.seed}, {row.order}: {row.req_s} requests/s in {row.elapsed_s} s")
         rows.append(row)
-        if out:
-            append_row(out, row)
-    _print_rows(form, rows)
+    print_rows(form, rows)
 
 
-def _measure_storm(
-    bench: ServeBench, storm: Storm, where: Surroundings, scratch: Path | None, out: Path | None, form: Format
-) -> None:
-    import msgspec
-
+def _kept(rows: Iterator[_R], out: Path | None) -> Iterator[_R]:
+    """The rows, each appended to the file as soon as it is there."""
     from flora.bench.row import append_row
-    from flora.bench.serving import measure_storm
 
-    rows = []
-    for row in measure_storm(bench, storm, where, scratch=scratch, tell=note):
-        rows.append(msgspec.to_builtins(row))
+    for row in rows:
         if out:
             append_row(out, row)
-    columns = (
-        Column("streams", "streams", is_number=True),
-        Column("storm", "loads/s asked", _number, is_number=True),
-        Column("loads", "loads", is_number=True),
-        Column("load_ms_p99", "load p99, ms", _number, is_number=True),
-        Column("gap_ms_p50_before", "gap p50, ms", _number, is_number=True),
-        Column("gap_ms_p99_before", "p99", _number, is_number=True),
-        Column("gap_ms_p50_during", "in the storm p50", _number, is_number=True),
-        Column("gap_ms_p99_during", "p99", _number, is_number=True),
-        Column("gap_p99_ratio", "p99 ratio", lambda ratio: f"{ratio:.2f}", is_number=True),
-    )
-    print_table(form, "rows", columns, rows, id_key="storm")
+        yield row
 
 
 def _gpu_name(device: str) -> str | None:
     """As the driver calls it; None for a CPU."""
     ordinal = int(device.partition(":")[2] or 0)
     return gpus()[ordinal].name if device != "cpu" else None
-
-
-def _print_rows(form: Format, rows: Sequence[Row]) -> None:
-    import msgspec
-
-    columns = (
-        Column("adapters", "adapters", is_number=True),
-        Column("seed", "seed", is_number=True),
-        Column("order", "order"),
-        Column("rate", "rate", lambda rate: f"{rate:g}" if rate else "at once", is_number=True),
-        Column("req_s", "requests/s", _number, is_number=True),
-        Column("out_tok_s", "tokens/s", _number, is_number=True),
-        Column("ttft_ms_p50", "first token p50, ms", _number, is_number=True),
-        Column("ttft_ms_p99", "p99", _number, is_number=True),
-        Column("tpot_ms_p50", "a token p50, ms", _number, is_number=True),
-        Column("tpot_ms_p99", "p99", _number, is_number=True),
-        Column("slo_attainment", "SLO met", _share, is_number=True),
-    )
-    print_table(form, "rows", columns, [msgspec.to_builtins(row) for row in rows], id_key="adapters")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def plot(
