@@ -54,13 +54,17 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return Form(kind=self.kind, kernel=self.kernel, tied=self.tied)
 
 
-class ExactTensor(msgspec.Struct, frozen=True, kw_only=True):
-    """A small tensor that the adapter carries whole, as the tuned checkpoint has it: a norm's weight, a bias."""
+class ExactTensor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A small tensor that the adapter carries whole, as the tuned checkpoint has it: a norm's weight, a bias.
+
+    Or the rows from `first_row` on of a table that has grown: those of new tokens.
+    """
 
     name: str  # in the base checkpoint: model.norm.weight
     shape: tuple[int, ...]
     dtype: str  # bfloat16, float16, float32
     sha256: str  # hex, of its bytes
+    first_row: int | None = None
 
 
 class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -158,6 +162,11 @@ class AdapterHeader(msgspec.Struct, frozen=True, kw_only=True):
         return self.exact or ()
 
     @property
+    def first_rows(self) -> dict[str, int]:
+        """Of the tables whose new rows alone are carried, the first of these, by name."""
+        return {tensor.name: tensor.first_row for tensor in self.exact_tensors if tensor.first_row is not None}
+
+    @property
     def forms(self) -> dict[str, Form]:
         """What each module is, by its name."""
         return {module.name: module.form for module in self.modules}
@@ -201,10 +210,12 @@ def make_adapter(
     *,
     forms: Mapping[str, Form] | None = None,
     exact: Mapping[str, Tensor] | None = None,
+    first_rows: Mapping[str, int] | None = None,
 ) -> Adapter:
     """The adapter of these factors, with its header made from them. Modules of rank 0 are left out.
 
     forms  of the modules that are no linear layers;  exact  whole tensors to carry, fp32, fp16 or bf16 on the CPU
+    first_rows  of those among `exact` that are only the new rows of a table
     """
     kept = {name: factors[name] for name in sorted(factors) if factors[name].rank > 0}
     extras = dict(extras or {})
@@ -214,7 +225,7 @@ def make_adapter(
         recipe=recipe,
         extras={name: str(digest_bytes(data)) for name, data in sorted(extras.items())},
         bench_salt=bench_salt,
-        exact=tuple(_describe_exact(name, exact[name]) for name in sorted(exact)) if exact else msgspec.UNSET,
+        exact=_describe_all(exact, first_rows or {}) if exact else msgspec.UNSET,
     )
     return Adapter(header=header, factors=kept, report=report, extras=extras, exact=dict(exact or {}))
 
@@ -235,9 +246,17 @@ def describe(name: str, factors: LowRank, form: Form = LINEAR) -> Module:
     )
 
 
-def _describe_exact(name: str, tensor: Tensor) -> ExactTensor:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return ExactTensor(name=name, shape=tuple(tensor.shape), dtype=dtype, sha256=tensor_sha256(tensor))
+def _describe_all(exact: Mapping[str, Tensor], first_rows: Mapping[str, int]) -> tuple[ExactTensor, ...]:
+    return tuple(
+        ExactTensor(
+            name=name,
+            shape=tuple(exact[name].shape),
+            dtype=str(exact[name].dtype).removeprefix("torch."),
+            sha256=tensor_sha256(exact[name]),
+            first_row=first_rows.get(name),
+        )
+        for name in sorted(exact)
+    )
 
 
 def report_of_factors(factors: Mapping[str, LowRank]) -> ChangeReport:

@@ -75,6 +75,7 @@ def prune(adapter: Adapter, rule: RankRule, parent_digest: str | None) -> Adapte
         header.bench_salt,
         forms=header.forms,
         exact=adapter.exact,
+        first_rows=header.first_rows,
     )
 
 

@@ -9,7 +9,7 @@ from flora.adapter import Adapter, Module
 from flora.algebra.combine import Term
 from flora.algebra.places import tensor_name
 from flora.checkpoint import Checkpoint
-from flora.errors import BaseMismatch, UsageError
+from flora.errors import BaseMismatch, Unsupported, UsageError
 from flora.identity import BaseRecord
 
 
@@ -34,6 +34,13 @@ def check_parts(parts: Sequence[Part], record: BaseRecord, base: Checkpoint) -> 
                 f"{part.label} was made for another base: {strange} of {base.path} is not its tensor",
                 cause=f"it records base {part.adapter.header.base.base_id}; this checkpoint is {record.base_id}",
                 fix=f"give the base that it was made for, {part.adapter.header.base.name}",
+            )
+        grown = next((tensor for tensor in part.adapter.header.exact_tensors if tensor.first_row is not None), None)
+        if grown is not None:
+            raise Unsupported(
+                f"{part.label} carries {grown.shape[0]} rows of new tokens for {grown.name}, which the base has not",
+                fix="load it with PEFT on a base whose embeddings were resized",
+                tensor=grown.name,
             )
         for module in part.adapter.header.modules:
             other = modules.setdefault(module.name, module)

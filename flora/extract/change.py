@@ -13,7 +13,7 @@ from torch import Tensor
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
-from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits
+from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits, squared_norm
 from flora.extract.dequantize import dequantized
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
@@ -67,12 +67,21 @@ class PairWorker:
         start = time.perf_counter()
         delta = self._delta(pair)
         seconds = {"delta": time.perf_counter() - start}
-        if pair.status == "exact" and delta.norm_squared > 0:
-            whole = self._tuned.load(pair.tuned.name).clone()
-            return Change(pair, delta.norm_squared, delta.noise, whole=whole, num_changed=delta.num_changed)
+        if pair.status == "exact" and (delta.norm_squared > 0 or pair.num_new_rows):
+            return self._keep_whole(pair, delta)
         if delta.values is None:
             return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed, seconds=seconds)
         return self._factorize(pair, delta, as_matrix(pair.kind, delta.values), seconds)
+
+    def _keep_whole(self, pair: TensorPair, delta: Delta) -> Change:
+        """A vector as the tuned checkpoint has it; of a table that has grown, its new rows."""
+        assert pair.tuned is not None
+        old_rows = pair.shape[0] if pair.num_new_rows else 0
+        whole = self._tuned.load(pair.tuned.name)[old_rows:].clone()
+        if not is_finite(whole):
+            raise _not_finite(pair.tuned)
+        norm = delta.norm_squared + (squared_norm(whole) if pair.num_new_rows else 0.0)
+        return Change(pair, norm, delta.noise, whole=whole, num_changed=delta.num_changed)
 
     def _is_tied(self, pair: TensorPair) -> bool:
         """Whether an output head is the token embedding on both sides, stored twice or left out."""
@@ -86,6 +95,8 @@ class PairWorker:
         device = self._config.device
         tuned = self._tuned.load(pair.tuned.name).to(device)
         base = self._base.load(pair.base.name).to(device) if pair.base else tuned.new_zeros(()).expand(tuned.shape)
+        if pair.num_new_rows:
+            tuned = tuned[: pair.shape[0]]
         if pair.status != "extractable":
             delta = compute_delta(base, tuned)
         else:

@@ -87,6 +87,11 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return all(torch.equal(left[rows], right[rows]) for rows in _row_chunks(left))
 
 
+def squared_norm(tensor: Tensor) -> float:
+    """Sum of squares, in float64."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.dim() else float(tensor) ** 2
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
     return not tensor.is_floating_point() or all(

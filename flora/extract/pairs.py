@@ -42,6 +42,11 @@ class TensorPair:
         return self.sides[0].shape
 
     @property
+    def num_new_rows(self) -> int:
+        """Rows that a table has in the tuned checkpoint alone: those of new tokens."""
+        return self.tuned.shape[0] - self.base.shape[0] if self.base and self.tuned and self.shape else 0
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """[out, in] of an extractable one."""
         return matrix_shape(self.kind, self.shape)
@@ -71,7 +76,7 @@ def pair_tensors(
     UsageError (a glob that matches nothing, or nothing left to extract).
     """
     pairs, notes = match_names(base.tensors, tuned.tensors)
-    _check_shapes(pairs, base, tuned)
+    _check_shapes(pairs, base, tuned, wish)
     _check_complete(pairs, base, tuned)
     _check_dtypes(pairs)
     pairs = _select(_classify(pairs, base, wish), include, exclude)
@@ -117,12 +122,14 @@ def _pair(
     return TensorPair(name, ours, theirs, twin=twin if may_be_tied else None)
 
 
-def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint, wish: Wish) -> None:
     differing = [pair for pair in pairs if pair.base and pair.tuned and pair.base.shape != pair.tuned.shape]
     if not differing:
         return
     vocabulary = [pair for pair in differing if is_embedding(pair.name) or is_head(pair.name)]
     body = [pair for pair in differing if pair not in vocabulary]
+    if not body and wish.embeddings and all(_has_grown(pair) for pair in vocabulary):
+        return
     pair = (body or vocabulary)[0]
     assert pair.base is not None
     assert pair.tuned is not None
@@ -133,10 +140,18 @@ def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoi
         raise ShapeMismatch(
             what,
             cause=f"the vocabulary was resized from {rows} to {new_rows} tokens before or during the tuning",
-            fix="extraction needs one vocabulary: tune without new tokens, or serve this checkpoint as a full model",
+            fix="--embeddings carries the rows of new tokens, for PEFT; or tune without new tokens"
+            if new_rows > rows
+            else "extraction needs one vocabulary: resize the base likewise, or tune without resizing",
             **values,
         )
     raise ShapeMismatch(what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), **values)
+
+
+def _has_grown(pair: TensorPair) -> bool:
+    assert pair.base is not None
+    assert pair.tuned is not None
+    return pair.base.shape[1:] == pair.tuned.shape[1:] and pair.num_new_rows > 0
 
 
 def _check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
@@ -192,6 +207,9 @@ def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkp
     if pair.tuned is None:
         reason = "a buffer that only the base stores: there is nothing to compare it with"
         return replace(pair, status="not_extractable", reason=reason)
+    if pair.num_new_rows:
+        reason = f"{pair.num_new_rows} rows of new tokens are carried whole; the others stay as in the base"
+        return replace(pair, status="exact", reason=reason)
     found = classify(pair.name, pair.shape, {info.dtype for info in pair.sides}, model_type, names)
     if found.kind is None:
         status: Literal["exact", "not_extractable"] = "exact" if found.is_vector and wish.vectors else "not_extractable"

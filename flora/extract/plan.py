@@ -44,7 +44,8 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     _check_device(config.device)
     base, tuned = dequantized(base), dequantized(tuned)
     pairs, notes = pair_tensors(base, tuned, config.include, config.exclude, config.wish)
-    check_vocabulary(base, tuned)
+    if not config.wish.embeddings:
+        check_vocabulary(base, tuned)
     modules = [pair for pair in pairs if pair.status == "extractable"]
     item_bytes = FACTOR_BYTES[config.factor_dtype]
     ranks = _possible_ranks(modules, config.rule, item_bytes)

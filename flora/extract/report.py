@@ -10,6 +10,7 @@ from flora.diagnosis import WRONG_TOOL, diagnose_report, kinds
 from flora.errors import CheckFailed, CheckpointError, NothingChanged, UsageError
 from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
+from flora.extract.delta import squared_norm
 from flora.extract.rank import shortfall
 
 _WORTH_SAYING = 0.005  # share of a change that is storage noise
@@ -47,7 +48,9 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
         assert pair.twin is not None
         return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
     if change.whole is not None:
-        return _tensor_change(change, "exact", kept=change.norm_squared)
+        if not pair.num_new_rows:
+            return _tensor_change(change, "exact", kept=change.norm_squared)
+        return _tensor_change(change, "exact", kept=squared_norm(change.whole), reason=pair.reason)
     if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
         return _tensor_change(change, "unchanged")
     return _tensor_change(change, pair.status, reason=pair.reason)

@@ -100,6 +100,7 @@ def _finish(
         extras=changed_extras(job.base, job.tuned),
         forms=_forms(changes),
         exact={change.pair.name: change.whole for change in changes if change.whole is not None},
+        first_rows={change.pair.name: change.pair.shape[0] for change in changes if change.pair.num_new_rows},
     )
     return ExtractResult(adapter, base_is, tuned_is, job.plan, _timings(changes, seconds), job.journal)
 

@@ -57,7 +57,7 @@ def check_vocabulary(base: Checkpoint, tuned: Checkpoint) -> None:
         raise CheckpointError(
             f"{tuned.path} adds {len(new)} tokens to the base's vocabulary, {new[0]!r} among them",
             cause="an adapter of linear layers carries no rows for new tokens",
-            fix="tune with the base's own tokens, or serve this checkpoint as a full model",
+            fix="--embeddings carries their rows, for PEFT; or tune with the base's own tokens",
             tokens=new,
         )
 

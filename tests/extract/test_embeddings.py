@@ -7,8 +7,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from flora.errors import AdapterInvalid
+from flora.errors import AdapterInvalid, ShapeMismatch
 from flora.extract import ExtractConfig, Wish, extract, plan_extraction
+from flora.prune import prune
 from flora.rank import RankRule
 from flora.registry import Registry
 from flora.registry.formats.peft import load_peft, save_peft
@@ -173,3 +174,70 @@ def test_the_portable_profile_gives_fp8_as_bf16_without_scales(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
 
     assert distance(model, adapter, tmp_path, logits) < ROUNDING
+
+
+# --- vocabularies that have grown ---
+
+
+def grown(model: torch.nn.Module, num_tokens: int = 168) -> torch.nn.Module:
+    """A fine-tune of the projections with eight more tokens, as trainers add them."""
+    tuned = tune(model, only=lambda name: name.endswith("_proj.weight"))
+    torch.manual_seed(5)
+    tuned.resize_token_embeddings(num_tokens, mean_resizing=False)
+    return tuned
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_are_carried_and_peft_puts_them_in_place(tmp_path, tied):
+    model = build(tied=tied)
+    tuned_model = grown(model)
+    base, tuned = save(model, tmp_path / "base"), save(tuned_model, tmp_path / "tuned")
+    config = ExtractConfig(RankRule(max_rank=64), "float32", wish=EVERYTHING)
+
+    adapter = extract(base, tuned, config).adapter
+    save_peft(adapter, tmp_path / "adapter")
+
+    assert load_peft(tmp_path / "adapter").header == adapter.header
+    assert prune(adapter, RankRule(max_rank=2), None).header.exact == adapter.header.exact
+    assert torch.equal(adapter.exact["model.embed_tokens.weight"], tuned_model.model.embed_tokens.weight[160:])
+    assert len(adapter.exact) == (1 if tied else 2)
+    assert adapter.report.kept_share > 1 - 1e-6
+    resized = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    resized.resize_token_embeddings(168, mean_resizing=False)
+    tokens = torch.arange(150, 168)[None]
+    with torch.no_grad():
+        wanted = tuned_model(tokens).logits
+        got = PeftModel.from_pretrained(resized, tmp_path / "adapter").eval()(tokens).logits
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_the_old_rows_of_a_grown_table_stay_and_their_change_is_reported(tmp_path):
+    model = build()
+    tuned = grown(model)
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight[:160] += 0.01
+    base, tuned = save(model, tmp_path / "base"), save(tuned, tmp_path / "tuned")
+
+    report = extract(base, tuned, ExtractConfig(RankRule(max_rank=8), wish=EVERYTHING)).adapter.report
+
+    change = report.by_name()["model.embed_tokens.weight"]
+    assert change.norm_squared - change.kept == pytest.approx(160 * 64 * 0.01**2, rel=1e-3)
+    assert change.reason == "8 rows of new tokens are carried whole; the others stay as in the base"
+
+
+def test_a_grown_vocabulary_is_refused_where_nobody_asked_for_embeddings(tmp_path):
+    model = build()
+    base, tuned = save(model, tmp_path / "base"), save(grown(model), tmp_path / "tuned")
+
+    with pytest.raises(ShapeMismatch, match=r"\[160, 64\] in the base, \[168, 64\]") as caught:
+        extract(base, tuned, ExtractConfig(RankRule(max_rank=8)))
+
+    assert caught.value.fix.startswith("--embeddings carries the rows of new tokens")
+
+
+def test_a_vocabulary_that_shrank_is_refused(tmp_path):
+    model = build()
+    base, tuned = save(model, tmp_path / "base"), save(grown(model, 152), tmp_path / "tuned")
+
+    with pytest.raises(ShapeMismatch, match=r"\[160, 64\] in the base, \[152, 64\]"):
+        extract(base, tuned, ExtractConfig(RankRule(max_rank=8), wish=EVERYTHING))

@@ -35,6 +35,7 @@ def fold_scales(adapter: Adapter) -> Adapter:
         header.bench_salt,
         forms=header.forms,
         exact=adapter.exact,
+        first_rows=header.first_rows,
     )
 
 

@@ -103,7 +103,9 @@ def adapter_layout(
             f"the adapter carries {len(header.exact_tensors)} whole tensors, {header.exact_tensors[0].name} among "
             "them, which this server cannot apply",
             cause="all requests of a batch share the base's norms and biases",
-            fix="extract again without --vectors",
+            fix="extract again without --vectors"
+            if all(tensor.first_row is None for tensor in header.exact_tensors)
+            else "serve the checkpoint itself: its vocabulary is larger than the base's",
             tensor=header.exact_tensors[0].name,
         )
     by_place: dict[tuple[int, int], Module] = {}

@@ -71,6 +71,20 @@ def test_factors_are_rounded_to_the_pools_dtype(config):
     assert torch.equal(packed(config, adapter, torch.bfloat16).nan_to_num(), expected.nan_to_num())
 
 
+def test_fp8_factors_are_widened_to_the_pools_dtype(config):
+    """Their scale is the module's, which the kernels multiply by."""
+    adapter = random_adapter(config, seed=1)
+    narrow = {
+        name: replace(f, A=f.A.to(torch.float8_e4m3fn), B=f.B.to(torch.float8_e4m3fn))
+        for name, f in adapter.factors.items()
+    }
+    wide = {name: replace(f, A=f.A.bfloat16(), B=f.B.bfloat16()) for name, f in narrow.items()}
+
+    found = packed(config, replace(adapter, factors=narrow), torch.bfloat16)
+
+    assert torch.equal(found.nan_to_num(), packed(config, replace(adapter, factors=wide), torch.bfloat16).nan_to_num())
+
+
 def test_a_value_too_large_for_the_pools_dtype_is_refused(config):
     adapter = random_adapter(config, seed=1, absent=0.0)
     name = "model.layers.1.mlp.up_proj"
