@@ -16,7 +16,7 @@ from flora.serve.engine.pages import NULL_PAGE, PagePool, Use
 class PrefixPage:
     """A full page of keys and values, and the pages that continue it. The cache owns the page; sequences hold it."""
 
-    __slots__ = ("children", "digest", "holders", "is_listed", "page", "parent", "tokens", "used")
+    __slots__ = ("children", "digest", "due", "holders", "is_listed", "is_proven", "page", "parent", "tokens")
 
     def __init__(
         self, parent: "PrefixPage | None", tokens: tuple[int, ...], page: int, digest: str | None, *, is_listed: bool
@@ -28,7 +28,11 @@ class PrefixPage:
         self.children: dict[tuple[int, ...], PrefixPage] = {}  # by their tokens
         self.holders = 0  # running sequences
         self.is_listed = is_listed  # whether a later request may find it
-        self.used = 0  # when its last holder let go
+        self.is_proven = False  # whether anybody but its maker ever held it
+        self.due = 0  # its place in the order of leaving, once nobody holds it
+
+
+_Order = OrderedDict[PrefixPage, None]  # who is to leave first, first
 
 
 class PrefixCache:
@@ -39,28 +43,38 @@ class PrefixCache:
         self._eviction = eviction
         self._page_tokens = page_tokens
         self._roots: dict[str | None, PrefixPage] = {}
-        # What nobody holds. Sequences let go of their last page first, so a page stands before the one it continues.
-        self._idle: OrderedDict[PrefixPage, None] = OrderedDict()
+        # What nobody holds; the proven ones apart. A sequence lets go of its last page first, and whoever proves a page
+        # proves those before it, so a page leaves before the one that it continues.
+        self._idle: tuple[_Order, _Order] = (OrderedDict(), OrderedDict())
         self.num_evictions = 0
         eviction.join(self)
 
     @property
     def idle_pages(self) -> int:
-        return len(self._idle)
+        return len(self._idle[False]) + len(self._idle[True])
 
     @property
-    def oldest_use(self) -> int | None:
-        """See Idle.oldest_use."""
-        for oldest in self._idle:
-            return oldest.used
-        return None
+    def first_due(self) -> int | None:
+        """See Idle.first_due."""
+        first = self._first
+        return first.due if first else None
 
-    def evict_oldest(self) -> None:
-        """See Idle.evict_oldest."""
-        oldest = next(iter(self._idle))
-        assert not oldest.children, "what continues a page is used no later than the page"
-        self._unlist(oldest)
+    def evict_first(self) -> None:
+        """See Idle.evict_first."""
+        first = self._first
+        assert first is not None
+        assert not first.children, "what continues a page leaves before it"
+        self._unlist(first)
         self.num_evictions += 1
+
+    @property
+    def _first(self) -> PrefixPage | None:
+        first = None
+        for order in self._idle:
+            for head in order:
+                first = head if first is None or head.due < first.due else first
+                break
+        return first
 
     def find(self, digest: str | None, tokens: list[int]) -> list[PrefixPage]:
         """The longest run of pages that begins `tokens`, in order; at least one token stays to be computed."""
@@ -74,11 +88,12 @@ class PrefixCache:
         return found
 
     def hold(self, path: Many[PrefixPage]) -> None:
-        """A sequence starts to need these pages."""
+        """A sequence starts to need these pages, which somebody else has made."""
         for page in path:
+            if not page.holders:
+                del self._idle[page.is_proven][page]
             page.holders += 1
-            if page.holders == 1:
-                self._idle.pop(page, None)
+            page.is_proven = True
 
     def publish(self, digest: str | None, path: list[PrefixPage], tokens: tuple[int, ...], page: int) -> None:
         """The full KV page that follows `path` becomes the cache's, held by its sequence; or its elder twin is held.
@@ -90,9 +105,11 @@ class PrefixCache:
         child = parent.children.get(tokens)
         if child is None:
             child = PrefixPage(parent, tokens, page, digest, is_listed=parent.is_listed)
+            child.holders = 1
             if parent.is_listed:
                 parent.children[tokens] = child
-        self.hold((child,))
+        else:
+            self.hold((child,))
         path.append(child)
 
     def release(self, path: Many[PrefixPage]) -> None:
@@ -103,8 +120,8 @@ class PrefixCache:
             if page.holders:
                 continue
             if page.is_listed:
-                page.used = self._eviction.tick()
-                self._idle[page] = None
+                page.due = self._eviction.due(is_proven=page.is_proven)
+                self._idle[page.is_proven][page] = None
             else:
                 self._drop(page)
 
@@ -141,7 +158,7 @@ class PrefixCache:
             behind += page.children.values()
             page.children = {}
             if not page.holders:
-                del self._idle[page]
+                del self._idle[page.is_proven][page]
                 self._drop(page)
 
     def _drop(self, page: PrefixPage) -> None:

@@ -11,7 +11,7 @@ from flora.serve.request import AdapterTarget
 class Resident:
     """One adapter on the device."""
 
-    __slots__ = ("digest", "label", "pages", "pinned", "rank", "retiring", "running", "slot", "used")
+    __slots__ = ("digest", "due", "label", "pages", "pinned", "rank", "retiring", "running", "slot")
 
     def __init__(self, target: AdapterTarget, slot: int, pages: list[int]) -> None:
         self.digest = target.serving_digest
@@ -22,7 +22,7 @@ class Resident:
         self.pinned = False  # by request: stays when nobody needs it
         self.retiring = False  # by request: goes as soon as nobody needs it
         self.rank = 0  # highest of its modules
-        self.used = 0  # when the last sequence that needed it let go
+        self.due = 0  # its place in the order of leaving, once nothing needs it
 
 
 class Residency:
@@ -60,7 +60,7 @@ class Residency:
         """The adapter, now resident and idle, with pages to write it to. The caller has asked can_place."""
         assert target.serving_digest not in self._residents
         if not self._free_slots:
-            self.evict_oldest()
+            self.evict_first()
         self._eviction.reclaim(num_pages)
         resident = Resident(target, self._free_slots.pop(), self._pages.allocate(num_pages, Use.ADAPTER))
         self._residents[resident.digest] = resident
@@ -101,14 +101,14 @@ class Residency:
             self.remove(digest)
 
     @property
-    def oldest_use(self) -> int | None:
-        """See Idle.oldest_use."""
-        for oldest in self._idle.values():
-            return oldest.used
+    def first_due(self) -> int | None:
+        """See Idle.first_due."""
+        for first in self._idle.values():
+            return first.due
         return None
 
-    def evict_oldest(self) -> None:
-        """See Idle.evict_oldest."""
+    def evict_first(self) -> None:
+        """See Idle.evict_first."""
         resident = next(iter(self._idle.values()))
         self._rouse(resident)
         self._drop(resident)
@@ -128,7 +128,7 @@ class Residency:
 
     def _rest(self, resident: Resident) -> None:
         if not resident.running and not resident.pinned and resident.digest not in self._idle:
-            resident.used = self._eviction.tick()
+            resident.due = self._eviction.due(is_proven=True)
             self._idle[resident.digest] = resident
             self.idle_pages += len(resident.pages)
 

@@ -3,7 +3,7 @@
 A step takes 0.05 s, whatever is in it; a load takes as long as the test says, one at a time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -285,6 +285,40 @@ def test_without_prefetch_nothing_is_loaded_before_its_turn():
     while desk.scheduler.get((b"", "base")):
         desk.step()
     assert wanted() == ["y"]
+
+
+# --- the prefix cache beside adapters ---
+
+
+@pytest.mark.parametrize(("num_adapters", "alpha", "num_pages"), [(60, 1.0, 250), (60, 0.3, 250), (200, 0.3, 400)])
+def test_prompts_that_nobody_repeats_drive_no_adapter_out(num_adapters, alpha, num_pages):
+    """Adapters of 180 or 600 pages in a pool of 250 or 400: what is kept of prompts must not cost loads."""
+    trace = trace_of(num_requests=1500, num_adapters=num_adapters, alpha=alpha, rate=20.0)
+    settings = {"max_sequences": 16, "num_pages": num_pages, "num_slots": num_adapters}
+
+    without, kept = (replay(trace, prefix_cache=cache, **settings) for cache in (False, True))
+
+    assert kept.desk.scheduler.num_cached_tokens == 0
+    assert kept.num_placed <= 1.3 * without.num_placed
+
+
+def test_prompts_that_everybody_repeats_cost_no_adapter_either():
+    """Each adapter's requests begin with the same 24 tokens."""
+    trace = trace_of(num_requests=1500, num_adapters=60, alpha=0.3, rate=20.0)
+    beginnings = {
+        adapter: draw_trace(Workload(1, 0, lengths=(24, 25)), seed=adapter) for adapter in set(trace.adapters)
+    }
+    prompts = tuple(
+        beginnings[adapter].prompts[0] + prompt for adapter, prompt in zip(trace.adapters, trace.prompts, strict=True)
+    )
+    trace = replace(trace, prompts=prompts)
+    settings = {"max_sequences": 16, "num_pages": 250, "num_slots": 60}
+
+    without, kept = (replay(trace, prefix_cache=cache, **settings) for cache in (False, True))
+
+    found = kept.desk.scheduler.num_cached_tokens / kept.desk.scheduler.num_prompt_tokens
+    assert found > 0.3  # at most 0.63: 24 tokens of 38
+    assert kept.num_placed < without.num_placed  # what is shared leaves more room
 
 
 # --- the engine's switches ---

@@ -81,26 +81,26 @@ def test_nothing_is_shared_between_serving_digests(one, other):
     assert desk.step() == {"other": (0, 13)}
 
 
-def test_prefixes_and_adapters_leave_in_one_order_of_last_use():
-    desk = Desk(num_pages=16, prefix_cache=True, packed={"x": 4, "y": 4})
-    desk.submit("1", 4, max_tokens=1)  # one page of the base: the oldest
+def test_prefixes_and_adapters_leave_in_one_order():
+    """What nobody asked for again first; then prefixes that were found and adapters, by their last use."""
+    desk = Desk(num_pages=18, prefix_cache=True, packed={"x": 4, "y": 4})
+    for name, token, adapter in (("1", 0, "x"), ("2", 0, "x"), ("3", 1, None), ("4", 1, None), ("5", 0, "y")):
+        desk.submit(name, (token,) * 6, max_tokens=1, adapter=adapter)  # a page and a half: one page is kept
+        desk.step()
+    desk.submit("6", (0, 1) * 4, max_tokens=1)  # of the two pages the second is full as well, and nobody repeats them
     desk.step()
-    desk.submit("2", 8, max_tokens=1, adapter="x")  # two pages, then the adapter's four
-    desk.step()
-    desk.submit("3", 4, max_tokens=1, adapter="y")
-    desk.step()
-    assert desk.pages.num_free == 16 - 1 - 2 - 4 - 1 - 4
+    assert desk.scheduler.num_cached_tokens == 4 + 4
+    assert desk.pages.num_free == 18 - 4 - 4 - 5
 
     def left(num_pages: int) -> tuple[int, list[str]]:
         assert desk.scheduler.eviction.reclaim(num_pages)
         return desk.prefixes.idle_pages, [resident.digest for resident in desk.residency]
 
-    assert left(5) == (3, ["x", "y"])
-    assert left(6) == (2, ["x", "y"])
-    assert left(7) == (1, ["x", "y"])
-    assert left(8) == (1, ["y"])
-    assert left(12) == (0, ["y"])
-    assert left(16) == (0, [])
+    assert left(8) == (2, ["x", "y"])  # y's prefix, then the last request's two pages
+    assert left(9) == (1, ["x", "y"])  # x's prefix, which was found
+    assert left(10) == (1, ["y"])  # x
+    assert left(14) == (0, ["y"])  # the base's prefix, which was found later
+    assert left(15) == (0, [])
 
 
 def test_what_a_running_sequence_holds_is_not_evicted():
@@ -198,8 +198,8 @@ def test_an_empty_tree_is_nothing(cache):
         cache.release(path(cache, (number + 1, 5, 5), digest=str(number)))
     for number in range(3):
         cache.forget(str(number))
-    cache.evict_oldest()
-    cache.evict_oldest()
+    cache.evict_first()
+    cache.evict_first()
 
     assert cache._roots == {}
 

@@ -144,7 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert PENDING not in page.tokens
             if page.parent and page.parent.parent and page.parent.is_listed and not page.parent.holders:
                 assert not page.holders
-                assert page.used < page.parent.used, "what continues a page leaves before it"
+                assert page.due < page.parent.due, "what continues a page leaves before it"
         assert desk.prefixes.idle_pages == sum(not page.holders for page in cached)
         assert not cached or desk.scheduler.policy.prefix_cache
         for sequence in running:
