@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -24,10 +24,12 @@ from flora.cli.commands import (
     doctor,
     exchange,
     extract,
+    finding,
     inspection,
     listing,
     merge,
     prune,
+    registry,
     remotes,
     serve,
     verify,
@@ -99,6 +101,8 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Keep them": {
         "ls": listing.ls,
         "show": listing.show,
+        "search": finding.search,
+        "label": finding.label,
         "tag": aliases.tag,
         "promote": aliases.promote,
         "rollback": aliases.rollback,
@@ -131,8 +135,16 @@ def _add(group: typer.Typer, name: str, verb: Callable[..., None], panel: str | 
 for _panel, _verbs in _PANELS.items():
     for _name, _verb in _verbs.items():
         _add(app, _name, _verb, _panel)
-for _name, _verb in bench.VERBS.items():
-    _add(bench.app, _name, _verb)
+_GROUPS: tuple[tuple[typer.Typer, Mapping[str, Callable[..., None]]], ...] = (
+    (bench.app, bench.VERBS),
+    (registry.app, registry.VERBS),
+)
+for _group, _members in _GROUPS:
+    for _name, _verb in _members.items():
+        _add(_group, _name, _verb)
+app.add_typer(
+    registry.app, name="registry", help="The registry itself: protection, events, index.", rich_help_panel="Keep them"
+)
 app.add_typer(bench.app, name="bench", help="Measure serving, and draw it.", rich_help_panel="Try it out")
 
 

@@ -13,7 +13,30 @@ if TYPE_CHECKING:
     from flora.registry import Registry
 
 _RANK_PANEL = "How much to keep"
+_MAX_COMPLETIONS = 200
 
+
+def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
+    """Names that start like what was typed; behind a `:` that name's aliases, behind an `@` its versions."""
+    from flora.errors import FloraError
+
+    try:
+        with open_registry(context.params.get("registry")) as store:
+            for mark in (":", "@"):
+                name, found, start = incomplete.partition(mark)
+                if found:
+                    ends = store.aliases(name) if mark == ":" else [f"v{each.number}" for each in store.versions(name)]
+                    return [f"{name}{mark}{end}" for end in ends if end.startswith(start)]
+            return [entry.name for entry in store.names(prefix=incomplete, limit=_MAX_COMPLETIONS)]
+    except FloraError:  # no registry, no such name: a shell wants no words about it
+        return []
+
+
+Ref = Annotated[
+    str,
+    typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.", autocompletion=complete_reference),
+]
+Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_reference)]
 RegistryUrl = Annotated[
     str | None,
     typer.Option("--registry", metavar="URL", help="Registry folder or sqlite:///FILE, instead of the default."),

@@ -30,6 +30,8 @@ from flora.registry.refusals import not_found
 from flora.registry.store import store_error
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from flora.adapter import Adapter
     from flora.registry.leases import Lease
 

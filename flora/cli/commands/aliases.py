@@ -6,22 +6,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
-from flora.cli.output import Format, choose_format, print_record
-from flora.errors import NotFound
+from flora.cli.options import AsJson, DryRun, IdsOnly, Name, Ref, RegistryUrl, open_registry
+from flora.cli.output import Format, choose_format, note, print_record
+from flora.errors import CheckFailed, NotFound
 from flora.names import check_alias, check_name
 
 if TYPE_CHECKING:
     from flora.registry import Registry, Version
 
 _Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Kept in the alias's history.")]
+_Force = Annotated[bool, typer.Option("--force", help="Also if the alias is protected.")]
 PRODUCTION = "prod"
 
 
 def tag(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="The version to point to.")],
+    ref: Ref,
     alias: Annotated[str, typer.Argument(metavar="ALIAS", help="prod, canary, …")],
     reason: _Reason = "",
+    force: _Force = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
@@ -32,29 +34,67 @@ def tag(
 
       flora tag sql@v3 canary
     """
-    _move(ref, alias, reason, registry, choose_format(as_json=as_json, ids_only=quiet))
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    check_alias(alias)
+    with open_registry(registry) as store:
+        _point(store, store.resolve(ref), alias, reason, form, force=force)
 
 
 def promote(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="The version to promote.")],
+    ref: Ref,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            metavar="BOUND",
+            help="Only if it holds: energy>=0.9 (of the whole change), module_energy, rank, bytes, base=proven.",
+        ),
+    ] = None,
+    to: Annotated[str, typer.Option("--to", metavar="ALIAS", help="The alias to point.")] = PRODUCTION,
     reason: _Reason = "",
+    force: _Force = False,
+    dry_run: DryRun = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
 ) -> None:
-    """Make a version what its bare name means: point the alias prod to it.
+    """Make a version what its bare name means: point the alias prod to it. Exit 3 if a requirement does not hold.
 
-    [bold]Example[/bold]
+    What was required is kept in the alias's history.
+
+    [bold]Examples[/bold]
 
       flora promote sql:canary --reason "0.2 points better on the test side"
+
+      flora promote sql:canary --require "energy>=0.9" --require base=proven
     """
-    _move(ref, PRODUCTION, reason, registry, choose_format(as_json=as_json, ids_only=quiet))
+    from flora.registry.requirements import parse_requirement, unmet
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    check_alias(to)
+    required = [parse_requirement(text) for text in require or ()]
+    with open_registry(registry) as store:
+        version = store.resolve(ref)
+        report = store.report(version)
+        failed = [why for each in required if (why := unmet(each, version, report)) is not None]
+        if failed:
+            raise CheckFailed(
+                f"{version.ref} is not promoted to {to}: it does not meet {failed[0]}",
+                cause="; ".join(failed[1:]) or None,
+                fix="extract or prune it again with another rank or energy, or require less",
+            )
+        kept = " ".join(filter(None, [reason, *(f"[{each}]" for each in required)]))
+        if dry_run:
+            note(f"note: nothing was moved; {version.name}:{to} would point to {version.ref}")
+            return
+        _point(store, version, to, kept, form, force=force)
 
 
 def rollback(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
+    name: Name,
     alias: Annotated[str, typer.Option("--alias", metavar="ALIAS")] = PRODUCTION,
     reason: _Reason = "rollback",
+    force: _Force = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
@@ -78,19 +118,15 @@ def rollback(
                 fix=f"`flora show {name}` lists the versions; point it with `flora tag NAME@vN {alias}`",
             )
         target = store.resolve(f"{name}@{moves[-1].previous}")
-        _point(store, target, alias, reason, form)
+        _point(store, target, alias, reason, form, force=force)
 
 
-def _move(ref: str, alias: str, reason: str, registry_url: str | None, form: Format) -> None:
-    check_alias(alias)
-    with open_registry(registry_url) as store:
-        _point(store, store.resolve(ref), alias, reason, form)
-
-
-def _point(store: Registry, target: Version, alias: str, reason: str, form: Format) -> None:
+def _point(store: Registry, target: Version, alias: str, reason: str, form: Format, *, force: bool) -> None:
     """Moves the alias unless someone else does so at the same moment, and says from where to where."""
     current = store.aliases(target.name).get(alias)
-    store.set_alias(target.name, alias, target, expected=current.digest if current else None, reason=reason)
+    store.set_alias(
+        target.name, alias, target, expected=current.digest if current else None, reason=reason, force=force
+    )
     record = {
         "id": f"{target.name}:{alias}",
         "ref": target.ref,

@@ -60,11 +60,13 @@ def gc(
         "num_removed": len(report.removed),
         "num_bytes": report.num_bytes,
         "kept_young": report.kept_young,
+        "kept_leased": report.kept_leased,
         "removed": list(report.removed),
     }
     facts = [
         ("would free" if dry_run else "freed", f"{len(report.removed)} files, {show_bytes(report.num_bytes)}"),
         ("left, too young", str(report.kept_young)),
+        ("left, in use by a server", str(report.kept_leased)),
     ]
     print_record(form, record, id_key="num_removed", facts=facts)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flora.cli.extraction import hash_cache_dir
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
+from flora.cli.options import AsJson, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, print_record, print_table
 from flora.cli.sizes import show_bytes
 from flora.errors import BaseMismatch
@@ -116,7 +116,7 @@ def bind_to(adapter: Adapter, base: str) -> Bound:
 
 
 def export(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    ref: Ref,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder, or one that Flora wrote.")],
     form_of_files: Annotated[ExportFormat, typer.Option("--format", help="Kind of files.")] = ExportFormat.PEFT,
     profile: ProfileOption = ExportProfile.COMPACT,

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
+from flora.cli.options import AsJson, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, Format, choose_format, note, percent, print_record, print_table
 from flora.cli.sizes import show_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from flora.registry import Entry, Version
+    from flora.registry.lineage import Ancestor
 
 
 def ls(
@@ -49,7 +52,10 @@ def ls(
 
 
 def show(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    ref: Ref,
+    lineage: Annotated[
+        bool, typer.Option("--lineage", help="What it was made of instead: base, tuned checkpoint, earlier versions.")
+    ] = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
@@ -61,10 +67,16 @@ def show(
       flora show sql
 
       flora show sql:prod --json
+
+      flora show sql --lineage
     """
     form = choose_format(as_json=as_json, ids_only=quiet)
     with open_registry(registry) as store:
         version = store.resolve(ref)
+        if lineage:
+            _print_lineage(form, store.lineage(version))
+            return
+        labels, protected = store.labels(version), store.protected(version.name)
         versions = store.versions(version.name)
         aliases = {alias: target.number for alias, target in store.aliases(version.name).items()}
         header, report = store.header(version), store.report(version)
@@ -72,13 +84,15 @@ def show(
     from flora.adapter import to_json
 
     record = {
-        **_version_row(version),
+        **version_row(version),
         "kept_share_of_modules": report.extracted_share if report else None,
         "tuned": header.recipe.tuned_name,
         "recipe": to_json(header.recipe),
         "extras": sorted(header.extras),
         "aliases": aliases,
-        "versions": [_version_row(each) for each in versions],
+        "protected": sorted(protected),
+        "labels": labels,
+        "versions": [version_row(each) for each in versions],
         "modules": [to_json(module) for module in header.modules],
         "provenance": provenance,
     }
@@ -97,9 +111,44 @@ def show(
         ("", f"{percent(version.kept_share)} of the whole change"),
         ("carries", ", ".join(sorted(header.extras)) or "nothing but weights"),
         ("aliases", ", ".join(f"{alias} -> v{number}" for alias, number in sorted(aliases.items())) or "none"),
+        ("protected", ", ".join(sorted(protected)) or "none"),
+        ("labels", ", ".join(f"{key}={value}" for key, value in labels.items()) or "none"),
         ("versions", ", ".join(f"v{each.number} ({each.operation})" for each in versions)),
     ]
     print_record(form, record, id_key="ref", facts=facts, title=version.ref)
+
+
+def _print_lineage(form: Format, line: Ancestor) -> None:
+    """A tree for people, one line per step elsewhere."""
+    rows = list(_steps(line, 0))
+    if form is Format.HUMAN:
+        for row in rows:
+            what = f"{row['operation'] or 'unknown'} {row['ref'] or row['digest']}"
+            print("   " * row["depth"] + ("└─ " if row["depth"] else "") + what)
+            if not row["num_parents"] and row["base"]:
+                begin = "   " * (row["depth"] + 1) + "└─ "
+                print(f"{begin}base {row['base']} ({row['base_id'] or 'not proven'})")
+                if row["tuned"]:
+                    print(f"{begin}tuned {row['tuned']} ({row['tuned_id'] or 'not hashed'})")
+        return
+    keys = ("depth", "operation", "ref", "digest", "base", "base_id", "tuned", "tuned_id")
+    print_table(form, "lineage", [Column(key, key) for key in keys], rows, id_key="digest")
+
+
+def _steps(line: Ancestor, depth: int) -> Iterator[dict[str, Any]]:
+    yield {
+        "depth": depth,
+        "operation": line.operation,
+        "ref": line.version.ref if line.version else None,
+        "digest": line.digest,
+        "base": line.base,
+        "base_id": line.base_id,
+        "tuned": line.tuned,
+        "tuned_id": line.tuned_id,
+        "num_parents": len(line.parents),
+    }
+    for parent in line.parents:
+        yield from _steps(parent, depth + 1)
 
 
 def _entry_row(entry: Entry) -> dict[str, Any]:
@@ -120,7 +169,7 @@ def _entry_row(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _version_row(version: Version) -> dict[str, Any]:
+def version_row(version: Version) -> dict[str, Any]:
     return {
         "ref": version.ref,
         "name": version.name,

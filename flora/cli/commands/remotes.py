@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flora.cli.commands.exchange import ExportProfile, ProfileOption, bind_to
-from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, open_registry
+from flora.cli.options import AsJson, DryRun, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
 from flora.cli.progress import progress
 from flora.cli.sizes import parse_bytes, show_bytes
@@ -24,7 +24,7 @@ _ADDRESS = "user/name on the Hugging Face Hub, a folder (./… or /…), s3://BU
 
 
 def push(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    ref: Ref,
     repo: Annotated[str, typer.Argument(metavar="REPO", help=_ADDRESS)],
     profile: ProfileOption = ExportProfile.PORTABLE,
     private: Annotated[bool, typer.Option("--private", help="If the repository is new, keep it private.")] = False,
