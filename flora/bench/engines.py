@@ -64,18 +64,22 @@ def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World
 
 @contextmanager
 def running_engine(config: EngineConfig) -> Iterator[Engine]:
-    """An engine, and its memory given back: it is full of cycles and holds most of a GPU."""
-    import torch
-
+    """An engine, closed at the end. Whoever had one before must have let go of it: two do not fit on a GPU."""
+    _give_back_memory()
     engine = build_engine(config)
     try:
         yield engine
     finally:
         engine.close()
-        del engine
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def _give_back_memory() -> None:
+    """Of an engine that nobody holds any more: it is full of cycles, and has most of a GPU."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def host_cache_bytes(config: EngineConfig, setting: Setting, numbers: Iterable[int]) -> int:

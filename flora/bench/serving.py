@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from flora.bench.engines import World, make_world, running_engine
@@ -99,15 +99,21 @@ def measure_storm(
         world = make_world(Path(folder), bench, range(most + storm.num_loads))
         tell(f"{len(world.targets)} adapters registered")
         for num_adapters in bench.setting.adapters:
-            config = world.config([*range(num_adapters), *newcomers])
-            with running_engine(config) as engine:
-                streams = [world.targets[i] for i in range(num_adapters)]
-                before = engine.heartbeat()
-                weather = drive_storm(engine, storm, streams, [world.targets[i] for i in newcomers])
-                after = engine.heartbeat()
-                check_nothing_leaks(engine)
-                counts = {
-                    "evictions": after.adapter_evictions - before.adapter_evictions,
-                    "preemptions": after.preemptions - before.preemptions,
-                }
-                yield storm_row(bench, storm, weather, where, config, engine.ready.kernels, counts)
+            yield _measure_storm(world, storm, num_adapters, newcomers, where)
+
+
+def _measure_storm(
+    world: World, storm: Storm, num_adapters: int, newcomers: Sequence[int], where: Surroundings
+) -> StormRow:
+    config = world.config([*range(num_adapters), *newcomers])
+    with running_engine(config) as engine:
+        streams = [world.targets[i] for i in range(num_adapters)]
+        before = engine.heartbeat()
+        weather = drive_storm(engine, storm, streams, [world.targets[i] for i in newcomers])
+        after = engine.heartbeat()
+        check_nothing_leaks(engine)
+        counts = {
+            "evictions": after.adapter_evictions - before.adapter_evictions,
+            "preemptions": after.preemptions - before.preemptions,
+        }
+        return storm_row(world.bench, storm, weather, where, config, engine.ready.kernels, counts)

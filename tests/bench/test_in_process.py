@@ -1,5 +1,6 @@
 """The engine under measurement is the real one, on a CPU, with a base and adapters drawn at random."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,11 @@ def test_a_request_that_the_engine_refuses_is_no_figure(world, engine):
 def test_each_number_of_adapters_and_each_seed_make_a_row(tmp_path):
     bench = ServeBench(setting=TINY, engine=ENGINE, seeds=(42, 42), rate=200.0, cv=2.0, cancel=0.2)
 
-    rows = list(measure_engine(bench, Surroundings(commit="abc", gpu=None), scratch=tmp_path))
+    rows = []
+    for row in measure_engine(bench, Surroundings(commit="abc", gpu=None), scratch=tmp_path):
+        rows.append(row)
+        engines = sum(type(thing) is Engine for thing in gc.get_objects())
+        assert engines == 1, "two do not fit on a GPU"
 
     assert [(row.adapters, row.order) for row in rows] == [(0, "cold"), (0, "warm"), (3, "cold"), (3, "warm")]
     assert all(row.completed + row.cancelled == row.requests == 12 for row in rows)
