@@ -6,7 +6,7 @@ The models are transformers' own, in float32 on the CPU, so nothing of Flora's s
 weights are changed in place by the adapter's product: both checkpoints are in memory, in float32, and no third model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flora.adapter import Adapter, Module
+from flora.adapter import Adapter
 from flora.algebra.places import as_matrix
 from flora.checkpoint import Checkpoint
 from flora.errors import CheckpointError, Unsupported, UsageError
@@ -67,10 +67,12 @@ def compare_answers(
     base: Checkpoint,
     tuned: Checkpoint,
     prompts: Sequence[str],
+    paths: Mapping[str, str] | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Likeness:
     """Divergence of base, and of base with the adapter, from the tuned checkpoint on each prompt.
 
+    paths     of modules that transformers' tree names otherwise than the checkpoint, by the checkpoint's
     progress  told what is at hand and the share of the work done
 
     Raises ModuleNotFoundError (transformers is not installed), CheckpointError (transformers cannot open a checkpoint),
@@ -83,7 +85,7 @@ def compare_answers(
     measured: list[list[_Divergence]] = []
     for number, what in enumerate(("base", "base with adapter")):
         if number == 1:
-            _apply(adapter, ours)
+            _apply(adapter, ours, paths or {})
         done = []
         for i, ids in enumerate(tokens):
             done.append(_diverge(_log_probabilities(theirs, ids), _log_probabilities(ours, ids)))
@@ -132,7 +134,9 @@ def _tokenize(base: Checkpoint, prompts: Sequence[str]) -> list[list[int]]:
 
 def _open_model(checkpoint: Checkpoint) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the command line has its own
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -142,21 +146,25 @@ def _open_model(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _apply(adapter: Adapter, model: Any) -> None:
-    """Adds every module's product to the model's own weights. A tied weight that two modules share gets both."""
+def _apply(adapter: Adapter, model: Any, paths: Mapping[str, str]) -> None:
+    """Adds every module's product to the model's own weights, and puts whole tensors in their places."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for module, factors in adapter:
-            as_matrix(_parameter(parameters, module), module).add_(factors.delta())
+            name = paths.get(module.name, module.name)
+            as_matrix(_parameter(parameters, f"{name}.weight", name), module).add_(factors.delta())
+        for tensor, whole in adapter.exact.items():
+            module_name, _, leaf = tensor.rpartition(".")
+            _parameter(parameters, f"{paths.get(module_name, module_name)}.{leaf}").copy_(whole)
 
 
-def _parameter(parameters: dict[str, Tensor], module: Module) -> Tensor:
-    for name in (f"{module.name}.weight", module.name):
+def _parameter(parameters: Mapping[str, Tensor], *names: str) -> Tensor:
+    for name in names:
         if name in parameters:
             return parameters[name]
     raise Unsupported(
-        f"transformers' model has no parameter for {module.name}",
+        f"transformers' model has no parameter {names[0]}",
         cause="its module tree names this weight otherwise, or fuses it with others",
         fix="leave out --prompts: the weights are verified without it",
-        tensor=module.name,
+        tensor=names[0],
     )

@@ -6,8 +6,8 @@ import torch
 from flora.adapter import make_adapter
 from flora.algebra.likeness import compare_answers, read_prompts
 from flora.checkpoint import open_checkpoint
-from flora.errors import CheckpointError, UsageError
-from flora.extract import ExtractConfig, extract
+from flora.errors import CheckpointError, Unsupported, UsageError
+from flora.extract import ExtractConfig, Wish, extract
 from flora.lowrank import LowRank
 from flora.rank import RankRule
 from flora.registry.formats.peft import save_peft
@@ -55,13 +55,30 @@ def test_the_divergences_are_those_of_peft_and_torch(pair, tmp_path):
 
 
 def test_an_adapter_of_the_whole_change_answers_like_the_tuned_checkpoint(pair):
-    """Of linear layers, uncut; embeddings and norms change a little too, so not quite nothing is left."""
+    """Every tensor, uncut: linear layers and tied embedding as factors, norms whole."""
     base, tuned = pair
-    full = extract(base, tuned, ExtractConfig(rule=RankRule(max_rank=64), factor_dtype="float32")).adapter
+    config = ExtractConfig(RankRule(max_rank=64), factor_dtype="float32", wish=Wish(embeddings=True, vectors=True))
+    everything = extract(base, tuned, config).adapter
 
-    likeness = compare_answers(full, base, tuned, PROMPTS)
+    likeness = compare_answers(everything, base, tuned, PROMPTS)
 
-    assert likeness.mean("adapter_mean") < 1e-2 * likeness.mean("base_mean")
+    assert everything.exact
+    assert abs(likeness.mean("adapter_mean")) < 1e-6 * likeness.mean("base_mean")
+    assert likeness.share("adapter_agrees") == 1.0
+
+
+def test_modules_are_found_where_the_tree_names_them_otherwise(pair):
+    base, tuned = pair
+    adapter = extract(base, tuned, ExtractConfig(RankRule(max_rank=2))).adapter
+    renamed = {name: f"old.{name}" for name in adapter.factors}
+    header = adapter.header
+    old = make_adapter({renamed[name]: one for name, one in adapter.factors.items()}, header.base, header.recipe)
+
+    found = compare_answers(old, base, tuned, PROMPTS, {path: name for name, path in renamed.items()})
+
+    assert found == compare_answers(adapter, base, tuned, PROMPTS)
+    with pytest.raises(Unsupported, match=r"no parameter old\.model"):
+        compare_answers(old, base, tuned, PROMPTS)
 
 
 def test_an_adapter_that_does_nothing_answers_like_the_base(pair):

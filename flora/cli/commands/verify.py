@@ -63,9 +63,13 @@ def verify(
     likeness = None
     if lines:
         from flora.algebra.likeness import compare_answers
+        from flora.registry.formats.paths import tree_paths
 
+        paths = tree_paths(ours.path, source.adapter.header)
         with progress("comparing answers", is_quiet=quiet) as report:
-            likeness = compare_answers(source.adapter, ours, theirs, lines, lambda what, share: report(share, what))
+            likeness = compare_answers(
+                source.adapter, ours, theirs, lines, paths, lambda what, share: report(share, what)
+            )
     _print(form, source, found, likeness)
     if not found.holds:
         raise _disagreement(source, found)
