@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -215,7 +215,7 @@ def plot(
     note(f"{len(curves)} curves in {out}")
 
 
-VERBS = {"serve": serve, "plot": plot}
+VERBS: dict[str, Callable[..., None]] = {"serve": serve, "plot": plot}
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}

@@ -11,6 +11,8 @@ from flora.cli.options import AsJson, IdsOnly, Name, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, note, print_record, print_table
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flora.registry.journal import Event
 
 app = typer.Typer(no_args_is_help=True)
@@ -110,4 +112,4 @@ def reindex(registry: RegistryUrl = None, as_json: AsJson = False, quiet: IdsOnl
         note(f"note: {ref} was left out: its manifest is missing or damaged")
 
 
-VERBS = {"protect": protect, "unprotect": unprotect, "events": events, "reindex": reindex}
+VERBS: dict[str, Callable[..., None]] = {"protect": protect, "unprotect": unprotect, "events": events, "reindex": reindex}

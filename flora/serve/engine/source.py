@@ -1,19 +1,23 @@
 """From the registry to packed host memory: one adapter version, read, checked and laid out for the device."""
 
+import logging
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flora.errors import AdapterInvalid, OutOfPages
+from flora.errors import AdapterInvalid, OutOfPages, StoreError
 from flora.identity import BaseRecord
 from flora.registry import Registry, Version
+from flora.registry.leases import Lease
 from flora.serve.engine.binding import check_base
 from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout
 from flora.serve.engine.model.config import ModelConfig
 from flora.serve.engine.packing import PackedAdapter, pack_cells
 from flora.serve.request import AdapterTarget
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class RegistrySource:
         self.dtype = dtype
         self._registry_url = registry
         self._opened: Registry | None = None
+        self._lease: Lease | None = None
         self._config = config
         self._base = base
 
@@ -60,6 +65,7 @@ class RegistrySource:
         Raises AdapterNotFound, StoreError, BaseMismatch, Unsupported, ShapeMismatch, OutOfPages.
         """
         version = self._registry.by_digest(target.version_digest)
+        self._keep(version.digest)
         if version.serving_digest != target.serving_digest:
             raise AdapterInvalid(
                 f"{target.label} resolved to serving digest {target.serving_digest[:19]}…, and the registry holds "
@@ -85,6 +91,15 @@ class RegistrySource:
         """
         with self._registry.loading(found.version) as adapter:
             pack_cells(adapter, found.layout, cells)
+
+    def _keep(self, version_digest: str) -> None:
+        """What is served stays readable until this process ends, though it be removed and collected."""
+        try:
+            if self._lease is None:
+                self._lease = self._registry.lease()
+            self._lease.keep(version_digest)
+        except (StoreError, OSError) as error:  # a registry that is only to be read: nothing here collects it either
+            logger.debug("no lease of %s: %s", version_digest, error)
 
     @property
     def _registry(self) -> Registry:
