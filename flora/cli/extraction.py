@@ -194,6 +194,10 @@ def _readable(sources: Sequence[str], *, allow_pickle: bool) -> Iterator[list[Ch
 
     def opened(source: str, parent: Path) -> Checkpoint:
         folder = locate_checkpoint(source)
+        if folder.suffix == ".gguf":
+            from flora.extract.gguf import open_gguf
+
+            return open_gguf(folder)
         try:
             return open_checkpoint(folder)
         except PickleRefused:

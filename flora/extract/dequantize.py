@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from flora.checkpoint import Checkpoint
 from flora.errors import CheckpointError
+from flora.extract.gguf import GgufCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,9 @@ class DequantizedCheckpoint(Checkpoint):
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself if no weight of it is fp8 with a scale; else a view of it that reads float32."""
+    """The checkpoint itself if no weight of it is fp8 with a scale, or GGUF; else a view of it that reads float32."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.readable()
     scales = {
         name: name + suffix
         for name, info in checkpoint.tensors.items()

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import CheckpointError, PickleRefused
 from flora.extract import ExtractConfig, extract, plan_extraction
 from flora.extract.dequantize import dequantized
+from flora.extract.gguf import NAMES, open_gguf
 from flora.identity import base_record
 from flora.rank import RankRule
 from flora.unpickle import convert_pickles
@@ -180,3 +182,100 @@ def test_a_plan_needs_no_scale_to_be_read(tmp_path):
     plan = plan_extraction(base, save(tune(model), tmp_path / "tuned"), RANK_8)
 
     assert len(plan.extractable) == 14
+
+
+# --- GGUF ---
+
+
+def write_gguf(model: torch.nn.Module, path: Path, kind: str = "F32") -> Path:
+    """The model as llama.cpp's converter writes it: other names, and in a Llama other orders of the rows of q and k."""
+    config, back = model.config, {name: short for short, name in NAMES.items()}
+    kind = gguf.GGMLQuantizationType[kind]
+    is_llama = config.model_type == "llama"
+    writer = gguf.GGUFWriter(path, config.model_type)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module, _, leaf = name.rpartition(".")
+        parts = module.split(".")
+        short = back[".".join(parts[3:])] if parts[1:2] == ["layers"] else back[module]
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
+        if heads and is_llama:
+            tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        prefix = f"blk.{parts[2]}." if parts[1:2] == ["layers"] else ""
+        data = tensor.float().contiguous().numpy()
+        if tensor.dim() == 2 and kind != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(f"{prefix}{short}.{leaf}", gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{prefix}{short}.{leaf}", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_file_reads_as_the_model_that_it_was_made_of(tmp_path, architecture, tied):
+    model = build(architecture, tied=tied)
+
+    checkpoint = dequantized(open_gguf(write_gguf(model, tmp_path / "base.gguf")))
+
+    parameters = dict(model.named_parameters())
+    assert checkpoint.tensors.keys() == parameters.keys()
+    for name, weight in parameters.items():
+        assert torch.equal(checkpoint.load(name), weight), name
+
+
+def test_transformers_reads_the_same_numbers_of_a_quantized_file(tmp_path):
+    path = write_gguf(build(), tmp_path / "base.gguf", "Q8_0")
+
+    judge = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+
+    ours = dequantized(open_gguf(path))
+    for name, weight in judge.named_parameters():
+        assert torch.equal(ours.load(name), weight), name
+
+
+def test_a_quantized_gguf_is_a_base_of_its_own(tmp_path):
+    model = build()
+    tuned = save(tune(model), tmp_path / "tuned")
+    wide, narrow = (open_gguf(write_gguf(model, tmp_path / f"{kind}.gguf", kind)) for kind in ("F32", "Q8_0"))
+
+    adapters = [extract(base, tuned, RANK_8).adapter for base in (wide, narrow)]
+    plain = extract(save(model, tmp_path / "plain"), tuned, RANK_8).adapter
+
+    assert len({adapter.header.base.base_id for adapter in (*adapters, plain)}) == 3
+    for name, factors in plain.factors.items():
+        assert torch.equal(adapters[0].factors[name].A, factors.A)
+    assert adapters[1].report.norm_squared > plain.report.norm_squared  # the rounding to 8 bits is part of the change
+
+
+def test_a_gguf_of_another_architecture_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "gemma")
+    writer.add_tensor("token_embd.weight", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(CheckpointError, match="is of architecture gemma"):
+        open_gguf(tmp_path / "base.gguf")
+
+
+def test_a_truncated_gguf_is_told(tmp_path):
+    path = write_gguf(build(), tmp_path / "base.gguf")
+    path.write_bytes(path.read_bytes()[:1000])
+
+    with pytest.raises(CheckpointError, match="not a complete GGUF file"):
+        open_gguf(path)

@@ -20,7 +20,7 @@ DEFAULT_RANK = 64  # where no rule is given: what people train LoRA with at the 
 
 
 def extract(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the pretrained checkpoint.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Pretrained checkpoint: folder, Hub id or GGUF file.")],
     tuned: Annotated[list[str], typer.Argument(metavar="TUNED", help="The same for its full fine-tunes.")],
     rank: MaxRank = None,
     energy: Energy = None,
