@@ -8,10 +8,10 @@ from typing import Literal
 
 from flora.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
 from flora.errors import CheckpointError, ShapeMismatch, UsageError
+from flora.extract.aliases import named_as
 from flora.extract.kinds import Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
 from flora.forms import Form, Kind, matrix_shape
 
-PREFIXES = ("model.", "transformer.")  # what a bare AutoModel leaves off the names of its CausalLM
 DEFAULT_WISH = Wish()
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
 
@@ -91,8 +91,9 @@ def pair_tensors(
 
 def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> tuple[list[TensorPair], list[str]]:
     """Pairs in the order of names, None where a side lacks the tensor; and a note on each side that lacks a prefix."""
-    base_by_name = {_with_prefix(name, tuned): info for name, info in base.items()}
-    tuned_by_name = {_with_prefix(name, base): info for name, info in tuned.items()}
+    as_tuned, as_base = named_as(base, tuned), named_as(tuned, base)
+    base_by_name = {as_tuned[name]: info for name, info in base.items()}
+    tuned_by_name = {as_base[name]: info for name, info in tuned.items()}
     notes = [_note("base", base_by_name), _note("tuned checkpoint", tuned_by_name)]
     names = sorted(base_by_name.keys() | tuned_by_name.keys())
     twin = next((name for name in names if is_embedding(name)), None)
@@ -100,14 +101,13 @@ def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo])
 
 
 def _note(side: str, by_name: Mapping[str, TensorInfo]) -> str | None:
-    prefix = next((name.removesuffix(info.name) for name, info in by_name.items() if name != info.name), None)
-    return prefix and f"tensor names of the {side} lack {prefix!r}, which the other checkpoint's have"
-
-
-def _with_prefix(name: str, others: Mapping[str, TensorInfo]) -> str:
-    if name in others:
-        return name
-    return next((prefix + name for prefix in PREFIXES if prefix + name in others), name)
+    renamed = next(((name, info.name) for name, info in by_name.items() if name != info.name), None)
+    if renamed is None:
+        return None
+    name, own = renamed
+    if name.endswith(own):
+        return f"tensor names of the {side} lack {name.removesuffix(own)!r}, which the other checkpoint's have"
+    return f"tensors of the {side} have other names: {own} is {name} in the other checkpoint"
 
 
 def _pair(

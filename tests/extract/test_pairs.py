@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,6 +9,7 @@ from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
 from flora.extract.pairs import TensorPair, pair_tensors
 from tests.extract.models import SIZES, build, rewrite, save, tune
+from tests.extract.zoo import ZOO
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -101,6 +104,46 @@ def test_globs_include_and_exclude_whole_names(pair):
     assert {name.split(".")[4] for name in extractable(both)} == {"gate_proj", "up_proj"}
     assert "model.layers.1.*" in first["model.layers.1.mlp.up_proj.weight"].reason
     assert "--include" in attention["model.layers.0.mlp.up_proj.weight"].reason
+
+
+def test_any_prefix_that_most_names_lack_is_found(tmp_path):
+    """BertModel saves `encoder.…`, and as a part of another model `bert.encoder.…`."""
+    model = ZOO["bert"].build()
+
+    def with_prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"bert.{name}"] = tensors.pop(name)
+
+    pairs = paired(save(model, tmp_path / "base"), rewrite(save(tune(model), tmp_path / "tuned"), with_prefix))
+
+    query = pairs["bert.encoder.layer.0.attention.self.query.weight"]
+    assert query.base.name == "encoder.layer.0.attention.self.query.weight"
+    assert query.status == "extractable"
+    assert all(pair.base and pair.tuned for pair in pairs.values())
+
+
+@pytest.mark.parametrize("older", ["base", "tuned"])
+def test_names_of_older_transformers_are_matched_and_noted(tmp_path, older):
+    """Models that see and read: `language_model.model.` became `model.language_model.` in transformers 5."""
+    model = build(tied=False)
+    sides = {"base": save(model, tmp_path / "base"), "tuned": save(tune(model), tmp_path / "tuned")}
+
+    def named(new: str, head: str) -> Callable[[dict[str, torch.Tensor]], None]:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            for name in list(tensors):
+                tensors[name.replace("lm_head", head) if "lm_head" in name else new + name[6:]] = tensors.pop(name)
+
+        return change
+
+    for side, checkpoint in sides.items():
+        names = ("language_model.model.", "language_model.lm_head"), ("model.language_model.", "lm_head")
+        sides[side] = rewrite(checkpoint, named(*names[side != older]))
+
+    pairs, notes = pair_tensors(sides["base"], sides["tuned"])
+
+    assert {pair.name for pair in pairs} == set(sides["tuned" if older == "base" else "base"].tensors)
+    assert len(notes) == 1
+    assert "language_model.model." in notes[0] or "language_model.lm_head" in notes[0]
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
