@@ -4,6 +4,7 @@ A step takes 0.05 s, whatever is in it; a load takes as long as the test says, o
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -112,26 +113,28 @@ def test_fairness_keeps_a_popular_adapter_from_holding_up_the_others():
     assert fair.end_s < 1.05 * first_come.end_s  # who is served changes, not how much
 
 
-def test_adapters_that_always_wait_are_served_alike():
-    """The bound of virtual token counters (arXiv:2401.00588, section 4): twice what a batch can be worth. Requests of
-    the one are three times as long, and come before all of the other's.
+@pytest.mark.parametrize(("num_prompt", "max_tokens"), [(60, 10), (10, 30)], ids=["long prompts", "long answers"])
+def test_adapters_that_always_wait_are_served_alike(num_prompt, max_tokens):
+    """The bound of virtual token counters (arXiv:2401.00588, section 4): twice what a batch can be worth. Requests for
+    the one are larger, and come before all of the other's.
     """
-    desk = Desk(packed={"long": 1, "short": 1}, max_sequences=2, max_waiting=200, fairness=True)
-    served = {"long": 0, "short": 0}
-    sequences = [desk.submit(f"l{i}", 30, max_tokens=30, adapter="long") for i in range(60)]
-    sequences += [desk.submit(f"s{i}", 10, max_tokens=10, adapter="short") for i in range(60)]
-    largest = 30 * 1 + 30 * 2
+    desk = Desk(packed={"large": 1, "small": 1}, max_sequences=2, max_waiting=400, fairness=True)
+    sizes = {"large": (num_prompt, max_tokens), "small": (10, 10)}
+    sequences = [
+        desk.submit(f"{name}{i}", size[0], max_tokens=size[1], adapter=name)
+        for name, size in sizes.items()
+        for i in range(200)
+    ]
+    batch = 2 * (num_prompt + 2 * max_tokens)
+    served = dict.fromkeys(sizes, 0)
 
-    while all(desk.scheduler.waiting_for(name) for name in served):
+    while min(served.values()) < 20 * batch:
         desk.step()
-        for name in served:
-            served[name] = sum(
-                10 * (sequence.state is not State.WAITING) * (1 if name == "short" else 3) + 2 * sequence.num_generated
-                for sequence in sequences
-                if sequence.digest == name
-            )
-        assert abs(served["long"] - served["short"]) <= 2 * largest
-    assert min(served.values()) > 10 * largest
+        for name, (prompt, _) in sizes.items():
+            started = [s for s in sequences if s.digest == name and s.state is not State.WAITING]
+            served[name] = sum(prompt + 2 * sequence.num_generated for sequence in started)
+        assert abs(served["large"] - served["small"]) <= 2 * batch
+    assert all(desk.scheduler.waiting_for(name) for name in sizes)
 
 
 def test_an_adapter_that_comes_back_has_saved_no_credit():
@@ -186,6 +189,19 @@ def test_early_abort_serves_more_requests_in_time(cv):
     assert aborting.attainment(2.0) > 2 * plain.attainment(2.0)
     assert aborting.attainment(2.0) > 0.9 * len(aborting.first_token_s) / 400  # who is admitted is in time
     assert len(aborting.refused) + len(aborting.first_token_s) == 400
+
+
+def test_under_overload_the_newest_go_first():
+    """Who came last has the most time left, and who came first is about to have none."""
+    aborting = replay(overload(1.0), max_sequences=4, slo_ttft_s=2.0)
+    calm = replay(trace_of(num_requests=60, num_adapters=5, rate=2.0), max_sequences=4, slo_ttft_s=2.0)
+
+    def overtakings(done: Replay) -> int:
+        orders = [sequence.order for sequence in done.admitted]
+        return sum(later < earlier for earlier, later in pairwise(orders))
+
+    assert overtakings(aborting) > 0.2 * len(aborting.admitted)
+    assert overtakings(calm) <= 2
 
 
 def test_early_abort_refuses_nobody_who_can_be_served_in_time():

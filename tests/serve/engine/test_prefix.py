@@ -167,9 +167,8 @@ def test_forgotten_pages_are_not_found_and_go_with_their_holder(cache):
 
 def test_what_follows_a_forgotten_page_is_never_found(cache):
     """Two sequences go on behind one forgotten page. The second must not get the page that the first gave back."""
-    first, second = path(cache, (1, 5, 5)), path(cache, (1, 5, 5))
+    first, second = path(cache, (1, 5, 5), (2, 6, 6)), path(cache, (1, 5, 5))
     cache.forget(None)
-    cache.publish(None, first, (6, 6), 2)
     cache.release(first)
     assert cache._pages.use(2) is Use.FREE
     cache.publish(None, second, (6, 6), 3)
