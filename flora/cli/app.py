@@ -113,6 +113,7 @@ _PANELS: dict[str, dict[str, Callable[..., None]]] = {
     "Exchange them": {
         "import": exchange.import_,
         "export": exchange.export,
+        "compat": exchange.compat,
         "push": remotes.push,
         "pull": remotes.pull,
     },

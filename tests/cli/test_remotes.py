@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from flora.registry import Registry
 
 
@@ -87,3 +89,39 @@ def test_a_name_that_is_none_is_refused_before_anything_is_fetched(flora, tmp_pa
 
     assert "FL-NAME" in flora("pull", "https://huggingface.co/a/b", "--name", "a/b/c", code=2).err
     assert time.monotonic() - started_s < 5
+
+
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [
+        ("mlx", ["adapter_config.json", "adapters.safetensors"]),
+        ("gguf", ["adapter.gguf"]),
+        ("kohya", ["lora.safetensors"]),
+        ("diffusers", ["pytorch_lora_weights.safetensors"]),
+        ("nim", ["sql"]),
+    ],
+)
+def test_every_format_is_written_to_a_new_folder(stored, base, tmp_path, form, files):
+    words = ["--base", base] if form == "gguf" else []
+    adapted = ["prune", "sql", "--rank", 2, "--alias", "latest"] if form == "gguf" else ["ls"]
+    stored(*adapted)
+
+    done = stored("export", "sql", "--format", form, "--out", tmp_path / "out", *words, code=None)
+
+    if done.code:  # what llama.cpp and MLX cannot apply, `compat` must say, too
+        engine = {"gguf": "llama.cpp", "mlx": "MLX-LM"}[form]
+        told = {row["engine"]: row["answer"] for row in stored("compat", "sql", "--json").json["engines"]}
+        assert told[engine] == "no", done.err
+    else:
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
+
+
+def test_gguf_wants_the_base(stored, tmp_path):
+    assert "--base" in stored("export", "sql", "--format", "gguf", "--out", tmp_path / "out", code=2).err
+
+
+def test_compat_names_every_engine_with_a_reason(stored):
+    rows = stored("compat", "sql", "--json").json["engines"]
+
+    assert {"PEFT", "vLLM", "SGLang", "LoRAX", "llama.cpp", "Ollama", "MLX-LM"} <= {row["engine"] for row in rows}
+    assert all(row["reason"] and row["remedy"] and row["answer"] in ("yes", "portable", "no") for row in rows)

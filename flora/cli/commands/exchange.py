@@ -1,4 +1,4 @@
-"""`flora import` and `export`: adapters from and to folders that other tools read and write."""
+"""`flora import`, `export` and `compat`: adapters from and to files that other tools read and write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flora.cli.extraction import hash_cache_dir
 from flora.cli.options import AsJson, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, print_record, print_table
 from flora.cli.sizes import show_bytes
-from flora.errors import BaseMismatch
+from flora.errors import BaseMismatch, UsageError
 from flora.names import check_name
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 class ExportFormat(StrEnum):
     PEFT = "peft"
+    NIM = "nim"
+    GGUF = "gguf"
+    MLX = "mlx"
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+
+
+class PipelinePart(StrEnum):
+    TRANSFORMER = "transformer"
+    UNET = "unet"
+    TEXT_ENCODER = "text_encoder"
 
 
 class ExportProfile(StrEnum):
@@ -118,24 +129,110 @@ def bind_to(adapter: Adapter, base: str) -> Bound:
 def export(
     ref: Ref,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="New folder, or one that Flora wrote.")],
-    form_of_files: Annotated[ExportFormat, typer.Option("--format", help="Kind of files.")] = ExportFormat.PEFT,
+    form_of_files: Annotated[
+        ExportFormat,
+        typer.Option(
+            "--format",
+            help="peft: for PEFT, vLLM, SGLang, LoRAX. nim: a folder of that name in DIR. gguf: llama.cpp and Ollama. "
+            "mlx: MLX-LM. diffusers, kohya: image models.",
+        ),
+    ] = ExportFormat.PEFT,
     profile: ProfileOption = ExportProfile.COMPACT,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="BASE", help="With gguf: folder or Hub id of its base.")
+    ] = None,
+    part: Annotated[
+        PipelinePart, typer.Option("--part", help="With diffusers and kohya: which part of the pipeline the base is.")
+    ] = PipelinePart.TRANSFORMER,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,
 ) -> None:
-    """Write an adapter as a folder that other tools read.
+    """Write an adapter as files that other tools read. `flora compat REF` tells which engine wants which.
+
+    [bold]Examples[/bold]
+
+      flora export sql --profile portable --out ./sql-adapter
+
+      flora export sql --format gguf --base org/model --out ./sql-gguf
+
+      flora export sql --format nim --out $NIM_PEFT_SOURCE
+    """
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    if form_of_files is ExportFormat.GGUF and base is None:
+        raise UsageError("GGUF wants the base: its number of heads orders the rows", fix="give it: --base BASE")
+    with open_registry(registry) as store:
+        version = store.resolve(ref)
+        adapter = store.load(version)
+        if form_of_files is ExportFormat.PEFT:
+            files = save_folder(adapter, out, profile)
+        elif form_of_files is ExportFormat.NIM:
+            files = save_folder(adapter, out / version.name.rpartition("/")[2], ExportProfile.PORTABLE)
+        else:
+            files = _save_other(adapter, out, form_of_files, base, part)
+    rows = [{"file": str(file), "num_bytes": file.stat().st_size} for file in files]
+    columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
+    print_table(form, "files", columns, rows, id_key="file")
+
+
+def save_folder(adapter: Adapter, out: Path, profile: ExportProfile) -> list[Path]:
+    from flora.registry.formats.peft import save_peft
+
+    return save_peft(adapter, out, profile.value)
+
+
+def _save_other(adapter: Adapter, out: Path, form: ExportFormat, base: str | None, part: PipelinePart) -> list[Path]:
+    """Writes the files of a format that is no PEFT folder into the new folder `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is there already", fix="give --out a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if form is ExportFormat.GGUF:
+        from flora.checkpoint import locate_checkpoint
+        from flora.registry.formats.gguf import save_gguf
+
+        save_gguf(adapter, out / "adapter.gguf", locate_checkpoint(str(base)) / "config.json")
+    elif form is ExportFormat.MLX:
+        from flora.registry.formats.mlx import save_mlx
+
+        save_mlx(adapter, out)
+    else:
+        from flora.registry.formats.image import DIFFUSERS_FILE, KOHYA_FILE, save_diffusers, save_kohya
+
+        if form is ExportFormat.DIFFUSERS:
+            save_diffusers(adapter, out / DIFFUSERS_FILE, part.value)
+        else:
+            save_kohya(adapter, out / KOHYA_FILE, part.value)
+    return sorted(out.iterdir())
+
+
+def compat(
+    ref: Ref,
+    registry: RegistryUrl = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """What each engine will say of an adapter: takes it as it is, only in a portable form, or not, and why.
 
     [bold]Example[/bold]
 
-      flora export sql --profile portable --out ./sql-adapter
+      flora compat sql
     """
-    from flora.registry.formats.peft import save_peft
+    from flora.registry.formats.compat import TABLE_VERSION, judge
 
     form = choose_format(as_json=as_json, ids_only=quiet)
     with open_registry(registry) as store:
         version = store.resolve(ref)
-        files = save_peft(store.load(version), out, profile.value)
-    rows = [{"file": str(file), "num_bytes": file.stat().st_size} for file in files]
-    columns = (Column("file", "file"), Column("num_bytes", "size", show_bytes, is_number=True))
-    print_table(form, "files", columns, rows, id_key="file")
+        verdicts = judge(store.header(version))
+    rows = [
+        {
+            "engine": verdict.engine,
+            "version": verdict.version,
+            "answer": verdict.answer,
+            "reason": verdict.reason,
+            "remedy": verdict.remedy.replace("REF", ref),
+            "table": TABLE_VERSION,
+        }
+        for verdict in verdicts
+    ]
+    columns = [Column(key, key) for key in ("engine", "version", "answer", "reason", "remedy")]
+    print_table(form, "engines", columns, rows, id_key="engine")

@@ -112,4 +112,9 @@ def reindex(registry: RegistryUrl = None, as_json: AsJson = False, quiet: IdsOnl
         note(f"note: {ref} was left out: its manifest is missing or damaged")
 
 
-VERBS: dict[str, Callable[..., None]] = {"protect": protect, "unprotect": unprotect, "events": events, "reindex": reindex}
+VERBS: dict[str, Callable[..., None]] = {
+    "protect": protect,
+    "unprotect": unprotect,
+    "events": events,
+    "reindex": reindex,
+}

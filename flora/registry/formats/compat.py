@@ -1,0 +1,200 @@
+"""What each engine will say of an adapter: a verdict from its header and a table of what engines of that version take.
+
+The table was read from the engines' own loaders, in the versions that it names; a newer one may take more.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from flora.adapter import AdapterHeader
+
+TABLE_VERSION = "2026-11"
+Answer = Literal["yes", "portable", "no"]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one engine does with the adapter."""
+
+    engine: str
+    version: str  # of the engine whose loader was read
+    answer: Answer  # as it is stored; only as the portable profile; not at all
+    reason: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What engines ask about."""
+
+    rank: int
+    ranks_differ: bool
+    misses_layers: bool  # some layer lacks a kind of module that another has
+    kinds: frozenset[str]  # linear, conv1d, conv, embedding
+    has_exact: bool
+    architecture: str
+    leaves: frozenset[str]
+    is_fp8: bool
+
+
+_Rule = Callable[[_Facts], str | None]  # a reason against, if there is one
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    name: str
+    version: str
+    needs_portable: tuple[_Rule, ...]  # what the portable profile mends
+    refuses: tuple[_Rule, ...]  # what nothing mends here
+    command: str
+    limit: Callable[[_Facts], str] = lambda facts: ""  # what to start the engine with
+
+
+def judge(header: AdapterHeader) -> list[Verdict]:
+    """One verdict per engine, in a fixed order."""
+    facts = _facts(header)
+    return [_judge(engine, facts) for engine in _ENGINES]
+
+
+def _judge(engine: _Engine, facts: _Facts) -> Verdict:
+    refusals = [reason for rule in engine.refuses if (reason := rule(facts))]
+    limit = engine.limit(facts)
+    if refusals:
+        return Verdict(engine.name, engine.version, "no", "; ".join(refusals), _remedy(refusals))
+    mends = [reason for rule in engine.needs_portable if (reason := rule(facts))]
+    if mends:
+        return Verdict(engine.name, engine.version, "portable", "; ".join(mends), engine.command + limit)
+    return Verdict(engine.name, engine.version, "yes", "takes it as it is", engine.command + limit)
+
+
+def _remedy(reasons: Iterable[str]) -> str:
+    text = " ".join(reasons)
+    if "rank" in text:
+        return "flora prune REF --rank N"
+    return "extract again with --exclude, or serve it with Flora"
+
+
+# What stands against an adapter
+
+
+def _ranks(facts: _Facts) -> str | None:
+    return "modules have ranks of their own, which it does not read right" if facts.ranks_differ else None
+
+
+def _layers(facts: _Facts) -> str | None:
+    return "it drops a kind of module that one layer lacks" if facts.misses_layers else None
+
+
+def _fp8(facts: _Facts) -> str | None:
+    return "factors are fp8, which it does not read" if facts.is_fp8 else None
+
+
+def _exact(facts: _Facts) -> str | None:
+    return "it carries norms or biases whole, which the engine does not apply" if facts.has_exact else None
+
+
+def _embedding(facts: _Facts) -> str | None:
+    return "it adapts the embedding, which the engine does not apply" if "embedding" in facts.kinds else None
+
+
+def _head(facts: _Facts) -> str | None:
+    return "it adapts lm_head, which the engine does not apply" if "lm_head" in facts.leaves else None
+
+
+def _only_linear(facts: _Facts) -> str | None:
+    strange = facts.kinds - {"linear", "embedding"}
+    return f"it has {', '.join(sorted(strange))} modules" if strange else None
+
+
+def _ollama_base(facts: _Facts) -> str | None:
+    known = facts.architecture.startswith(("Llama", "Gemma2", "Mistral", "unknown"))
+    return None if known else f"its converter knows no {facts.architecture}"
+
+
+def _above(limit: int) -> _Rule:
+    return lambda facts: f"rank {facts.rank} is above its {limit}" if facts.rank > limit else None
+
+
+def vllm_rank(rank: int) -> int:
+    """The smallest --max-lora-rank of vLLM that holds `rank`; the rank itself if none does."""
+    return next((size for size in (1, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
+_PORTABLE = "flora export REF --profile portable --out DIR"
+_ENGINES = (
+    _Engine("PEFT", "0.21", (), (), "flora export REF --out DIR"),
+    _Engine(
+        "vLLM",
+        "0.33",
+        (_fp8,),
+        (_exact, _only_linear, _above(512)),
+        "flora export REF --out DIR",
+        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.rank)}",
+    ),
+    _Engine(
+        "vLLM",
+        "0.26",
+        (_ranks, _fp8),
+        (_exact, _only_linear, _above(512)),
+        _PORTABLE,
+        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.rank)}",
+    ),
+    _Engine(
+        "SGLang",
+        "0.5",
+        (_ranks, _fp8),
+        (_exact, _only_linear),
+        _PORTABLE,
+        lambda facts: f"; sglang --max-lora-rank {facts.rank}",
+    ),
+    _Engine("LoRAX", "2026-05", (_ranks, _layers, _fp8), (_exact, _embedding, _only_linear), _PORTABLE),
+    _Engine(
+        "TensorRT-LLM / NIM",
+        "2.0",
+        (_ranks, _fp8),
+        (_exact, _embedding, _only_linear, _above(512)),
+        "flora export REF --format nim --out $NIM_PEFT_SOURCE",
+    ),
+    _Engine(
+        "llama.cpp",
+        "2026-11",
+        (_ranks, _fp8),
+        (_exact, _embedding, _head, _only_linear),
+        "flora export REF --format gguf --base BASE --out DIR",
+    ),
+    _Engine(
+        "Ollama",
+        "2026-11",
+        (_ranks, _fp8),
+        (_exact, _embedding, _head, _only_linear, _ollama_base),
+        "flora export REF --format gguf --base BASE --out DIR",
+    ),
+    _Engine(
+        "MLX-LM",
+        "0.32",
+        (_ranks, _fp8),
+        (_exact, _embedding, _only_linear),
+        "flora export REF --format mlx --out DIR",
+    ),
+    _Engine("diffusers", "0.42", (_fp8,), (_exact, _embedding), "flora export REF --format diffusers --out DIR"),
+    _Engine("kohya", "2026-11", (_fp8,), (_exact, _embedding), "flora export REF --format kohya --out DIR"),
+)
+
+
+def _facts(header: AdapterHeader) -> _Facts:
+    from flora.registry.formats.kinds import kind_of, missing_modules
+
+    modules = header.modules
+    names = [module.name for module in modules]
+    return _Facts(
+        rank=header.max_rank,
+        ranks_differ=len({(module.rank, module.alpha) for module in modules}) > 1,
+        misses_layers=bool(missing_modules(names)),
+        kinds=frozenset(module.kind for module in modules),
+        has_exact=bool(header.exact_tensors),
+        architecture=header.base.architecture,
+        leaves=frozenset(kind_of(name).rpartition(".")[2] for name in names)
+        | frozenset(tied.rpartition(".")[2] for module in modules for tied in module.tied),
+        is_fp8=any(module.dtype == "float8_e4m3fn" for module in modules),
+    )
