@@ -14,8 +14,10 @@ from torch import Tensor
 from flora.adapter import Adapter
 from flora.algebra.recombine import difference_squared, product_norm_squared
 from flora.errors import BaseMismatch
+from flora.extract.workers import choose_crew, in_order
 from flora.lowrank import LowRank
 
+_FACTOR_BYTES = 64 << 20  # about what one module's factors and their QR take in float64
 _NOTHING = 1e-7  # of the largest singular value: a direction below it is rounding, and its angle says nothing
 
 
@@ -73,11 +75,15 @@ def compare(left: Adapter, right: Adapter, progress: Callable[[str, float], None
     Raises BaseMismatch if a module has two shapes.
     """
     names = sorted(left.factors.keys() | right.factors.keys())
-    found = []
-    for name in names:
-        found.append(_compare(name, left.factors.get(name), right.factors.get(name)))
+
+    def work(name: str) -> ModuleComparison:
+        return _compare(name, left.factors.get(name), right.factors.get(name))
+
+    found: list[ModuleComparison] = []
+    for module in in_order(choose_crew(_FACTOR_BYTES, fewest=1), work, names):
+        found.append(module)
         if progress:
-            progress(name, len(found) / len(names))
+            progress(module.name, len(found) / len(names))
     return Comparison(tuple(found))
 
 

@@ -13,6 +13,7 @@ from flora.algebra.parts import Part, check_parts, merge_exact, merge_extras, mo
 from flora.algebra.places import tensor_name
 from flora.algebra.recombine import Recombined, measure_again, recombine
 from flora.checkpoint import Checkpoint
+from flora.extract.workers import choose_crew, in_order
 from flora.identity import BaseRecord
 from flora.lowrank import trim
 from flora.prune import prune
@@ -50,10 +51,15 @@ def merge_adapters(
     """
     check_parts(parts, record, base)
     modules, terms = modules_of(parts), terms_of(parts)
+
+    def work(name: str) -> Recombined:
+        cap = _cap(terms[name], modules[name], combination, rule)
+        return recombine(terms[name], combination, name, cap, _widest(terms[name]))
+
     found: dict[str, Recombined] = {}
-    for name, module in modules.items():
-        cap = _cap(terms[name], module, combination, rule)
-        found[name] = recombine(terms[name], combination, name, cap, _widest(terms[name]))
+    crew = choose_crew(max((_working_bytes(one, len(parts)) for one in modules.values()), default=1), fewest=1)
+    for name, made in zip(modules, in_order(crew, work, modules), strict=True):
+        found[name] = made
         if progress:
             progress(name, len(found) / len(modules))
     exact = merge_exact(parts, base)
@@ -83,6 +89,11 @@ def merge_adapters(
             found[name] = measure_again(found[name], left, terms[name], combination, change.kept)
         cut = replace(cut, report=_report(found, modules, exact, base))
     return Merged(cut, found, tuple(notes))
+
+
+def _working_bytes(module: Module, num_parts: int) -> int:
+    """What one worker holds at most: a float32 matrix of each part, and the result and what factorizing it takes."""
+    return 4 * (num_parts + 3) * module.out_features * module.in_features
 
 
 def _cap(terms: Sequence[Term], module: Module, combination: Combination, rule: RankRule) -> int:
