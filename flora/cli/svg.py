@@ -43,8 +43,8 @@ class Axis:
             if last - first < 2:  # few powers of ten: 1, 2 and 5 of each
                 fine = [factor * 10.0**power for power in range(first - 1, last + 1) for factor in (1, 2, 5)]
                 return [value for value in fine if self.low <= value <= self.high]
-            step = max(1, (last - first) // 6)
-            return [10.0**power for power in range(first, last + 1, step)]
+            every = max(1, (last - first) // 6)
+            return [10.0**power for power in range(first, last + 1, every)]
         step = _round_step((self.high - self.low) / 5)
         first = math.ceil(self.low / step - 1e-9)
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
