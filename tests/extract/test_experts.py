@@ -8,6 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
@@ -58,3 +60,16 @@ def test_the_router_is_named_and_left(tmp_path):
     _, _, adapter = extracted(qwen3().eval(), tmp_path, rank=6, wish=Wish())
 
     assert "router" in adapter.report.by_name()["model.layers.0.mlp.gate.weight"].reason
+
+
+def test_experts_fused_in_one_parameter_are_named_with_their_share(tmp_path):
+    """gpt-oss keeps them so: no adapter of theirs is made, and the report says how much of the change they hold."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    _, _, adapter = extracted(GptOssForCausalLM(GptOssConfig(**sizes)).eval(), tmp_path, rank=6, wish=Wish())
+
+    fused = [change for change in adapter.report.tensors if ".experts." in change.name and len(change.shape) == 3]
+    assert len(fused) == 2 * 2
+    assert {change.reason for change in fused} == {"expert weights, fused in one 3-D parameter"}
+    assert all(adapter.report.share(change) > 0 for change in fused)
+    assert "model.layers.0.self_attn.q_proj" in adapter.factors

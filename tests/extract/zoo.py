@@ -120,6 +120,21 @@ def heard(model: nn.Module) -> Tensor:
     return model(input_features=SPEECH, decoder_input_ids=TOKENS).logits
 
 
+def llava() -> nn.Module:
+    """It sees and reads; its checkpoints keep the names of older versions."""
+    vision = hf.CLIPVisionConfig(image_size=16, patch_size=8, **ENCODER)
+    sizes = {"vocab_size": 80, "num_key_value_heads": 2, "head_dim": 16, **ENCODER}
+    config = hf.LlavaConfig(
+        vision_config=vision, text_config=hf.LlamaConfig(**sizes), image_token_index=79, vision_feature_layer=-1
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def described(model: nn.Module) -> Tensor:
+    tokens = torch.cat([torch.full((1, 4), 79), TOKENS], 1)
+    return model(input_ids=tokens, pixel_values=PIXELS, attention_mask=torch.ones_like(tokens)).logits
+
+
 ZOO: Mapping[str, Kind] = {
     "gpt2": Kind(gpt2, hf.AutoModelForCausalLM, logits),
     "gpt-neox": Kind(neox, hf.AutoModelForCausalLM, logits),
@@ -130,6 +145,7 @@ ZOO: Mapping[str, Kind] = {
     "roberta": Kind(roberta, hf.AutoModelForMaskedLM, logits),
     "vit": Kind(vit, hf.AutoModelForImageClassification, lambda model: model(pixel_values=PIXELS).logits),
     "clip": Kind(clip, hf.AutoModel, clip_pairs),
+    "llava": Kind(llava, hf.AutoModelForImageTextToText, described),
     "t5": Kind(t5, hf.AutoModelForSeq2SeqLM, translated),
     "t5-untied": Kind(t5_untied, hf.AutoModelForSeq2SeqLM, translated),
     "bart": Kind(bart, hf.AutoModelForSeq2SeqLM, translated),

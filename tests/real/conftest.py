@@ -48,3 +48,9 @@ def base(fixtures: Fixtures) -> Path:
 def lemma(fixtures: Fixtures, base: Path) -> Path:
     fixtures.run("make_tuned.py", "lemma", base, "lemma")
     return fixtures.folder / "lemma"
+
+
+@pytest.fixture(scope="session")
+def g2p(fixtures: Fixtures, base: Path) -> Path:
+    fixtures.run("make_tuned.py", "g2p", base, "g2p")
+    return fixtures.folder / "g2p"
