@@ -4,6 +4,7 @@ It ends with code 0 when it was drained (Drain, SIGTERM) and its requests are do
 longer be trusted, and at once when the process that started it is gone.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from flora.serve.messages import Cancel, Drain, LoadAdapter, Submit, UnloadAdapt
 
 logger = logging.getLogger(__name__)
 
+_GC_THRESHOLD = (20_000, 20, 100)  # young objects are looked at every few steps, all of them hardly ever
 _LOOK_S = 0.25  # how often a stalled or idle engine looks around unasked
 
 
@@ -45,6 +47,7 @@ class Shell:
         """Serves until drained."""
         engine, mailroom = self._engine, self._mailroom
         assert mailroom is not None
+        keep_collections_short()
         logger.info("engine ready pid=%d pages=%d", os.getpid(), engine.ready.num_pages)
         next_look_s = 0.0
         while not (engine.is_draining and engine.is_idle):
@@ -72,6 +75,16 @@ class Shell:
         if os.getppid() != self._parent:
             logger.critical("engine ends: its parent is gone parent=%d", self._parent)
             os._exit(1)  # from the mailroom's thread: a step may be running, and nobody waits for its result
+
+
+def keep_collections_short() -> None:
+    """Python's collector no longer walks over all that is here: a full collection takes as long as many steps.
+
+    What a request leaves behind is freed by its reference counts; cycles come from errors and the start alone.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLD)
 
 
 def handle(engine: Engine, mail: Mail) -> None:

@@ -12,14 +12,14 @@ class Service:
     """Counters by serving digest; the base's is that of None."""
 
     def __init__(self) -> None:
-        self._counters: OrderedDict[str | None, int] = OrderedDict()  # least recently joined first
+        self.counters: OrderedDict[str | None, int] = OrderedDict()  # least recently joined first
         self._last_left = 0  # counter of the latest adapter whose last request went
 
     def counter(self, digest: str | None) -> int:
-        return self._counters.get(digest, 0)
+        return self.counters.get(digest, 0)
 
     def charge(self, digest: str | None, price: int) -> None:
-        self._counters[digest] = self._counters.get(digest, 0) + price
+        self.counters[digest] = self.counters.get(digest, 0) + price
 
     def join(self, digest: str | None, waiting: Iterable[str | None]) -> None:
         """Somebody waits for an adapter for which nobody waited: what it did not ask for meanwhile gives it no credit.
@@ -27,14 +27,14 @@ class Service:
         waiting  the adapters that others wait for
         """
         floor = min((self.counter(other) for other in waiting), default=self._last_left)
-        self._counters[digest] = max(self.counter(digest), floor)
-        self._counters.move_to_end(digest)
+        self.counters[digest] = max(self.counter(digest), floor)
+        self.counters.move_to_end(digest)
 
     def leave(self, digest: str | None, waiting: Container[str | None]) -> None:
         """Nobody waits for the adapter any more. The oldest counters that nobody's turn depends on are forgotten."""
         self._last_left = self.counter(digest)
-        while len(self._counters) > _MAX_REMEMBERED:
-            forgotten = next((other for other in self._counters if other not in waiting), digest)
+        while len(self.counters) > _MAX_REMEMBERED:
+            forgotten = next((other for other in self.counters if other not in waiting), digest)
             if forgotten == digest:
                 return
-            del self._counters[forgotten]
+            del self.counters[forgotten]

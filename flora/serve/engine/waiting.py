@@ -1,5 +1,6 @@
 """The sequences that wait: a queue for each adapter, and the order in which they get their turn."""
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
@@ -20,7 +21,7 @@ class _Queue:
 
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
-        self.turn_s = 0.0  # when one of them last had a turn
+        self.turn_s = -math.inf  # when one of them last had a turn
 
 
 class Waiting:
@@ -103,7 +104,8 @@ class Waiting:
 
     def turns(self, now_s: float, *, newest_first: bool) -> "Turns":
         """Everybody whose adapter is here, in the order of this moment."""
-        ready = {digest: queue for digest, queue in self._queues.items() if digest not in self._lacking}
+        lacking = self._lacking
+        ready = {digest: queue for digest, queue in self._queues.items() if digest not in lacking}
         return Turns(ready, self._policy, self._service, self._residency, now_s, newest_first)
 
     def _has(self, digest: str) -> bool:
@@ -141,8 +143,23 @@ class Turns:
         self._num_passed = 0
         self._digest: str | None = None  # of whom it is the turn, and its place in the queue
         self._place = 0
-        self._claims = [self._claim(digest, queue, 0) for digest, queue in queues.items()]
+        self._claims = self._first_claims()
         heapify(self._claims)
+
+    def _first_claims(self) -> list[_Claim]:
+        """Each queue's claim. Without clustering most are alike: thousands of adapters may wait, at every step."""
+        if self._policy.cluster is not None or self._newest_first:
+            return [self._claim(digest, queue, 0) for digest, queue in self._queues.items()]
+        served = self._service.counters if self._policy.fairness else {}
+        since_s = self._now_s - self._policy.max_wait_s if self._may_overtake else -math.inf
+        claims: list[_Claim] = []
+        for digest, queue in self._queues.items():
+            head = queue.sequences[0]
+            is_preempted = len(head.tokens) > head.num_prompt
+            goes_first = is_preempted or (head.arrived_s <= since_s and queue.turn_s <= since_s)
+            order = head.order
+            claims.append((0, 0, order, digest, 0) if goes_first else (1, served.get(digest, 0), order, digest, 0))
+        return claims
 
     def next(self) -> Sequence | None:
         """Whose turn it is; None if nobody is left."""
@@ -176,7 +193,8 @@ class Turns:
         sequence, policy = self._at(queue, place), self._policy
         if sequence.num_generated:
             return 0, 0, sequence.order, digest, place
-        if self._may_overtake and self._now_s - max(sequence.arrived_s, queue.turn_s) >= policy.max_wait_s:
+        since_s = self._now_s - policy.max_wait_s
+        if self._may_overtake and sequence.arrived_s <= since_s and queue.turn_s <= since_s:
             return 0, 0, sequence.order, digest, place
         rank = 1
         if policy.cluster is not None and digest is not None and self._residency.num_running >= policy.cluster:

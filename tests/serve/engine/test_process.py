@@ -1,5 +1,6 @@
 """The engine as front ends meet it: a process at the other end of a socket."""
 
+import gc
 import os
 import secrets
 import select
@@ -17,6 +18,7 @@ import pytest
 import zmq
 
 from flora.serve.config import EngineConfig, encode_engine_config
+from flora.serve.engine.process import keep_collections_short
 from flora.serve.messages import (
     AdapterLoaded,
     AdapterUnloaded,
@@ -284,3 +286,18 @@ def test_a_base_that_cannot_be_read_ends_the_process_with_a_clear_error(tmp_path
     assert ended.returncode == 1
     assert "error[FL-CHECKPOINT]" in ended.stderr
     assert "holds no safetensors weights" in ended.stderr
+
+
+def test_the_collector_leaves_alone_what_lives_as_long_as_the_engine():
+    """A walk over all that thousands of requests hold would be a pause of many steps."""
+    held = [[i] for i in range(10_000)]
+    before = gc.get_threshold()
+    try:
+        keep_collections_short()
+
+        assert gc.get_freeze_count() > len(held)
+        assert gc.isenabled()
+        assert all(new > old for new, old in zip(gc.get_threshold(), before, strict=True))
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
