@@ -1,7 +1,7 @@
 """Opening the index: connections, locks, journal mode, migrations, and errors in our words.
 
-Writers take SQLite's write lock at the start (BEGIN IMMEDIATE), so one that must wait waits before it has read
-anything, and two of them never deadlock.
+Writers take the write lock at the start (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory lock of the schema), so one
+that must wait waits before it has read anything, and two of them never deadlock.
 """
 
 import sqlite3
@@ -19,30 +19,49 @@ HEAD = "0002"  # the newest migration; a test compares it with migrations/versio
 BUSY_TIMEOUT_MS = 30_000  # a bulk import holds the write lock for about a second at a time
 
 
+_LOCK = "SELECT pg_advisory_xact_lock(hashtextextended('flora.registry.' || current_schema(), 0))"
+
+
 class Database:
     """The index file, brought up to date when it is opened."""
 
-    def __init__(self, file: Path, fill: Callable[[sa.Connection], object]) -> None:
-        """`fill` is called on a new index, in the transaction that makes its tables."""
-        self.file = file
+    def __init__(self, file: Path | str, fill: Callable[[sa.Connection], object]) -> None:
+        """`fill` is called on a new index, in the transaction that makes its tables.
+
+        file  SQLite's, or the URL of a PostgreSQL database
+        """
         self._fill = fill
-        self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(file)))
-        sa.event.listen(self._engine, "connect", _configure)
-        sa.event.listen(self._engine, "begin", _begin)
+        if isinstance(file, str):
+            self.file: Path | str = sa.make_url(file).render_as_string(hide_password=True)  # for messages alone
+            self._engine = sa.create_engine(file, pool_pre_ping=True)
+        else:
+            self.file = file
+            self._engine = sa.create_engine(sa.URL.create("sqlite", database=str(file)))
+            sa.event.listen(self._engine, "connect", _configure)
+            sa.event.listen(self._engine, "begin", _begin)
+        self._is_postgres = isinstance(file, str)
         self._migrate()
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """A connection that sees one state of the index throughout."""
         with self._translated(), self._engine.connect() as connection:
+            if self._is_postgres:
+                connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """A transaction under the write lock: all of it is committed at the end, or on an error none."""
         with self._translated(), self._engine.connect() as connection:
-            connection.execution_options(flora_writes=True)
+            if self._is_postgres:  # what is read after the lock must be what stands then
+                connection.execution_options(isolation_level="READ COMMITTED")
+            else:
+                connection.execution_options(flora_writes=True)
             with connection.begin():
+                if self._is_postgres:
+                    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}")
+                    connection.exec_driver_sql(_LOCK)
                 yield connection
 
     def close(self) -> None:
@@ -94,11 +113,14 @@ def _begin(connection: sa.Connection) -> None:
 
 def _revision(connection: sa.Connection) -> str | None:
     """The migration that the index stands at; None before the first."""
-    known = connection.exec_driver_sql("SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'").first()
+    if connection.dialect.name == "postgresql":
+        known = connection.exec_driver_sql("SELECT 1 WHERE to_regclass('alembic_version') IS NOT NULL").first()
+    else:
+        known = connection.exec_driver_sql("SELECT 1 FROM sqlite_schema WHERE name = 'alembic_version'").first()
     return connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if known else None
 
 
-def _upgrade(connection: sa.Connection, file: Path) -> None:
+def _upgrade(connection: sa.Connection, file: Path | str) -> None:
     from alembic import command  # imported only here: it costs as much as all else that a listing needs
     from alembic.config import Config
     from alembic.util import CommandError
@@ -116,10 +138,13 @@ def _upgrade(connection: sa.Connection, file: Path) -> None:
         ) from error
 
 
-def _translate(error: DBAPIError, file: Path) -> StoreError:
-    text = str(error.orig)
+def _translate(error: DBAPIError, file: Path | str) -> StoreError:
+    text = " ".join(str(error.orig).split())
     for part, cause, fix in (
         ("locked", f"another process has been writing to it for {BUSY_TIMEOUT_MS // 1000} s", "try again"),
+        ("lock timeout", f"another process has been writing for {BUSY_TIMEOUT_MS // 1000} s", "try again"),
+        ("connection failed", "the database does not answer", "check host and port, and that it runs"),
+        ("authentication", "the database refuses this user", "set PGPASSWORD, or keep it in ~/.pgpass"),
         ("full", "the disk is full", "free some space and run this again: it is safe to repeat"),
         ("readonly", "the file or its folder cannot be written", "name a registry of your own with --registry"),
         ("unable to open", "its folder is missing or cannot be written", "check the path, or give another --registry"),

@@ -18,7 +18,8 @@ from flora.registry.store import BlobStore
 class Home:
     """What every operation on a registry is given."""
 
-    def __init__(self, root: Path, index_file: Path) -> None:
+    def __init__(self, root: Path, index_file: Path | str) -> None:
+        """index_file  SQLite's file, or the URL of a PostgreSQL database"""
         self.root = root
         self.store = BlobStore(root)
         self.journal = Journal(root / "journal.jsonl")

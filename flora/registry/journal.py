@@ -88,8 +88,11 @@ class Journal:
 
     def resume(self, connection: sa.Connection) -> None:
         """Lets a new index number its lines after those of the file."""
-        connection.execute(journal_lines.insert().values(id=max(self._lines(), default=1), change=""))
+        last = max(self._lines(), default=1)
+        connection.execute(journal_lines.insert().values(id=last, change=""))
         connection.execute(journal_lines.delete())
+        if connection.dialect.name == "postgresql":  # a sequence takes no notice of numbers that it did not give
+            connection.exec_driver_sql(f"SELECT setval(pg_get_serial_sequence('journal_lines', 'id'), {last:d})")
 
     def read(self) -> list[Change]:
         """Every change in the file, in order. What a crash tore is passed over: the next flush wrote it again."""

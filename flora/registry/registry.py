@@ -48,13 +48,14 @@ class Registry:
 
     @classmethod
     def open(cls, url: str | Path | None = None, *, create: bool = True) -> Registry:
-        """The registry in folder `url`, or with its index at `sqlite:///FILE`; None: the one that the settings name.
+        """The registry in folder `url`, with its index at `sqlite:///FILE` or `postgresql://…?blobs=FOLDER`; None: the
+        one that the settings name.
 
         Raises UsageError (another kind of URL), NotFound (not there, and create is False), StoreError.
         """
         root, index_file = locate(url)
-        if not index_file.exists():
-            if not create:
+        if isinstance(index_file, str) or not index_file.exists():
+            if not create and not isinstance(index_file, str):
                 raise NotFound(
                     f"there is no registry at {root}",
                     fix="`flora extract … --name NAME` makes one; --registry names another",

@@ -8,13 +8,15 @@ import sqlalchemy as sa
 metadata = sa.MetaData()
 # SQLite: STRICT tables know INTEGER, of 64 bits, and REAL
 _BIG: sa.types.TypeEngine[int] = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+# PostgreSQL: names in the order of their bytes, as SQLite has them, whatever the language of the server
+_NAME: sa.types.TypeEngine[str] = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _DOUBLE: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
 
 names = sa.Table(
     "names",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("name", _NAME, nullable=False, unique=True),
     sa.Column("next_number", sa.Integer, nullable=False),  # survives removals, so no number is given twice
     sqlite_strict=True,
 )

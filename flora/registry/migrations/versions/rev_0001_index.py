@@ -7,6 +7,8 @@ revision = "0001"
 down_revision = None
 
 _BIG: sa.types.TypeEngine[int] = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+# PostgreSQL: names in the order of their bytes, as SQLite has them, whatever the language of the server
+_NAME: sa.types.TypeEngine[str] = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 _DOUBLE: sa.types.TypeEngine[float] = sa.Double().with_variant(sa.REAL(), "sqlite")
 
 
@@ -14,7 +16,7 @@ def upgrade() -> None:
     op.create_table(
         "names",
         sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("name", sa.Text, nullable=False, unique=True),
+        sa.Column("name", _NAME, nullable=False, unique=True),
         sa.Column("next_number", sa.Integer, nullable=False),
         sqlite_strict=True,
     )
