@@ -39,7 +39,11 @@ Ref = Annotated[
 Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_reference)]
 RegistryUrl = Annotated[
     str | None,
-    typer.Option("--registry", metavar="URL", help="Registry folder, sqlite:///FILE or postgresql://HOST/DB?blobs=FOLDER, instead of the default."),
+    typer.Option(
+        "--registry",
+        metavar="URL",
+        help="Registry folder, sqlite:///FILE or postgresql://HOST/DB?blobs=FOLDER, instead of the default.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, with a schema_version.")]
 IdsOnly = Annotated[bool, typer.Option("--quiet", "-q", help="Only ids on stdout, and no notes.")]

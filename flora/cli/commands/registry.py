@@ -112,9 +112,41 @@ def reindex(registry: RegistryUrl = None, as_json: AsJson = False, quiet: IdsOnl
         note(f"note: {ref} was left out: its manifest is missing or damaged")
 
 
+def conformance(
+    url: Annotated[
+        str | None, typer.Argument(metavar="[URL]", help="Folder, sqlite:///FILE or postgresql://…; default: yours.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: IdsOnly = False,
+) -> None:
+    """Whether a registry keeps what it promises: one suite for every backend. Exit 3 if a promise is not kept.
+
+    It works under a name of its own and removes what it made.
+
+    [bold]Example[/bold]
+
+      flora registry conformance postgresql://host/flora?blobs=/shared/flora
+    """
+    from flora.errors import CheckFailed
+    from flora.registry.conformance import run
+
+    form = choose_format(as_json=as_json, ids_only=quiet)
+    results = list(run(url))
+    rows = [{"promise": each.promise, "kept": each.failure is None, "failure": each.failure} for each in results]
+    columns = (
+        Column("promise", "promise"),
+        Column("kept", "kept", lambda kept: "yes" if kept else "NO"),
+        Column("failure", "failure", lambda failure: failure or ""),
+    )
+    print_table(form, "promises", columns, rows, id_key="promise")
+    if broken := [each for each in results if each.failure is not None]:
+        raise CheckFailed(f"{len(broken)} of {len(results)} promises are not kept", cause=broken[0].failure)
+
+
 VERBS: dict[str, Callable[..., None]] = {
     "protect": protect,
     "unprotect": unprotect,
     "events": events,
     "reindex": reindex,
+    "conformance": conformance,
 }
