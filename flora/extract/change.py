@@ -17,7 +17,7 @@ from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same
 from flora.extract.dequantize import dequantized
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
-from flora.extract.pairs import TensorPair
+from flora.extract.pair import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
 from flora.forms import as_matrix
 from flora.rank import rank_for_energy, signal_rank

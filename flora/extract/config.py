@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import UsageError
-from flora.extract.kinds import Wish
-from flora.extract.pairs import DEFAULT_WISH
+from flora.extract.kinds import DEFAULT_WISH, Wish
 from flora.rank import RankRule
 
 FACTOR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}  # of one stored number

@@ -13,7 +13,7 @@ from flora.errors import FloraError
 from flora.extract.change import Change, PairWorker
 from flora.extract.config import ExtractConfig
 from flora.extract.journal import Journal
-from flora.extract.pairs import TensorPair
+from flora.extract.pair import TensorPair
 from flora.extract.plan import ExtractionPlan
 from flora.extract.workers import in_order
 

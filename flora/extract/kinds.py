@@ -36,6 +36,9 @@ class Wish:
     vectors: bool = False  # norms and biases, whole
 
 
+DEFAULT_WISH = Wish()
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What becomes of one tensor: factors of that kind, a whole copy, or nothing for a reason in words."""

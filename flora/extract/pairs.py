@@ -1,65 +1,17 @@
-"""Which tensor of the tuned checkpoint belongs to which of the base, and whether they fit. Reads headers only."""
+"""Which tensor of the tuned checkpoint belongs to which of the base, and what becomes of it. Reads headers only."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from flora.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
-from flora.errors import CheckpointError, ShapeMismatch, UsageError
+from flora.checkpoint import Checkpoint, TensorInfo
+from flora.errors import UsageError
+from flora.extract.agreement import check_complete, check_dtypes, check_shapes
 from flora.extract.aliases import named_as
-from flora.extract.kinds import Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
-from flora.forms import Form, Kind, matrix_shape
-
-DEFAULT_WISH = Wish()
-BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPair:
-    """One tensor on both sides. `name` is the base's, with the prefix that only the tuned names have, if they do."""
-
-    name: str
-    base: TensorInfo | None  # None: only the tuned checkpoint holds it
-    tuned: TensorInfo | None  # None: a buffer that only the base holds
-    status: Literal["extractable", "exact", "not_extractable", "excluded"] = "extractable"  # exact: carried whole
-    reason: str | None = None  # of a status other than extractable
-    kind: Kind = "linear"  # of an extractable one
-    tied: tuple[str, ...] = ()  # modules without a tensor of their own that use this very embedding
-    twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
-
-    @property
-    def module(self) -> str:
-        return self.name.removesuffix(".weight")
-
-    @property
-    def sides(self) -> tuple[TensorInfo, ...]:
-        return tuple(info for info in (self.base, self.tuned) if info is not None)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.sides[0].shape
-
-    @property
-    def num_new_rows(self) -> int:
-        """Rows that a table has in the tuned checkpoint alone: those of new tokens."""
-        return self.tuned.shape[0] - self.base.shape[0] if self.base and self.tuned and self.shape else 0
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """[out, in] of an extractable one."""
-        return matrix_shape(self.kind, self.shape)
-
-    @property
-    def form(self) -> Form:
-        kernel = self.shape[2:] if self.kind == "conv" else ()
-        return Form(kind=self.kind, kernel=kernel, tied=self.tied)
-
-    @property
-    def num_bytes(self) -> int:
-        """What reading both sides takes."""
-        return sum(info.num_bytes for info in self.sides)
+from flora.extract.kinds import DEFAULT_WISH, Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
+from flora.extract.pair import TensorPair
 
 
 def pair_tensors(
@@ -76,9 +28,9 @@ def pair_tensors(
     UsageError (a glob that matches nothing, or nothing left to extract).
     """
     pairs, notes = match_names(base.tensors, tuned.tensors)
-    _check_shapes(pairs, base, tuned, wish)
-    _check_complete(pairs, base, tuned)
-    _check_dtypes(pairs)
+    check_shapes(pairs, base, tuned, wish)
+    check_complete(pairs, base, tuned)
+    check_dtypes(pairs)
     pairs = _select(_classify(pairs, base, wish), include, exclude)
     if not any(pair.status == "extractable" for pair in pairs):
         raise UsageError(
@@ -120,78 +72,6 @@ def _pair(
     ours, theirs = ours or twin[0], theirs or twin[1]  # a side that stores no head uses its embedding as one
     may_be_tied = (ours.shape, theirs.shape) == (twin[0].shape, twin[1].shape)
     return TensorPair(name, ours, theirs, twin=twin if may_be_tied else None)
-
-
-def _check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint, wish: Wish) -> None:
-    differing = [pair for pair in pairs if pair.base and pair.tuned and pair.base.shape != pair.tuned.shape]
-    if not differing:
-        return
-    vocabulary = [pair for pair in differing if is_embedding(pair.name) or is_head(pair.name)]
-    body = [pair for pair in differing if pair not in vocabulary]
-    if not body and wish.embeddings and all(_has_grown(pair) for pair in vocabulary):
-        return
-    pair = (body or vocabulary)[0]
-    assert pair.base is not None
-    assert pair.tuned is not None
-    what = f"{pair.name} is {list(pair.base.shape)} in the base, {list(pair.tuned.shape)} in {pair.tuned.file}"
-    values = {"tensor": pair.name, "base_shape": pair.base.shape, "tuned_shape": pair.tuned.shape}
-    if not body and pair.base.shape[1:] == pair.tuned.shape[1:]:
-        rows, new_rows = pair.base.shape[0], pair.tuned.shape[0]
-        raise ShapeMismatch(
-            what,
-            cause=f"the vocabulary was resized from {rows} to {new_rows} tokens before or during the tuning",
-            fix="--embeddings carries the rows of new tokens, for PEFT; or tune without new tokens"
-            if new_rows > rows
-            else "extraction needs one vocabulary: resize the base likewise, or tune without resizing",
-            **values,
-        )
-    raise ShapeMismatch(what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), **values)
-
-
-def _has_grown(pair: TensorPair) -> bool:
-    assert pair.base is not None
-    assert pair.tuned is not None
-    return pair.base.shape[1:] == pair.tuned.shape[1:] and pair.num_new_rows > 0
-
-
-def _check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
-    untied = tuned.config.get("tie_word_embeddings") is False  # and so it should have a head of its own
-    missing = [
-        pair.name
-        for pair in pairs
-        if (pair.tuned is None and not pair.name.endswith(BUFFERS))
-        or (untied and pair.twin is not None and pair.tuned is pair.twin[1])
-    ]
-    new = [pair.name for pair in pairs if pair.base is None]
-    if not missing and (not new or base.architecture == tuned.architecture):
-        return
-    if missing:
-        what = f"{tuned.path} lacks {len(missing)} of the base's tensors, {missing[0]} among them"
-    else:
-        what = f"{tuned.path} holds {len(new)} tensors that the base lacks, {new[0]} among them"
-    if base.architecture != tuned.architecture or len(missing) > len(base.tensors) // 2:
-        raise CheckpointError(
-            what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), missing=missing
-        )
-    raise CheckpointError(
-        what,
-        cause="the checkpoint was saved in part, or a shard of it is not there",
-        fix="save the whole model again: model.save_pretrained(folder)",
-        missing=missing,
-    )
-
-
-def _check_dtypes(pairs: Sequence[TensorPair]) -> None:
-    for pair in pairs:
-        for info in pair.sides:
-            if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith("weight")):
-                raise CheckpointError(
-                    f"{info.name} of {info.file} is stored as {info.dtype}, a quantized weight",
-                    cause="Flora reads fp8 weights that have a scale beside them, and no other quantized ones",
-                    fix="give the checkpoint as it was before quantization: float32, bfloat16 or float16",
-                    tensor=info.name,
-                    dtype=info.dtype,
-                )
 
 
 def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list[TensorPair]:
@@ -250,26 +130,3 @@ def _main_reasons(pairs: Sequence[TensorPair]) -> str:
     for pair in pairs:
         num_bytes[pair.reason or ""] += pair.num_bytes
     return "; ".join(reason for reason, _ in num_bytes.most_common(2))
-
-
-def _two_architectures(base: Checkpoint, tuned: Checkpoint) -> str:
-    return (
-        f"these two checkpoints are not of one architecture (config.json: {_describe(base)} against {_describe(tuned)})"
-    )
-
-
-def _describe(checkpoint: Checkpoint) -> str:
-    numel = sum(info.numel for info in checkpoint.tensors.values())
-    size = next(
-        (f"{numel / unit:.3g}{letter}" for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if numel >= unit),
-        str(numel),
-    )
-    return f"{checkpoint.architecture} of {size} parameters"
-
-
-def _other_base(base: Checkpoint, tuned: Checkpoint) -> str:
-    fix = "give the base that this checkpoint was tuned from"
-    origin = tuned.name
-    if origin not in (tuned.path.name, base.name):
-        fix += f"; its config.json names {origin}"
-    return fix

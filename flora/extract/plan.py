@@ -10,7 +10,8 @@ from flora.errors import UsageError
 from flora.extract.config import FACTOR_BYTES, ExtractConfig
 from flora.extract.dequantize import dequantized
 from flora.extract.factorize import GRAM_SIDE
-from flora.extract.pairs import TensorPair, pair_tensors
+from flora.extract.pair import TensorPair
+from flora.extract.pairs import pair_tensors
 from flora.extract.sidecars import check_vocabulary
 from flora.extract.workers import Crew, choose_crew
 from flora.rank import RankRule

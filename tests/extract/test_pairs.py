@@ -7,7 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeFo
 
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
-from flora.extract.pairs import TensorPair, pair_tensors
+from flora.extract.pair import TensorPair
+from flora.extract.pairs import pair_tensors
 from tests.extract.models import SIZES, build, rewrite, save, tune
 from tests.extract.zoo import ZOO
 

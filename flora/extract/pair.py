@@ -1,0 +1,53 @@
+"""One tensor of the base and its counterpart of the tuned checkpoint."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flora.checkpoint import TensorInfo
+from flora.forms import Form, Kind, matrix_shape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """One tensor on both sides. `name` is the base's, with the prefix that only the tuned names have, if they do."""
+
+    name: str
+    base: TensorInfo | None  # None: only the tuned checkpoint holds it
+    tuned: TensorInfo | None  # None: a buffer that only the base holds
+    status: Literal["extractable", "exact", "not_extractable", "excluded"] = "extractable"  # exact: carried whole
+    reason: str | None = None  # of a status other than extractable
+    kind: Kind = "linear"  # of an extractable one
+    tied: tuple[str, ...] = ()  # modules without a tensor of their own that use this very embedding
+    twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @property
+    def sides(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for info in (self.base, self.tuned) if info is not None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sides[0].shape
+
+    @property
+    def num_new_rows(self) -> int:
+        """Rows that a table has in the tuned checkpoint alone: those of new tokens."""
+        return self.tuned.shape[0] - self.base.shape[0] if self.base and self.tuned and self.shape else 0
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """[out, in] of an extractable one."""
+        return matrix_shape(self.kind, self.shape)
+
+    @property
+    def form(self) -> Form:
+        kernel = self.shape[2:] if self.kind == "conv" else ()
+        return Form(kind=self.kind, kernel=kernel, tied=self.tied)
+
+    @property
+    def num_bytes(self) -> int:
+        """What reading both sides takes."""
+        return sum(info.num_bytes for info in self.sides)
