@@ -2,6 +2,8 @@
 
 A page is found by what it depends on: the serving digest of the adapter (None: the base) and every token up to the
 page's end, compared as they are, not by a hash. So no request ever meets keys of other weights or of another prompt.
+On a CPU an answer from the cache has the bits of one that is computed whole. On a GPU it has them where a row's keys do
+not depend on the rows beside it; else they are those of whatever step computed them, which may differ in the last bits.
 Source: block-granular sharing as in vLLM (arXiv:2309.06180, section 4.4), as a tree per adapter as in SGLang
 (arXiv:2312.07104, section 3).
 """
