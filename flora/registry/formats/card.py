@@ -17,6 +17,8 @@ _FLAGS = {
     "factor_dtype": "--dtype",
     "include": "--include",
     "exclude": "--exclude",
+    "embeddings": "--embeddings",
+    "vectors": "--vectors",
 }
 
 
@@ -168,7 +170,9 @@ def _command(header: AdapterHeader) -> str | None:
 
 def _flags(options: dict[str, str | int | float | bool | None]) -> Iterator[str]:
     for name, flag in _FLAGS.items():
-        if (value := options.get(name)) is not None:
+        if (value := options.get(name)) is True:
+            yield flag
+        elif value is not None:
             for part in str(value).split(",") if name in ("include", "exclude") else [str(value)]:
                 yield from (flag, part)
 
