@@ -127,6 +127,21 @@ def test_a_folder_that_was_changed_in_one_place_is_refused(tmp_path, name):
         load_peft(tmp_path / "adapter")
 
 
+def test_peft_merges_a_tied_table_rightly_once_the_head_has_a_copy_of_its_own(tmp_path):
+    """As docs/embeddings.md says: on the shared weight, PEFT adds the change once for each side."""
+    base, _, adapter = extracted(build(), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = logits(with_deltas(model, adapter))
+
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    merged = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload()
+
+    with torch.no_grad():
+        assert float((logits(merged) - wanted).norm() / wanted.norm()) < 1e-6
+
+
 # --- factors of eight bits ---
 
 
