@@ -3,8 +3,8 @@
     python benchmarks/bench_registry.py [--adapters 10000] [--out benchmarks/results/bench_registry.jsonl]
 
 The adapters go in through `Registry.add_many`, each under a name of its own. Measured: a whole `flora ls` process,
-with --limit 50 and without (wall time, and the CPU time that a busy machine does not stretch as much), `resolve` inside
-a process that has the registry open, and loading one adapter. Beside it the plain way: a folder of PEFT folders, whose
+with --limit 50 and without (wall time, and the CPU time that a busy machine does not stretch as much), `resolve`, a page of
+the listing and one addition inside a process that has the registry open, and loading one adapter. Beside it the plain way: a folder of PEFT folders, whose
 adapter_config.json a bare Python process opens one by one. Results are checked before they are timed.
 """
 
@@ -115,6 +115,12 @@ def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
             start = time.perf_counter()
             registry.resolve(ref)
             resolve_ms.append((time.perf_counter() - start) * 1e3)
+        middle = num_adapters // 2
+        assert len(registry.names(limit=50, offset=middle)) == min(50, num_adapters - middle)
+        page_ms = median_ms(lambda: registry.names(limit=50, offset=middle), repeats=20)
+        late = iter([make_one(num_adapters + extra, seed) for extra in range(20)])
+        add_one_ms = median_ms(lambda: registry.add(next(late), "late"), repeats=20)
+        registry.remove("late", force=True)
         load_ms = median_ms(lambda: registry.load(registry.resolve(refs[0])), repeats=20)
 
     everything = sorted(map(name_of, range(num_adapters)))
@@ -125,6 +131,8 @@ def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
         "add_ms_each": add_s / num_adapters * 1e3,
         "resolve_p50_ms": statistics.median(resolve_ms),
         "resolve_p99_ms": statistics.quantiles(resolve_ms, n=100)[98],
+        "page_ms": page_ms,
+        "add_one_ms": add_one_ms,
         "load_ms": load_ms,
         "ls_50_ms": median_ms(lambda: run_ls(folder, "--limit", "50"), repeats=9),
         "ls_50_cpu_ms": median_cpu_ms(lambda: run_ls(folder, "--limit", "50"), repeats=9),
@@ -138,8 +146,10 @@ def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
 def print_table(record: dict) -> None:
     rows = [
         ("add, in bulk", record["add_ms_each"], ""),
-        ("resolve, median", record["resolve_p50_ms"], "2"),
-        ("resolve, 99 of 100", record["resolve_p99_ms"], "2"),
+        ("add one", record["add_one_ms"], "20"),
+        ("list a page of 50", record["page_ms"], "100"),
+        ("resolve, median", record["resolve_p50_ms"], "1"),
+        ("resolve, 99 of 100", record["resolve_p99_ms"], ""),
         ("load one adapter", record["load_ms"], ""),
         ("flora ls --limit 50, the process", record["ls_50_ms"], "500"),
         ("  its CPU time", record["ls_50_cpu_ms"], ""),
