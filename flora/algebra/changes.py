@@ -9,8 +9,8 @@ from flora.adapter import Module
 from flora.algebra.combine import Combination, Term, dense
 from flora.algebra.parts import Part, merge_exact, modules_of, terms_of
 from flora.algebra.places import as_matrix, tensor_name
-from flora.checkpoint import Checkpoint
-from flora.errors import NotFinite
+from flora.checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from flora.errors import NotFinite, Unsupported
 
 
 def checkpoint_changes(
@@ -26,10 +26,22 @@ def checkpoint_changes(
         change = _adding(module, terms[name], combination)
         for tensor in (tensor_name(module, base.tensors), *(f"{tied}.weight" for tied in module.tied)):
             if tensor in base.tensors:
+                _check_dtype(base.tensors[tensor])
                 changes[tensor] = change
     for name, whole in merge_exact(parts, base).items():
         changes[name] = _replacing(whole)
     return changes
+
+
+def _check_dtype(info: TensorInfo) -> None:
+    """Raises Unsupported for a quantized weight: what is added to it would have to be quantized too."""
+    if info.dtype not in FLOAT_DTYPES:
+        raise Unsupported(
+            f"{info.name} of {info.file} is stored as {info.dtype}, to which nothing can be added",
+            cause="a merged checkpoint keeps each tensor's own format",
+            fix="merge into the base as it was before quantization: float32, bfloat16 or float16",
+            tensor=info.name,
+        )
 
 
 def _adding(module: Module, terms: Sequence[Term], combination: Combination) -> Callable[[Tensor], Tensor]:

@@ -155,7 +155,14 @@ def _apply(adapter: Adapter, model: Any, paths: Mapping[str, str]) -> None:
             as_matrix(_parameter(parameters, f"{name}.weight", name), module).add_(factors.delta())
         for tensor, whole in adapter.exact.items():
             module_name, _, leaf = tensor.rpartition(".")
-            _parameter(parameters, f"{paths.get(module_name, module_name)}.{leaf}").copy_(whole)
+            weight = _parameter(parameters, f"{paths.get(module_name, module_name)}.{leaf}")
+            if weight.shape != whole.shape:
+                raise Unsupported(
+                    f"the adapter carries rows of new tokens for {tensor}, for which the base's model has no place",
+                    fix="leave out --prompts: the weights are verified without it",
+                    tensor=tensor,
+                )
+            weight.copy_(whole)
 
 
 def _parameter(parameters: Mapping[str, Tensor], *names: str) -> Tensor:

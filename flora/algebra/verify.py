@@ -18,12 +18,14 @@ from flora.adapter import Adapter, Module, TensorChange
 from flora.algebra.places import as_matrix, tensor_name
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import BaseMismatch, CheckpointError, ShapeMismatch
+from flora.extract.dequantize import dequantized
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import match_names
 from flora.lowrank import LowRank
 
 TOLERANCE = 5e-4  # of a tensor's energy; a certificate's own sums and a pruning's rounding stay well below
 _CHUNK = 1 << 20  # elements held in float64 at once
+_PIECE = 16 << 20  # bytes hashed at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ def verify(
     for pair in pairs:
         assert pair.base is not None
         touched = modules.get(pair.base.name)
+        if touched is not None:
+            _check_base(stored.tensors[pair.base.name], stored, adapter)
         if not (touched is None and _is_tied(pair, base, tuned)):
             found.append(_verify_pair(pair, base, tuned, touched, adapter, record.get(pair.name), tolerance))
         done += pair.num_bytes
@@ -143,22 +147,32 @@ def _verify_pair(
 ) -> Verified:
     assert pair.base is not None
     assert pair.tuned is not None
-    if pair.base.shape != pair.tuned.shape:
+    new_rows = pair.tuned.shape[0] - pair.base.shape[0] if pair.base.shape else 0
+    if pair.base.shape[1:] != pair.tuned.shape[1:] or new_rows < 0 or (new_rows and touched):
         raise ShapeMismatch(
             f"{pair.name} is {list(pair.base.shape)} in the base, {list(pair.tuned.shape)} in {pair.tuned.file}",
             fix="give the two checkpoints that the adapter was extracted from",
             tensor=pair.name,
         )
     before, after = base.load(pair.base.name), tuned.load(pair.tuned.name)
-    if touched is None:
+    if touched is not None:
+        module, factors = touched
+        norm, residual = _norms(as_matrix(before, module), as_matrix(after, module), factors)
+        return Verified(pair.name, factors.rank, norm, residual, certified, tolerance)
+    norm, residual = _untouched(before, after, adapter.exact.get(pair.name))
+    return Verified(pair.name, 0, norm, residual, certified, tolerance)
+
+
+def _untouched(before: Tensor, after: Tensor, whole: Tensor | None) -> tuple[float, float]:
+    """The same of a tensor without factors, which the adapter may carry whole; of a grown table, its new rows."""
+    old_rows = before.shape[0] if before.dim() else 0
+    if before.shape == after.shape:
         norm, residual = _norms(before, after, None)
-        if (whole := adapter.exact.get(pair.name)) is not None:
-            residual, _ = _norms(whole, after, None)
-        return Verified(pair.name, 0, norm, residual, certified, tolerance)
-    module, factors = touched
-    _check_base(before, pair.base, base, adapter)
-    norm, residual = _norms(as_matrix(before, module), as_matrix(after, module), factors)
-    return Verified(pair.name, factors.rank, norm, residual, certified, tolerance)
+        return norm, residual if whole is None else _norms(whole, after, None)[0]
+    norm, residual = _norms(before, after[:old_rows], None)
+    added, _ = _norms(torch.zeros_like(after[old_rows:]), after[old_rows:], None)
+    missing = added if whole is None else _norms(whole, after[old_rows:], None)[0]
+    return norm + added, residual + missing
 
 
 def _norms(before: Tensor, after: Tensor, factors: LowRank | None) -> tuple[float, float]:
@@ -180,13 +194,18 @@ def _row_chunks(tensor: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, tensor.shape[0], step))
 
 
-def _check_base(before: Tensor, info: TensorInfo, base: Checkpoint, adapter: Adapter) -> None:
-    """Raises BaseMismatch if the record says by sha256 that the factors were computed against another tensor."""
+def _check_base(info: TensorInfo, base: Checkpoint, adapter: Adapter) -> None:
+    """Raises BaseMismatch if the record says by sha256 that the factors were computed against other stored bytes."""
     wanted = adapter.header.base.touched.get(info.name)
     if wanted is None:
         return
-    data = before.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    if hashlib.sha256(data).hexdigest() != wanted:
+    found, left = hashlib.sha256(), info.num_bytes
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        while left > 0 and (piece := file.read(min(left, _PIECE))):
+            found.update(piece)
+            left -= len(piece)
+    if found.hexdigest() != wanted:
         raise BaseMismatch(
             f"{info.name} of {base.path} is not the tensor that this adapter was extracted from",
             cause=f"its sha256 is not the one that the adapter records for base {adapter.header.base.base_id}",
