@@ -3,9 +3,10 @@
     python benchmarks/bench_registry.py [--adapters 10000] [--out benchmarks/results/bench_registry.jsonl]
 
 The adapters go in through `Registry.add_many`, each under a name of its own. Measured: a whole `flora ls` process,
-with --limit 50 and without (wall time, and the CPU time that a busy machine does not stretch as much), `resolve`, a page of
-the listing and one addition inside a process that has the registry open, and loading one adapter. Beside it the plain way: a folder of PEFT folders, whose
-adapter_config.json a bare Python process opens one by one. Results are checked before they are timed.
+with --limit 50 and without (wall time, and the CPU time that a busy machine does not stretch as much); inside a process
+that has the registry open `resolve`, a page of the listing, one addition, and loading one adapter. Beside it the plain
+way: a folder of PEFT folders, whose adapter_config.json a bare Python process opens one by one. Results are checked
+before they are timed.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def measure(scratch: Path, num_adapters: int, seed: int) -> dict[str, float]:
         middle = num_adapters // 2
         assert len(registry.names(limit=50, offset=middle)) == min(50, num_adapters - middle)
         page_ms = median_ms(lambda: registry.names(limit=50, offset=middle), repeats=20)
-        late = iter([make_one(num_adapters + extra, seed) for extra in range(20)])
+        late = iter([make_one(num_adapters + extra, seed) for extra in range(21)])
         add_one_ms = median_ms(lambda: registry.add(next(late), "late"), repeats=20)
         registry.remove("late", force=True)
         load_ms = median_ms(lambda: registry.load(registry.resolve(refs[0])), repeats=20)
