@@ -29,14 +29,14 @@ from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.layout import PoolGeometry
-from flora.serve.engine.loader import ThreadLoader
-from flora.serve.engine.packing import PackedAdapter
-from flora.serve.engine.pages import PagePool
-from flora.serve.engine.policy import Policy
+from flora.serve.engine.loading.loader import ThreadLoader
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.pool import DevicePool
-from flora.serve.engine.residency import Resident
 from flora.serve.engine.sampler import Drawn
-from flora.serve.engine.scheduler import Chunk, Limits
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.residency import Resident
+from flora.serve.engine.schedule.scheduler import Chunk, Limits
 from flora.serve.engine.tables import AdapterTables
 from flora.serve.messages import Ready, Submit
 from flora.serve.request import AdapterTarget, SamplingParams

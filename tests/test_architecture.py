@@ -67,6 +67,20 @@ def imported_rooms(path: Path) -> set[str]:
     return rooms - {room_of(path)}
 
 
+def test_the_schedule_is_integers_only():
+    """No torch, no numpy, no clock, and nothing of the engine around it."""
+    allowed = ("flora.serve.engine.schedule", "flora.serve.request", "flora.errors")
+    foreign = {
+        f"{path.name} -> {name}"
+        for path in (PACKAGE / "serve/engine/schedule").glob("*.py")
+        for name in imports(path)
+        if name.split(".")[0] in ("torch", "numpy", "time", "asyncio", "threading")
+        or (name.startswith("flora.") and not name.startswith(allowed))
+    }
+
+    assert not foreign
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_follow_the_arrows(room):
     crossings = {

@@ -20,8 +20,8 @@ from flora.bench.workload import all_numbers
 from flora.errors import CheckFailed
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
-from flora.serve.engine.pages import Use
 from flora.serve.engine.pool import DevicePool
+from flora.serve.engine.schedule.pages import Use
 from tests.bench.clocks import SteppingClock
 
 TINY = Setting("tiny", "attention", ranks=(8, 4), adapters=(0, 3), num_requests=12, lengths=(4, 16))

@@ -26,14 +26,14 @@ def promised(command: str) -> tuple[str | None, list[str]]:
         ("tag", ["tag", "sql", "canary"]),
         ("promote", ["promote", "sql"]),
         ("push", ["push", "sql", "ann/sql", "--dry-run"]),
-        ("pull", ["pull", "../shared"]),
+        ("pull", ["pull", "../drawer"]),
         ("compat", ["compat", "sql"]),
         ("gc", ["gc"]),
         ("registry events", ["registry", "events"]),
     ],
 )
 def test_answers_have_the_keys_that_are_documented(stored, command, words):
-    stored("export", "sql", "--out", "../shared")
+    stored("export", "sql", "--out", "../drawer")
     kind, keys = promised(command)
 
     answer = stored(*words, "--json").json

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flora.kernels import ALL_GROUPS, Group, WorkList, split_segments
-from flora.serve.engine.pages import NULL_PAGE
-from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.schedule.pages import NULL_PAGE
+from flora.serve.engine.schedule.scheduler import Chunk
 
 DECODE_BLOCK_ROWS = 16
 PREFILL_BLOCK_ROWS = 64

@@ -13,22 +13,22 @@ from flora.errors import UsageError
 from flora.identity import BaseRecord, base_record
 from flora.kernels import Ops
 from flora.serve.config import EngineConfig
-from flora.serve.engine.arena import Arena
 from flora.serve.engine.cpu.ops import CpuOps
 from flora.serve.engine.engine import Engine
 from flora.serve.engine.layout import PoolGeometry
-from flora.serve.engine.loader import Loader, ThreadLoader
+from flora.serve.engine.loading.arena import Arena
+from flora.serve.engine.loading.loader import Loader, ThreadLoader
+from flora.serve.engine.loading.processes import ProcessLoader
+from flora.serve.engine.loading.source import RegistrySource
 from flora.serve.engine.merge import merge_into
 from flora.serve.engine.model.config import ModelConfig, parse_model_config, resolve_max_context
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.model.weights import ModelWeights, draw_weights, load_weights
-from flora.serve.engine.pages import PagePool
-from flora.serve.engine.policy import Policy
 from flora.serve.engine.pool import DevicePool
-from flora.serve.engine.process_loader import ProcessLoader
 from flora.serve.engine.runner import Runner, SerialRunner
-from flora.serve.engine.scheduler import Limits
-from flora.serve.engine.source import RegistrySource
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.scheduler import Limits
 from flora.serve.messages import Ready
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable
 
 from flora.errors import DeadlineMissed, EngineDead, FloraError, Overloaded, PromptTooLong, RequestInvalid
-from flora.serve.engine.host_cache import HostCache
-from flora.serve.engine.loader import Loader
+from flora.serve.engine.loading.host_cache import HostCache
+from flora.serve.engine.loading.loader import Loader
 from flora.serve.engine.outbox import Outbox, Outgoing
-from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.policy import Policy
 from flora.serve.engine.runner import LaunchedStep, Runner
 from flora.serve.engine.sampler import Drawn
-from flora.serve.engine.scheduler import Chunk, Limits, Plan, Scheduler
-from flora.serve.engine.sequence import Key, Sequence, State
+from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.scheduler import Chunk, Limits, Plan, Scheduler
+from flora.serve.engine.schedule.sequence import Key, Sequence, State
 from flora.serve.engine.supply import AdapterSupply
 from flora.serve.messages import (
     Cancel,

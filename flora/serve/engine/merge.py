@@ -16,7 +16,7 @@ from flora.errors import AdapterInvalid, NotFinite, ShapeMismatch, Unsupported
 from flora.identity import BaseRecord
 from flora.lowrank import LowRank
 from flora.registry import Registry
-from flora.serve.engine.binding import check_base
+from flora.serve.engine.loading.binding import check_base
 from flora.serve.request import AdapterTarget
 
 

@@ -1,7 +1,7 @@
 """What the engine has to tell, gathered over a step: one StepEvents frame for each front end."""
 
 from flora.errors import FloraError
-from flora.serve.engine.sequence import Key
+from flora.serve.engine.schedule.sequence import Key
 from flora.serve.messages import FromEngine, Rejected, StepEvents, TokenEvent
 
 Outgoing = tuple[bytes, FromEngine]  # a front end's identity, and what it is told

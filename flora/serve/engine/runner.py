@@ -9,12 +9,12 @@ from torch import Tensor
 
 from flora.errors import EngineDead
 from flora.serve.engine.batch import Batch, build_batch
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.model.llama import LlamaModel
-from flora.serve.engine.packing import PackedAdapter
 from flora.serve.engine.pool import DevicePool
-from flora.serve.engine.residency import Resident
 from flora.serve.engine.sampler import Draw, Drawn, sample
-from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.schedule.residency import Resident
+from flora.serve.engine.schedule.scheduler import Chunk
 from flora.serve.engine.tables import AdapterTables
 
 

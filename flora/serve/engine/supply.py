@@ -5,15 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flora.errors import FloraError
-from flora.serve.engine.host_cache import HostCache
-from flora.serve.engine.loader import Loader, LoadFailed
+from flora.serve.engine.loading.host_cache import HostCache
+from flora.serve.engine.loading.loader import Loader, LoadFailed
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.outbox import Outbox
-from flora.serve.engine.packing import PackedAdapter
-from flora.serve.engine.pages import PagePool
-from flora.serve.engine.residency import Resident
 from flora.serve.engine.runner import Runner
-from flora.serve.engine.scheduler import Scheduler
-from flora.serve.engine.sequence import Sequence
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.residency import Resident
+from flora.serve.engine.schedule.scheduler import Scheduler
+from flora.serve.engine.schedule.sequence import Sequence
 from flora.serve.messages import AdapterLoaded, AdapterUnloaded, LoadAdapter, UnloadAdapter
 
 logger = logging.getLogger(__name__)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
-from flora.serve.engine.pages import PagePool
-from flora.serve.engine.policy import Policy
-from flora.serve.engine.scheduler import Chunk, Limits, Plan, Scheduler
-from flora.serve.engine.sequence import PENDING, Sequence, State
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.scheduler import Chunk, Limits, Plan, Scheduler
+from flora.serve.engine.schedule.sequence import PENDING, Sequence, State
 from flora.serve.request import AdapterTarget, SamplingParams
 
 PAGE_TOKENS = 4

@@ -7,7 +7,7 @@ import pytest
 from flora.adapter import BaseBinding
 from flora.errors import BaseMismatch
 from flora.identity import BaseRecord, TensorRecord
-from flora.serve.engine.binding import check_base
+from flora.serve.engine.loading.binding import check_base
 
 SERVED = BaseRecord((TensorRecord("a", "F32", (2,), "11"), TensorRecord("b", "F32", (2,), "22")))
 OTHER_ID = "sha256:" + "0" * 64

@@ -8,7 +8,7 @@ import torch
 
 from flora.adapter import Adapter
 from flora.serve.engine import Engine
-from flora.serve.engine.residency import Resident
+from flora.serve.engine.schedule.residency import Resident
 from flora.serve.request import AdapterTarget, SamplingParams
 from tests.serve.engine.adapters import random_adapter, with_peft
 from tests.serve.engine.bases import VOCAB, load_judge

@@ -10,8 +10,8 @@ import torch
 from flora.adapter import AdapterHeader, ChangeReport, TensorChange, make_adapter
 from flora.lowrank import LowRank
 from flora.serve.engine import Engine
-from flora.serve.engine.pages import Use
-from flora.serve.engine.sequence import State
+from flora.serve.engine.schedule.pages import Use
+from flora.serve.engine.schedule.sequence import State
 from flora.serve.messages import (
     AdapterLoaded,
     AdapterUnloaded,

@@ -12,8 +12,8 @@ from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
-from flora.serve.engine.scheduler import Chunk
-from flora.serve.engine.sequence import PENDING, Sequence, State
+from flora.serve.engine.schedule.scheduler import Chunk
+from flora.serve.engine.schedule.sequence import PENDING, Sequence, State
 from flora.serve.request import SamplingParams
 
 PAGE_TOKENS, TABLE_PAGES, ROWS, SEQUENCES = 4, 16, 160, 24

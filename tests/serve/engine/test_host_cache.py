@@ -2,9 +2,9 @@
 
 import torch
 
-from flora.serve.engine.host_cache import HostCache
 from flora.serve.engine.layout import AdapterLayout
-from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.loading.host_cache import HostCache
+from flora.serve.engine.loading.packing import PackedAdapter
 
 
 def packed(digest: str, num_bytes: int = 400) -> PackedAdapter:

@@ -2,7 +2,7 @@
 
 import random
 
-from flora.serve.engine.pages import Use
+from flora.serve.engine.schedule.pages import Use
 from flora.serve.messages import Cancel
 from flora.serve.request import AdapterTarget, SamplingParams
 from tests.conftest import IS_FULL

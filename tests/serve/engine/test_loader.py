@@ -7,8 +7,8 @@ import torch
 
 from flora.errors import AdapterNotFound, ServeError
 from flora.serve.engine.layout import AdapterLayout
-from flora.serve.engine.loader import LoadFailed, ThreadLoader
-from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.loading.loader import LoadFailed, ThreadLoader
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
 
 

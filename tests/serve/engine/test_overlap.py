@@ -7,10 +7,10 @@ import msgspec
 import pytest
 
 from flora.serve.engine import Engine
-from flora.serve.engine.pages import Use
 from flora.serve.engine.runner import DoneStep
-from flora.serve.engine.scheduler import Chunk
-from flora.serve.engine.sequence import PENDING, Sequence
+from flora.serve.engine.schedule.pages import Use
+from flora.serve.engine.schedule.scheduler import Chunk
+from flora.serve.engine.schedule.sequence import PENDING, Sequence
 from flora.serve.messages import Cancel, UnloadAdapter
 from flora.serve.request import SamplingParams
 from tests.serve.engine.adapters import random_adapter

@@ -10,8 +10,8 @@ from flora.errors import NotFinite
 from flora.kernels import CHUNK
 from flora.lowrank import LowRank
 from flora.serve.engine.layout import PoolGeometry, adapter_layout
+from flora.serve.engine.loading.packing import pack_cells
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
-from flora.serve.engine.packing import pack_cells
 from tests.serve.engine.adapters import random_adapter
 
 GEOMETRY = PoolGeometry(num_planes=2, num_pages=9, page_tokens=4, num_kv_heads=1, head_dim=24, itemsize=4)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flora.errors import OutOfPages
-from flora.serve.engine.pages import NULL_PAGE, PagePool, Use
+from flora.serve.engine.schedule.pages import NULL_PAGE, PagePool, Use
 
 
 def test_kv_grows_from_the_low_end_and_adapters_from_the_high_one():

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from flora.bench.trace import Trace, Workload, draw_trace
-from flora.serve.engine.policy import Policy
-from flora.serve.engine.scheduler import Plan
-from flora.serve.engine.sequence import Sequence, State
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.scheduler import Plan
+from flora.serve.engine.schedule.sequence import Sequence, State
 from tests.serve.engine.desk import Desk
 from tests.serve.engine.worlds import ask, run_to_end
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from flora.serve.engine.layout import PoolGeometry
-from flora.serve.engine.pages import NULL_PAGE
 from flora.serve.engine.pool import DevicePool
+from flora.serve.engine.schedule.pages import NULL_PAGE
 from flora.serve.request import SamplingParams
 from tests.serve.engine.adapters import random_adapter
 from tests.serve.engine.worlds import Answer, World, ask, collect, run_to_end

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from flora.serve.engine.eviction import Eviction
-from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.prefix import PrefixCache, PrefixPage
+from flora.serve.engine.schedule.eviction import Eviction
+from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.prefix import PrefixCache, PrefixPage
 from flora.serve.messages import UnloadAdapter
 from tests.serve.engine.adapters import random_adapter
 from tests.serve.engine.bases import VOCAB

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flora.serve.engine.eviction import Eviction
-from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.residency import Residency
+from flora.serve.engine.schedule.eviction import Eviction
+from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.residency import Residency
 from flora.serve.request import AdapterTarget
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from flora.errors import OutOfPages, Overloaded
-from flora.serve.engine.pages import Use
-from flora.serve.engine.sequence import State
+from flora.serve.engine.schedule.pages import Use
+from flora.serve.engine.schedule.sequence import State
 from tests.serve.engine.desk import Desk, names
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flora.errors import OutOfPages, Overloaded
-from flora.serve.engine.pages import Use
-from flora.serve.engine.prefix import PrefixPage
-from flora.serve.engine.sequence import PENDING, State
+from flora.serve.engine.schedule.pages import Use
+from flora.serve.engine.schedule.prefix import PrefixPage
+from flora.serve.engine.schedule.sequence import PENDING, State
 from tests.serve.engine.desk import PAGE_TOKENS, Desk
 
 SIZES = {"small": 1, "medium": 4, "large": 9}  # pages of each adapter

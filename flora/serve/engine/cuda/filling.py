@@ -8,7 +8,7 @@ from flora.kernels import FEW_ROWS, heaviest_first
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
-from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.schedule.scheduler import Chunk
 
 
 class StepFiller:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Many
 import numpy as np
 from numpy.typing import NDArray
 
-from flora.serve.engine.sequence import Sequence, State
+from flora.serve.engine.schedule.sequence import Sequence, State
 
 
 class _Lane:

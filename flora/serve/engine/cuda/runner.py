@@ -17,13 +17,13 @@ from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.cuda.sampler import draw_rows
 from flora.serve.engine.cuda.step import CudaStep
 from flora.serve.engine.layout import stream_alignment
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.model.llama import LlamaModel
-from flora.serve.engine.packing import PackedAdapter
 from flora.serve.engine.pool import DevicePool
-from flora.serve.engine.residency import Resident
 from flora.serve.engine.sampler import Draw
-from flora.serve.engine.scheduler import Chunk, Limits
-from flora.serve.engine.sequence import PENDING
+from flora.serve.engine.schedule.residency import Resident
+from flora.serve.engine.schedule.scheduler import Chunk, Limits
+from flora.serve.engine.schedule.sequence import PENDING
 from flora.serve.engine.tables import AdapterTables
 
 _GRAPH_MAX_RANK = 512  # of a module in a captured step; it sizes buffers that are written only as far as ranks go

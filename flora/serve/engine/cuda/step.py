@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flora.errors import EngineDead
 from flora.serve.engine.sampler import Drawn
-from flora.serve.engine.scheduler import Chunk
+from flora.serve.engine.schedule.scheduler import Chunk
 from flora.serve.messages import TokenLogprobs
 
 

@@ -8,9 +8,9 @@ that stays true for every request that is here.
 from collections.abc import Callable, Iterable
 
 from flora.errors import OutOfPages
-from flora.serve.engine.pages import PagePool
-from flora.serve.engine.residency import Residency
-from flora.serve.engine.sequence import Sequence
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.residency import Residency
+from flora.serve.engine.schedule.sequence import Sequence
 
 
 class Room:

@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Protocol
 
 from flora.errors import FloraError, ServeError
-from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
 
 logger = logging.getLogger(__name__)

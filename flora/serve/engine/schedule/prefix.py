@@ -11,8 +11,8 @@ Source: block-granular sharing as in vLLM (arXiv:2309.06180, section 4.4), as a 
 from collections import OrderedDict
 from collections.abc import Sequence as Many
 
-from flora.serve.engine.eviction import Eviction
-from flora.serve.engine.pages import NULL_PAGE, PagePool, Use
+from flora.serve.engine.schedule.eviction import Eviction
+from flora.serve.engine.schedule.pages import NULL_PAGE, PagePool, Use
 
 
 class PrefixPage:

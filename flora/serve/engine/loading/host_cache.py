@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 
-from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.loading.packing import PackedAdapter
 
 
 class HostCache:

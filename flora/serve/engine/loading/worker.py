@@ -13,9 +13,9 @@ import torch
 
 from flora.errors import FloraError, ServeError
 from flora.serve.config import decode_engine_config
-from flora.serve.engine.arena import cells_of, map_arena
 from flora.serve.engine.build import adapter_source
-from flora.serve.engine.load_messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
+from flora.serve.engine.loading.arena import cells_of, map_arena
+from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
 
 logger = logging.getLogger(__name__)
 

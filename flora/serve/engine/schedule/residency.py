@@ -3,8 +3,8 @@
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from flora.serve.engine.eviction import Eviction
-from flora.serve.engine.pages import PagePool, Use
+from flora.serve.engine.schedule.eviction import Eviction
+from flora.serve.engine.schedule.pages import PagePool, Use
 from flora.serve.request import AdapterTarget
 
 

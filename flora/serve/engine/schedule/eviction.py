@@ -10,7 +10,7 @@ least as long. So an adapter's prefixes leave before its pages do, and what is i
 
 from typing import Protocol
 
-from flora.serve.engine.pages import PagePool
+from flora.serve.engine.schedule.pages import PagePool
 
 _PROVEN_TURNS = 4  # of the pool's pages through other hands, that what proved useful is kept longer
 

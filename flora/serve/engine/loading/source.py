@@ -11,10 +11,10 @@ from flora.errors import AdapterInvalid, OutOfPages, StoreError
 from flora.identity import BaseRecord
 from flora.registry import Registry, Version
 from flora.registry.leases import Lease
-from flora.serve.engine.binding import check_base
 from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout
+from flora.serve.engine.loading.binding import check_base
+from flora.serve.engine.loading.packing import PackedAdapter, pack_cells
 from flora.serve.engine.model.config import ModelConfig
-from flora.serve.engine.packing import PackedAdapter, pack_cells
 from flora.serve.request import AdapterTarget
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
-from flora.serve.engine.policy import Policy
-from flora.serve.engine.residency import Residency
-from flora.serve.engine.sequence import Sequence
-from flora.serve.engine.service import Service
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.residency import Residency
+from flora.serve.engine.schedule.sequence import Sequence
+from flora.serve.engine.schedule.service import Service
 from flora.serve.request import AdapterTarget
 
 _MAX_PASSED = 64  # of those without room, in one step: a long queue is not walked to its end at every step

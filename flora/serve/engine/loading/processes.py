@@ -16,11 +16,11 @@ import torch
 from flora import errors
 from flora.errors import FloraError, ServeError
 from flora.serve.config import EngineConfig, encode_engine_config
-from flora.serve.engine.arena import Arena, cells_of
 from flora.serve.engine.layout import PoolGeometry
-from flora.serve.engine.load_messages import Failed, Found, FromLoader, Pack, Packed, Read
-from flora.serve.engine.loader import Finished, LoadFailed
-from flora.serve.engine.packing import PackedAdapter
+from flora.serve.engine.loading.arena import Arena, cells_of
+from flora.serve.engine.loading.loader import Finished, LoadFailed
+from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read
+from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
 
 _ERRORS = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FloraError)}
@@ -99,7 +99,7 @@ class ProcessLoader:
 
     def _spawn(self, first: bytes) -> _Worker:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "flora.serve.engine.load_worker"]
+        command = [sys.executable, "-m", "flora.serve.engine.loading.worker"]
         command += [str(theirs.fileno()), str(self._arena.fd), str(self._arena.num_bytes)]
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(), self._arena.fd))
         theirs.close()

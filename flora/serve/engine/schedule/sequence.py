@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from flora.serve.engine.prefix import PrefixPage
+from flora.serve.engine.schedule.prefix import PrefixPage
 from flora.serve.request import AdapterTarget, SamplingParams
 
 Key = tuple[bytes, str]  # front end's identity, its request id

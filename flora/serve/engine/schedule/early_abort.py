@@ -7,7 +7,7 @@ make it, and takes the newest first while more arrive than are admitted. Times a
 
 from collections import deque
 
-from flora.serve.engine.sequence import PENDING, Sequence, State
+from flora.serve.engine.schedule.sequence import PENDING, Sequence, State
 
 _WINDOW_S = 1.0  # over which arrivals and admissions are counted
 _KEPT = 0.7  # of an estimate when a new observation comes: S-LoRA's

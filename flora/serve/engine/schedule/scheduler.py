@@ -23,16 +23,16 @@ from itertools import islice
 import msgspec
 
 from flora.errors import Overloaded
-from flora.serve.engine.early_abort import EarlyAbort
-from flora.serve.engine.eviction import Eviction
-from flora.serve.engine.pages import PagePool, Use
-from flora.serve.engine.policy import Policy
-from flora.serve.engine.prefix import PrefixCache
-from flora.serve.engine.residency import Residency, Resident
-from flora.serve.engine.room import Room
-from flora.serve.engine.sequence import PENDING, Key, Sequence, State
-from flora.serve.engine.service import ANSWER_PRICE, PROMPT_PRICE, Service
-from flora.serve.engine.waiting import Waiting
+from flora.serve.engine.schedule.early_abort import EarlyAbort
+from flora.serve.engine.schedule.eviction import Eviction
+from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.prefix import PrefixCache
+from flora.serve.engine.schedule.residency import Residency, Resident
+from flora.serve.engine.schedule.room import Room
+from flora.serve.engine.schedule.sequence import PENDING, Key, Sequence, State
+from flora.serve.engine.schedule.service import ANSWER_PRICE, PROMPT_PRICE, Service
+from flora.serve.engine.schedule.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
 

@@ -1,0 +1,1 @@
+"""From a registry to packed host memory, beside the running steps."""
