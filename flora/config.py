@@ -29,7 +29,8 @@ class Settings(BaseSettings):
 
     home: Path = Field(Path(platformdirs.user_data_dir("flora")), description="the folder of everything Flora keeps")
     registry_url: str | None = Field(
-        None, description="another registry: a folder, sqlite:///… or postgresql://…?blobs=FOLDER (default: home/registry)"
+        None,
+        description="another registry: a folder, sqlite:///… or postgresql://…?blobs=FOLDER (default: home/registry)",
     )
     debug: bool = Field(False, description="show tracebacks")
 

@@ -91,9 +91,7 @@ def test_a_shell_completes_references(stored, typed, offered):
     script = "from flora.cli.app import app; app(prog_name='flora')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
 
-    assert [
-        each for each in ("sql:latest", "sql@v1", "sql") if f'"{each}"' in done.stdout.replace("\\", "")
-    ] == offered
+    assert [each for each in ("sql:latest", "sql@v1", "sql") if f'"{each}"' in done.stdout.replace("\\", "")] == offered
     assert time.monotonic() - started_s < 20
 
 
