@@ -142,6 +142,6 @@ def test_one_file_makes_paths_of_digests():
     package = Path(__file__).parents[2] / "flora" / "registry"
 
     joining = [
-        path.name for path in package.rglob("*.py") if ".hex[:2]" in path.read_text() or '"blobs"' in path.read_text()
+        path.name for path in package.rglob("*.py") if ".hex[:2]" in path.read_text() or '/ "blobs"' in path.read_text()
     ]
     assert joining == ["store.py"]
