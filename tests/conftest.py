@@ -5,6 +5,7 @@ import os
 # Before torch is imported: threads that spin while they wait starve the other test process on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,13 @@ def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         settings.cache_clear()
         yield home
     settings.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_are_a_tests_own() -> Iterator[None]:
+    """A command that runs in this process sets levels as for a process of its own."""
+    loggers = [logging.getLogger(name) for name in (None, "flora", "flora.serve")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -70,7 +70,8 @@ def test_the_readmes_commands_work_as_they_stand(pair, tmp_path):
     card = flora(push, env)
 
     assert answer["model"] == "sql"
-    assert answer["choices"][0]["text"]
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")  # it draws: the first token may be the end
+    assert answer["usage"]["prompt_tokens"] > 0
     assert "base_model_relation: adapter" in card
     assert "adapter_model.safetensors" in card
 

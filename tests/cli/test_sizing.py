@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from flora.cli.commands.serve import _read_keys
 from flora.cli.machine import available_memory_bytes, gpus, num_cores
+from flora.cli.serving import read_keys
 from flora.cli.sizing import default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
 from flora.errors import UsageError
 
@@ -54,6 +54,6 @@ def test_a_key_file_has_one_key_a_line(tmp_path):
     (tmp_path / "keys").write_text("# ours\none\n\n  two  \n")
     (tmp_path / "empty").write_text("# nothing\n")
 
-    assert _read_keys(tmp_path / "keys") == ("one", "two")
+    assert read_keys(tmp_path / "keys") == ("one", "two")
     with pytest.raises(UsageError, match="no key"):
-        _read_keys(tmp_path / "empty")
+        read_keys(tmp_path / "empty")
