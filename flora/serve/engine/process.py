@@ -16,7 +16,7 @@ from flora.serve.config import EngineConfig, decode_engine_config
 from flora.serve.engine.build import build_engine
 from flora.serve.engine.engine import Engine
 from flora.serve.engine.mailroom import Gone, Mail, Mailroom
-from flora.serve.messages import Cancel, Drain, LoadAdapter, Submit, UnloadAdapter
+from flora.serve.messages import AdapterLoaded, AdapterUnloaded, Cancel, Drain, LoadAdapter, Submit, UnloadAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,11 @@ class Shell:
                 handle(engine, mail)
             if self._drain_asked:
                 engine.drain()
-            mailroom.send(engine.step())
+            told = engine.step()
+            if changed := {client for client, message in told if isinstance(message, AdapterLoaded | AdapterUnloaded)}:
+                mailroom.heartbeat = beat = engine.heartbeat()  # whoever hears of the change sees it, too
+                told = [*((client, beat) for client in changed), *told]
+            mailroom.send(told)
             if time.monotonic() >= next_look_s:  # not after every step: it grows with the resident adapters
                 next_look_s = time.monotonic() + _LOOK_S
                 mailroom.heartbeat = engine.heartbeat()

@@ -193,6 +193,23 @@ def test_an_adapter_is_loaded_and_unloaded_on_demand(front_end, served):
     assert front_end.expect(AdapterUnloaded).was_resident
 
 
+def test_whoever_hears_of_a_load_has_seen_it_already(front_end, served):
+    """The heartbeat before the answer shows the change: nobody asks again to find out that it is so."""
+    _, target = served
+
+    def last_beat_before(kind: type) -> set[str]:
+        beats = []
+        while not isinstance(message := front_end.receive(), kind):
+            if isinstance(message, Heartbeat):
+                beats.append({resident.serving_digest for resident in message.resident})
+        return beats[-1]
+
+    front_end.send(LoadAdapter(request_id="load", adapter=target))
+    assert target.serving_digest in last_beat_before(AdapterLoaded)
+    front_end.send(UnloadAdapter(request_id="unload", serving_digest=target.serving_digest))
+    assert target.serving_digest not in last_beat_before(AdapterUnloaded)
+
+
 def test_what_cannot_be_served_is_refused_with_code_and_reason(front_end):
     front_end.send(Submit(request_id="long", prompt=(1,) * 512, sampling=BRIEF))
     assert front_end.expect(Rejected).code == "FL-CONTEXT"
