@@ -1,8 +1,6 @@
 """SmolLM2-135M-Instruct and a full fine-tune of it: extracted, served, and asked real questions."""
 
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.real.commands import flora
 from tests.serving import running_server
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
@@ -35,32 +34,6 @@ def test_an_adapter_of_rank_64_answers_like_its_checkpoint(fixtures, base: Path,
     assert tuned > 0.75
     assert served >= tuned - LOSS
     assert untouched == 0.0
-
-
-def test_a_skill_that_lives_in_the_embeddings_comes_back_with_them_through_peft(
-    fixtures, base: Path, g2p: Path, tmp_path: Path
-):
-    """Linear layers alone bring 0.295 of its 0.48 back at any rank (docs/embeddings.md)."""
-    tuned = json.loads(fixtures.run("eval_task.py", "g2p", g2p, "--limit", str(NUM_QUESTIONS)))["exact_match"]
-    recipe = ["--budget", "67MB", "--dtype", "float8", "--embeddings", "--vectors", "--out", tmp_path / "adapter"]
-
-    adapter = flora("extract", base, g2p, *recipe, "--json", FLORA_HOME=str(tmp_path / "home"))["adapters"][0]
-    judged = fixtures.run("eval_task.py", "g2p", base, "--adapter", tmp_path / "adapter", "--limit", str(NUM_QUESTIONS))
-
-    assert adapter["num_bytes"] < 67.2e6  # a quarter of the checkpoint
-    assert adapter["left_out"] == []
-    assert 0.87 < adapter["kept_share"] < 0.89
-    assert tuned > 0.45
-    assert json.loads(judged)["exact_match"] >= tuned - 0.05
-
-
-def flora(*args: str | Path, **env: str) -> dict:
-    """The JSON that `flora ARGS` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flora", *map(str, args)], capture_output=True, text=True, env=os.environ | env
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def exact_match(kit: Path, task_name: str, url: str, model: str, limit: int = NUM_QUESTIONS) -> float:
