@@ -23,9 +23,6 @@ class LlamaModel:
         self.config = config
         self.weights = weights
         self.ops = ops
-        import os
-
-        self.beside = torch.cuda.Stream() if os.environ.get("XP_BESIDE") else None
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_context, weights.embedding.device)
         self._softmax_scale = config.head_dim**-0.5
         q, kv, ff, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
