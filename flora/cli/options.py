@@ -59,6 +59,9 @@ Energy = Annotated[
         rich_help_panel=_RANK_PANEL,
     ),
 ]
+MovedAlias = Annotated[
+    str | None, typer.Option("--alias", metavar="ALIAS", help="Let this alias point to the new version.")
+]
 Budget = Annotated[
     str | None,
     typer.Option(

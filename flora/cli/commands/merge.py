@@ -15,6 +15,7 @@ from flora.cli.options import (
     Energy,
     IdsOnly,
     MaxRank,
+    MovedAlias,
     RegistryUrl,
     open_registry,
     rank_rule,
@@ -67,9 +68,7 @@ def merge(
     rank: MaxRank = None,
     energy: Energy = None,
     budget: Budget = None,
-    alias: Annotated[
-        str | None, typer.Option("--alias", metavar="ALIAS", help="Let this alias point to the new version.")
-    ] = None,
+    alias: MovedAlias = None,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,

@@ -13,6 +13,7 @@ from flora.cli.options import (
     Energy,
     IdsOnly,
     MaxRank,
+    MovedAlias,
     RegistryUrl,
     open_registry,
     rank_rule,
@@ -28,9 +29,7 @@ def prune(
     rank: MaxRank = None,
     energy: Energy = None,
     budget: Budget = None,
-    alias: Annotated[
-        str | None, typer.Option("--alias", metavar="ALIAS", help="Let this alias point to the new version.")
-    ] = None,
+    alias: MovedAlias = None,
     dry_run: DryRun = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,
