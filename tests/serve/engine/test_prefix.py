@@ -152,6 +152,32 @@ def test_a_twin_is_held_but_not_read(cache):
     assert [page.page for page in cache.find(None, [5, 5, 6, 6, 0])] == [1, 3]
 
 
+def test_a_twin_that_nobody_else_holds_gives_way_to_the_page_that_is_read(cache):
+    elder = path(cache, (1, 5, 5))
+    younger = path(cache, (2, 5, 5), (3, 6, 6))
+    cache.give_up_twins(younger, [2, 3])
+    assert cache._pages.num_free == 0, "the elder one reads it"
+    cache.release(elder)
+
+    cache.give_up_twins(younger, [2, 3])
+
+    assert cache._pages.use(1) is Use.FREE
+    assert [page.page for page in cache.find(None, [5, 5, 6, 6, 0])] == [2, 3]
+
+
+def test_a_request_that_fills_the_pool_is_not_preempted_for_a_twin():
+    """The whole prompt is in the cache, and its last page is computed again: for a while there are two of it."""
+    desk = Desk(6, prefix_cache=True, max_sequences=1)
+    desk.submit("first", LETTERS[:12], max_tokens=1)
+    desk.step()
+    desk.submit("same", LETTERS[:12], max_tokens=10)  # all of the six pages, at the end
+
+    while not desk.scheduler.is_empty:
+        desk.step()
+
+    assert desk.scheduler.num_preemptions == 0
+
+
 def test_forgotten_pages_are_not_found_and_go_with_their_holder(cache):
     held = path(cache, (1, 5, 5), (2, 6, 6), digest="x")
     cache.release(path(cache, (1, 5, 5), (3, 7, 7), digest="x"))

@@ -114,6 +114,16 @@ class PrefixCache:
             self.hold((child,))
         path.append(child)
 
+    def give_up_twins(self, path: Many[PrefixPage], pages: Many[int]) -> None:
+        """Frees the twins that this sequence alone holds: its own page of the same content takes the twin's place.
+
+        path, pages  what the sequence holds, and what it reads
+        """
+        for shared, own in zip(path, pages, strict=False):
+            if shared.page != own and shared.holders == 1:
+                self._drop(shared)
+                shared.page = own
+
     def release(self, path: Many[PrefixPage]) -> None:
         """A sequence needs these pages no longer. They stay until their room is wanted, unless they were forgotten."""
         for page in reversed(path):

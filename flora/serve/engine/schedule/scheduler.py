@@ -227,6 +227,9 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> bool:
         """A page for the sequence's next token; False if the sequence itself was preempted for it."""
         while not self.eviction.reclaim(1):
+            self.prefixes.give_up_twins(sequence.prefix, sequence.pages)
+            if self._pages.num_free:
+                break
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
