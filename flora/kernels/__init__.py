@@ -10,7 +10,9 @@ from flora.kernels.linear import PackedLinear, linear
 from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, padded, row_alignment
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
+from flora.kernels.project import Place, SideStream, project, project_beside
 from flora.kernels.reference import ReferenceOps
+from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import FEW_ROWS, WorkList, heaviest_first, split_segments
 
@@ -22,13 +24,18 @@ __all__ = [
     "MODULES",
     "AdapterWeights",
     "Group",
+    "LowRankTerms",
     "Ops",
     "PackedLinear",
+    "Place",
     "ReferenceOps",
+    "SideStream",
     "WorkList",
     "heaviest_first",
     "linear",
     "padded",
+    "project",
+    "project_beside",
     "rms_norm",
     "rope",
     "row_alignment",

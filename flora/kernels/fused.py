@@ -4,7 +4,10 @@ A decode step of 32 layers would launch some thirty small kernels a layer for th
 much as its launch. Rounding follows `pointwise.py`: float32 inside, and a rounding wherever that file has one.
 
 overlap, everywhere: start while the launch before ends (programmatic dependent launch). A kernel touches no memory
-before `gdc_wait`, which waits for all of that launch, so only the latency of starting is hidden.
+before `gdc_wait`, which waits for all of that launch, so only the latency of starting is hidden. What reads low-rank
+terms waits for two streams and starts after both.
+
+terms, everywhere: what the product read here still lacks; see `terms.py`.
 """
 
 import torch
@@ -13,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flora.kernels.terms import LowRankTerms
 from flora.kernels.tuning import overlapped
 
 
@@ -20,19 +24,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, overlap: bool) -> Tensor:
     """See Ops.rms_norm.  Ground truth: pointwise.rms_norm."""
     x = x.contiguous()  # heads of a fused product are not
     out = torch.empty_like(x)
-    _launch_norm(x, x, weight, out, eps, add=False, overlap=overlap)
+    _launch_norm(x, x, weight, out, eps, None, add=False, overlap=overlap)
     return out
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *, overlap: bool) -> Tensor:
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, terms: LowRankTerms | None = None, *, overlap: bool
+) -> Tensor:
     """See Ops.add_rms_norm: x += delta in place, and the norm of the sum."""
     out = torch.empty_like(x)
-    _launch_norm(x, delta, weight, out, eps, add=True, overlap=overlap)
+    _launch_norm(x, delta, weight, out, eps, terms, add=True, overlap=overlap)
     return out
 
 
 def rope_store(
-    qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor, *, overlap: bool
+    qkv: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+    terms: LowRankTerms | None = None,
+    *,
+    overlap: bool,
 ) -> Tensor:
     """See Ops.rope_store: q is rotated where it lies; k, rotated, and v go straight to their pages."""
     n = qkv.shape[0]
@@ -48,6 +62,7 @@ def rope_store(
             sin,
             kv,
             slots,
+            *_pointers(terms, qkv),
             qkv.stride(0),
             cos.stride(0),
             *kv.stride()[:4],
@@ -57,26 +72,48 @@ def rope_store(
             HEAD_DIM=head_dim,
             HALF=triton.next_power_of_2(head_dim // 2),
             BLOCK_HEADS=block_heads,
+            TERMS=terms is not None,
             num_warps=2,
-            **overlapped(overlap),
+            **overlapped(overlap and terms is None),
         )
     return qkv[:, : num_q_heads * head_dim].view(n, num_q_heads, head_dim)
 
 
-def silu_mul(gate_up: Tensor, *, overlap: bool) -> Tensor:
+def silu_mul(gate_up: Tensor, terms: LowRankTerms | None = None, *, overlap: bool) -> Tensor:
     """See Ops.silu_mul.  Ground truth: pointwise.silu_mul."""
     n, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, size, dtype=gate_up.dtype, device=gate_up.device)
     block = 1024
     if n:
         _silu_mul_kernel[(n, triton.cdiv(size, block))](
-            gate_up, out, size, gate_up.stride(0), BLOCK=block, num_warps=4, **overlapped(overlap)
+            gate_up,
+            out,
+            *_pointers(terms, gate_up),
+            size,
+            gate_up.stride(0),
+            BLOCK=block,
+            TERMS=terms is not None,
+            num_warps=4,
+            **overlapped(overlap and terms is None),
         )
     return out
 
 
+def _pointers(terms: LowRankTerms | None, unread: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and the rows; where there are none, something that a kernel may have and does not read."""
+    return (terms.values, terms.adapter_rows) if terms else (unread, unread)
+
+
 def _launch_norm(
-    x: Tensor, delta: Tensor, weight: Tensor, out: Tensor, eps: float, *, add: bool, overlap: bool
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    eps: float,
+    terms: LowRankTerms | None,
+    *,
+    add: bool,
+    overlap: bool,
 ) -> None:
     size = x.shape[-1]
     rows = x.numel() // size
@@ -84,13 +121,44 @@ def _launch_norm(
         block = triton.next_power_of_2(size)
         num_warps = max(1, min(8, block // 512))
         _norm_kernel[(rows,)](
-            x, delta, weight, out, eps, size, ADD=add, BLOCK=block, num_warps=num_warps, **overlapped(overlap)
+            x,
+            delta,
+            *_pointers(terms, delta),
+            weight,
+            out,
+            eps,
+            size,
+            ADD=add,
+            TERMS=terms is not None,
+            BLOCK=block,
+            num_warps=num_warps,
+            **overlapped(overlap and terms is None),
         )
 
 
 @triton.jit
+def _with_terms(b_y, p_terms, p_adapter_row, mask):  # type: ignore[no-untyped-def]
+    """A row's product with its low-rank terms; its very bits, whatever lies in p_terms, if the row has no adapter."""
+    has_adapter = tl.load(p_adapter_row) != 0
+    b_terms = tl.load(p_terms, mask=mask & has_adapter, other=0.0)
+    b_sum = (b_y.to(tl.float32) + b_terms.to(tl.float32)).to(b_y.dtype)
+    return tl.where(has_adapter, b_sum, b_y)
+
+
+@triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
-    p_x, p_delta, p_weight, p_out, eps, size, ADD: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    p_x,
+    p_delta,
+    p_terms,
+    p_adapter_rows,
+    p_weight,
+    p_out,
+    eps,
+    size,
+    ADD: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_wait()
@@ -102,6 +170,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     if ADD:
         # the sum is rounded to x's dtype first, as the reference's two torch calls do
         b_delta = tl.load(p_delta + o_row + o, mask=mask, other=0.0)
+        if TERMS:
+            b_delta = _with_terms(b_delta, p_terms + o_row + o, p_adapter_rows + tl.program_id(0), mask)
         b_x = (b_x.to(tl.float32) + b_delta.to(tl.float32)).to(p_x.dtype.element_ty)
         tl.store(p_x + o_row + o, b_x, mask=mask)
     b_x32 = b_x.to(tl.float32)
@@ -119,6 +189,8 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     p_sin,
     p_kv,
     p_slots,
+    p_terms,
+    p_adapter_rows,
     row_stride,
     table_stride,
     page_stride,
@@ -131,6 +203,7 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,  # head_dim / 2, rounded up to a power of two
     BLOCK_HEADS: tl.constexpr,
+    TERMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -141,9 +214,13 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     o_dim = tl.arange(0, HALF)
     half = HEAD_DIM // 2
     m = (o_head[:, None] < NUM_Q_HEADS + 2 * NUM_KV_HEADS) & (o_dim[None, :] < half)
-    p_first = p_qkv + row * row_stride + o_head[:, None] * HEAD_DIM + o_dim[None, :]
+    o_first = row * row_stride + o_head[:, None] * HEAD_DIM + o_dim[None, :]
+    p_first = p_qkv + o_first
     b_first = tl.load(p_first, mask=m, other=0.0)
     b_second = tl.load(p_first + half, mask=m, other=0.0)
+    if TERMS:
+        b_first = _with_terms(b_first, p_terms + o_first, p_adapter_rows + row, m)
+        b_second = _with_terms(b_second, p_terms + o_first + half, p_adapter_rows + row, m)
 
     position = tl.load(p_positions + row)
     b_cos = tl.load(p_cos + position * table_stride + o_dim, mask=o_dim < half, other=0.0)[None, :]
@@ -171,7 +248,15 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _silu_mul_kernel(  # type: ignore[no-untyped-def]
-    p_gate_up, p_out, size, row_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+    p_gate_up,
+    p_out,
+    p_terms,
+    p_adapter_rows,
+    size,
+    row_stride,
+    BLOCK: tl.constexpr,
+    TERMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_wait()
@@ -179,6 +264,11 @@ def _silu_mul_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
-    b_gate = tl.load(p_gate_up + row * row_stride + o, mask=mask, other=0.0).to(tl.float32)
-    b_up = tl.load(p_gate_up + row * row_stride + size + o, mask=mask, other=0.0).to(tl.float32)
+    o_gate = row * row_stride + o
+    b_gate = tl.load(p_gate_up + o_gate, mask=mask, other=0.0)
+    b_up = tl.load(p_gate_up + o_gate + size, mask=mask, other=0.0)
+    if TERMS:
+        b_gate = _with_terms(b_gate, p_terms + o_gate, p_adapter_rows + row, mask)
+        b_up = _with_terms(b_up, p_terms + o_gate + size, p_adapter_rows + row, mask)
+    b_gate, b_up = b_gate.to(tl.float32), b_up.to(tl.float32)
     tl.store(p_out + row * size + o, (b_gate / (1.0 + tl.exp(-b_gate)) * b_up).to(p_out.dtype.element_ty), mask=mask)

@@ -27,11 +27,13 @@ def lora_expand(
     *,
     num_sms: int,
     overlap: bool,
+    add: bool = True,
 ) -> None:
     """y[i, slice s] += scale_s * v[i, s] @ B_s.T, v summed over its partials. In fp16, v must lie in fp16's range.
 
     v        [splits, n, num_slices, width], what this room's Triton lora_shrink returned for the same work and tuning
     overlap  may start while the launch before it on the stream ends
+    add      False: = instead of +=, and 0 where a row's adapter leaves out the module
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """
     vector_n = min(tuning.expand_vector_n, weights.alignment)
@@ -61,6 +63,7 @@ def lora_expand(
         weights.scales.stride(0),
         SPLITS=v.shape[0],
         FEW=work.block_rows <= FEW_ROWS,
+        ADD=add,
         VECTOR_N=vector_n,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
@@ -100,6 +103,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     scales_slot_stride,
     SPLITS: tl.constexpr,
     FEW: tl.constexpr,  # segments have at most four rows
+    ADD: tl.constexpr,  # to what y holds
     VECTOR_N: tl.constexpr,  # outputs per item
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
     BLOCK_ROWS: tl.constexpr,
@@ -132,23 +136,24 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
         n = i_tile * VECTOR_N
         if OVERLAP:
             gdc_wait()
-        if rank > 0:
+        if (rank > 0) | (not ADD):
+            scale = tl.where(rank > 0, scale, 0.0)
             if FEW:
                 if num_rows == 1:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, SPLITS, BLOCK_RANK, VECTOR_N,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS, BLOCK_RANK, VECTOR_N,
                     )  # fmt: skip
                 else:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, SPLITS, BLOCK_RANK, VECTOR_N,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS, BLOCK_RANK, VECTOR_N,
                     )  # fmt: skip
             else:
                 for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
                     _expand_rows(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
-                        n_part, size, num_rows, y_row_stride, v_split_stride, v_row_stride, SPLITS, BLOCK_ROWS,
+                        n_part, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_ROWS,
                         BLOCK_RANK, MATRIX_N,
                     )  # fmt: skip
 
@@ -171,6 +176,7 @@ def _expand_few(  # type: ignore[no-untyped-def]
     v_split_stride,
     v_row_stride,
     ROWS: tl.constexpr,  # 1 or 4
+    ADD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,9 +191,11 @@ def _expand_few(  # type: ignore[no-untyped-def]
     o_3 = num_rows - 1
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < size
-    b_y0 = tl.load(p_rows_y + o_n, mask=m_n, other=0.0)
+    b_y0 = tl.zeros((BLOCK_N,), p_rows_y.dtype.element_ty)
+    if ADD:
+        b_y0 = tl.load(p_rows_y + o_n, mask=m_n, other=0.0)
     b_y1, b_y2, b_y3 = b_y0, b_y0, b_y0
-    if ROWS > 1:
+    if ADD and ROWS > 1:
         b_y1 = tl.load(p_rows_y + o_1 * y_row_stride + o_n, mask=m_n, other=0.0)
         b_y2 = tl.load(p_rows_y + o_2 * y_row_stride + o_n, mask=m_n, other=0.0)
         b_y3 = tl.load(p_rows_y + o_3 * y_row_stride + o_n, mask=m_n, other=0.0)
@@ -241,6 +249,7 @@ def _expand_rows(  # type: ignore[no-untyped-def]
     y_row_stride,
     v_split_stride,
     v_row_stride,
+    ADD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -268,5 +277,7 @@ def _expand_rows(  # type: ignore[no-untyped-def]
             b_delta = tl.dot(b_low, b_b, b_delta, input_precision="ieee")
     p_out = p_y + rows[:, None] * y_row_stride + (n + o_n)[None, :]
     m_out = m_rows[:, None] & m_n[None, :]
-    b_y = tl.load(p_out, mask=m_out, other=0.0)
+    b_y = tl.zeros((BLOCK_ROWS, BLOCK_N), p_y.dtype.element_ty)
+    if ADD:
+        b_y = tl.load(p_out, mask=m_out, other=0.0)
     tl.store(p_out, (b_y.to(tl.float32) + scale * b_delta).to(b_y.dtype), mask=m_out)

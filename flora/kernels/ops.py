@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from flora.kernels.modules import Group
+from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -34,11 +35,14 @@ class Ops(Protocol):
         out_starts: Sequence[int],
         out_sizes: Sequence[int],
         work: WorkList,
+        *,
+        add: bool = True,
     ) -> None:
         """y[i, out_starts[s] : + out_sizes[s]] += scale_s * v[i, s] @ B_s.T, in place.
 
         y  [n, out_total], contiguous; float32 inside, one rounding to y's dtype. Rows in no segment keep their bits.
         v  what lora_shrink returned for the same weights, layer, group and work
+        add  False: = instead of +=, and 0 where a row's adapter leaves out the module
         """
         ...
 
@@ -79,11 +83,25 @@ class Ops(Protocol):
         """weight * x / sqrt(mean(x**2) + eps) over the last dimension; see pointwise.rms_norm for the roundings."""
         ...
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x += delta in place, then the norm of the sum; x, delta [n, size], contiguous."""
+    def add_rms_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, terms: LowRankTerms | None = None
+    ) -> Tensor:
+        """x += delta in place, then the norm of the sum; x, delta [n, size], contiguous.
+
+        terms  here and below: what the product still lacks, added first and rounded to its dtype
+        """
         ...
 
-    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    def rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        terms: LowRankTerms | None = None,
+    ) -> Tensor:
         """Rotates q and k by their positions and stores k and v in the paged cache; returns q.
 
         qkv        [n, (num_q_heads + 2 * num_kv_heads) * head_dim], contiguous; q may be rotated where it lies
@@ -93,6 +111,6 @@ class Ops(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, terms: LowRankTerms | None = None) -> Tensor:
         """silu(gate) * up, [n, size], for gate_up [n, 2 * size], gate first."""
         ...

@@ -12,6 +12,7 @@ from torch import Tensor
 from flora.kernels import pointwise, reference_attention
 from flora.kernels.linear import linear
 from flora.kernels.modules import CHUNK, Group, padded
+from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -43,9 +44,13 @@ class ReferenceOps:
         out_starts: Sequence[int],
         out_sizes: Sequence[int],
         work: WorkList,
+        *,
+        add: bool = True,
     ) -> None:
         """See Ops.lora_expand."""
         for slot, first, count in _segments(work):
+            if not add:
+                y[first : first + count] = 0
             records = _records(weights, slot, layer, group)
             scales = weights.scales[slot, layer].tolist()
             column = 0
@@ -89,13 +94,25 @@ class ReferenceOps:
         """See Ops.rms_norm."""
         return pointwise.rms_norm(x, weight, eps)
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, terms: LowRankTerms | None = None
+    ) -> Tensor:
         """See Ops.add_rms_norm."""
-        x += delta
+        x += terms.added_to(delta) if terms else delta
         return pointwise.rms_norm(x, weight, eps)
 
-    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    def rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        terms: LowRankTerms | None = None,
+    ) -> Tensor:
         """See Ops.rope_store."""
+        qkv = terms.added_to(qkv) if terms else qkv
         num_kv_heads, head_dim = kv.shape[3:]
         heads = qkv.view(len(qkv), -1, head_dim)
         num_q_heads = heads.shape[1] - 2 * num_kv_heads
@@ -104,9 +121,9 @@ class ReferenceOps:
         self.store_kv(k, v, kv, slots)
         return q
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, terms: LowRankTerms | None = None) -> Tensor:
         """See Ops.silu_mul."""
-        return pointwise.silu_mul(gate_up)
+        return pointwise.silu_mul(terms.added_to(gate_up) if terms else gate_up)
 
 
 def _segments(work: WorkList) -> list[list[int]]:

@@ -12,6 +12,7 @@ from flora.kernels.lora_expand import lora_expand
 from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Group
 from flora.kernels.prefill_attention import prefill_attention
+from flora.kernels.terms import LowRankTerms
 from flora.kernels.tuning import LoraTuning, Tuning
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
@@ -54,10 +55,12 @@ class TritonOps:
         out_starts: Sequence[int],
         out_sizes: Sequence[int],
         work: WorkList,
+        *,
+        add: bool = True,
     ) -> None:
         """See Ops.lora_expand."""
-        tuning, num_sms, overlap = self._lora_tuning(work), self.num_sms, self.overlap
-        lora_expand(y, v, weights, layer, group, out_starts, out_sizes, work, tuning, num_sms=num_sms, overlap=overlap)
+        of, where = (y, v, weights, layer, group), (out_starts, out_sizes, work, self._lora_tuning(work))
+        lora_expand(*of, *where, num_sms=self.num_sms, overlap=self.overlap, add=add)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
         return self.tuning.lora if work.block_rows <= 16 else self.tuning.wide_lora
@@ -99,14 +102,25 @@ class TritonOps:
         """See Ops.rms_norm."""
         return fused.rms_norm(x, weight, eps, overlap=self.overlap)
 
-    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, terms: LowRankTerms | None = None
+    ) -> Tensor:
         """See Ops.add_rms_norm."""
-        return fused.add_rms_norm(x, delta, weight, eps, overlap=self.overlap)
+        return fused.add_rms_norm(x, delta, weight, eps, terms, overlap=self.overlap)
 
-    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    def rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        terms: LowRankTerms | None = None,
+    ) -> Tensor:
         """See Ops.rope_store."""
-        return fused.rope_store(qkv, positions, cos, sin, kv, slots, overlap=self.overlap)
+        return fused.rope_store(qkv, positions, cos, sin, kv, slots, terms, overlap=self.overlap)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, terms: LowRankTerms | None = None) -> Tensor:
         """See Ops.silu_mul."""
-        return fused.silu_mul(gate_up, overlap=self.overlap)
+        return fused.silu_mul(gate_up, terms, overlap=self.overlap)

@@ -20,6 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     pool_bytes: int = 2 << 30  # KV and adapters together
     max_context: int | None = None  # tokens; None: the model's own, or less where the pool holds less
     merge: AdapterTarget | None = None  # the one adapter to serve, merged into the base's weights
+    allow_base_mismatch: bool = False  # serve adapters of other base weights too; each is recorded in the registry
     max_sequences: int = 64  # running at once
     max_batch_tokens: int = 512  # rows a step: bounds the gap between two tokens while a long prompt is prefilled
     max_waiting: int = 4096  # requests in the queue before new ones are refused
@@ -35,6 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dummy_weights: bool = False  # benchmarks: a base drawn at random from config.json alone
     num_threads: int | None = None  # of torch on a CPU; None: its own choice
     batch_invariant: bool = False  # a row's bits are the same in steps of any size; on a CPU they are so in any case
+    beside_rows: int = 0  # on a GPU, in steps of at most so many rows, LoRA runs beside the base's products; 0: never
     poison: bool = False  # tests: refill freed pages with NaN
 
 

@@ -31,6 +31,9 @@ class Batch:
     max_queries: int  # rows of the longest chunk
     prefill_range: Tensor | None = None  # see Ops.paged_attention
     groups: frozenset[Group] = ALL_GROUPS  # that any of its adapters may touch
+    adapter_rows: Tensor | None = (
+        None  # int32 [n], not 0: has an adapter; low-rank terms run beside the base's products
+    )
 
     @property
     def sampled(self) -> list[Chunk]:

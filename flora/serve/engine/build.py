@@ -99,7 +99,9 @@ def _weights(
         return draw_weights(model_config, dtype, device, row_invariant=config.batch_invariant)
     if config.merge is None:
         return load_weights(checkpoint, model_config, dtype, device, row_invariant=config.batch_invariant)
-    merged = merge_into(checkpoint, record, config.registry, config.merge)
+    merged = merge_into(
+        checkpoint, record, config.registry, config.merge, allow_base_mismatch=config.allow_base_mismatch
+    )
     weights = load_weights(merged, model_config, dtype, device, row_invariant=config.batch_invariant)
     merged.check_all_loaded()
     logger.info("adapter merged label=%s digest=%s", config.merge.label, config.merge.serving_digest)
@@ -127,6 +129,7 @@ def adapter_source(config: EngineConfig) -> RegistrySource:
         base_record(checkpoint, config.cache_dir),
         pool_geometry(model_config, config, dtype.itemsize),
         dtype,
+        allow_base_mismatch=config.allow_base_mismatch,
     )
 
 
@@ -162,6 +165,7 @@ def _make_runner(config: EngineConfig, model: LlamaModel, pool: DevicePool, limi
         max_context,
         max_cells=_MAX_CELLS,
         batch_invariant=config.batch_invariant,
+        beside_rows=config.beside_rows,
     )
     runner.capture()
     return runner

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from flora.kernels import ReferenceOps, fused, pointwise
+from flora.kernels import LowRankTerms, ReferenceOps, fused, pointwise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # an ulp or two of each
 EPS = 1e-5
+NAN = float("nan")
 OVERLAP = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
 
 
@@ -76,3 +77,52 @@ def test_the_gated_activation_is_the_references(dtype):
         rtol=TOLERANCE[dtype],
         atol=TOLERANCE[dtype],
     )
+
+
+def terms_of(product: torch.Tensor) -> LowRankTerms:
+    """Of every other row; the rows between have no adapter, and NaN lies there."""
+    values = draw(*product.shape, dtype=product.dtype, seed=8)
+    adapter_rows = torch.arange(len(product), dtype=torch.int32, device=DEVICE) % 2
+    values[adapter_rows == 0] = NAN
+    return LowRankTerms(values, adapter_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_terms_are_added_before_the_sum_of_the_norm(dtype):
+    x, delta = draw(5, 100, dtype=dtype, seed=0), draw(5, 100, dtype=dtype, seed=1)
+    weight = draw(100, dtype=dtype, seed=2)
+    terms = terms_of(delta)
+    wanted_x = x.clone()
+    wanted = fused.add_rms_norm(wanted_x, terms.added_to(delta), weight, EPS, overlap=OVERLAP)
+
+    normed = fused.add_rms_norm(x, delta, weight, EPS, terms, overlap=OVERLAP)
+
+    assert torch.equal(x, wanted_x)
+    assert torch.equal(normed, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_terms_are_added_before_the_activation(dtype):
+    gate_up = draw(4, 2 * 1100, dtype=dtype, seed=5)
+    terms = terms_of(gate_up)
+
+    activated = fused.silu_mul(gate_up, terms, overlap=OVERLAP)
+
+    assert torch.equal(activated, fused.silu_mul(terms.added_to(gate_up), overlap=OVERLAP))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_terms_are_added_before_the_rotation_and_reach_the_cache(dtype):
+    qkv = draw(6, (9 + 2 * 3) * 48, dtype=dtype, seed=3)
+    terms = terms_of(qkv)
+    positions = torch.tensor([0, 1, 9, 30, 7, 2], device=DEVICE)
+    slots = torch.tensor([4, 5, 19, -1, 8, 11], device=DEVICE)
+    angles = torch.rand(32, 24, generator=torch.Generator().manual_seed(4)).to(DEVICE) * 6
+    kv, wanted_kv = (torch.zeros(5, 2, 4, 3, 48, dtype=dtype, device=DEVICE) for _ in range(2))
+    at = positions, angles.cos(), angles.sin()
+    wanted_q = fused.rope_store(terms.added_to(qkv), *at, wanted_kv, slots, overlap=OVERLAP)
+
+    q = fused.rope_store(qkv, *at, kv, slots, terms, overlap=OVERLAP)
+
+    assert torch.equal(q, wanted_q)
+    assert torch.equal(kv, wanted_kv)

@@ -3,7 +3,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flora.kernels import AdapterWeights, Group, Ops, ReferenceOps, WorkList
+from flora.kernels import (
+    AdapterWeights,
+    Group,
+    Ops,
+    PackedLinear,
+    Place,
+    ReferenceOps,
+    SideStream,
+    WorkList,
+    project,
+    project_beside,
+)
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import LoraTuning, Tuning
 from flora.kernels.work import FEW_ROWS
@@ -139,6 +150,43 @@ def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_it
         result = run(ops, others, other_y, weights, ODD, group, work_for(row_slots, device=device))
 
         assert torch.equal(result[place], alone), place
+
+
+@pytest.mark.parametrize("block_rows", [FEW_ROWS, 32])
+@pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
+def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, group, block_rows):
+    """Whatever lay there before; zeros where an adapter has no such module, base rows untouched."""
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, group, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, block_rows=block_rows, device=device)
+    where = 1, group, ODD.out_starts(group), ODD.out_sizes(group)
+
+    terms = torch.full_like(y, NAN)
+    ops.lora_expand(terms, ops.lora_shrink(x, weights, 1, group, work), weights, *where, work, add=False)
+
+    wanted, reference = torch.full_like(y, NAN), ReferenceOps()
+    v = reference.lora_shrink(x, weights, 1, group, work)
+    reference.lora_expand(wanted, v, weights, *where, work, add=False)
+    rows = [row for row, slot in enumerate(ROW_SLOTS) if slot is not None]
+    assert_agrees(terms[rows], wanted[rows], dtype)
+    assert bool(terms[[3, 5, 6]].isnan().all())
+    assert not terms[7].any(), "an adapter with no module at all"
+
+
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, group):
+    weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
+    x, y = inputs(SMALL_LLAMA, group, len(ROW_SLOTS), dtype, device)
+    place = Place(1, group, SMALL_LLAMA.out_starts(group), SMALL_LLAMA.out_sizes(group))
+    base = PackedLinear(torch.randn(y.shape[1], x.shape[1], generator=torch.Generator().manual_seed(9)).to(x) / 24)
+    work = [work_for(ROW_SLOTS, device=device)]
+    adapter_rows = torch.tensor([slot is not None for slot in ROW_SLOTS], dtype=torch.int32, device=device)
+
+    product, terms = project_beside(ops, SideStream(device), base, x, weights, place, work, adapter_rows)
+
+    wanted = project(ops, base, x, weights, place, work)
+    assert_agrees(terms.added_to(product), wanted, dtype)
+    assert torch.equal(terms.added_to(product)[[3, 5, 6]], wanted[[3, 5, 6]])
 
 
 def test_an_empty_work_list_leaves_every_bit(ops, device, dtype):

@@ -42,16 +42,16 @@ def judged_answer(world: World, adapter: Adapter | None, prompt: list[int], num_
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("loaders", [0, 2])
+@pytest.mark.parametrize(("loaders", "beside_rows"), [(0, 0), (2, 0), (0, 48), (0, 4096)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_transformers_and_peft(bases, tmp_path, family, loaders):
+def test_greedy_tokens_are_those_of_transformers_and_peft(bases, tmp_path, family, loaders, beside_rows):
     """More rows with adapters of their own than any graph was captured with; a different rank in every module."""
     world = World(bases(family), tmp_path)
     ranks = (1, 3, 4, 8, 64, 128)
     adapters: dict[str, Adapter | None] = {"base": None}
     adapters |= {f"adapter{seed}": random_adapter(world.config, seed, ranks=ranks) for seed in range(8)}
     targets = {name: world.add(adapter, name) if adapter else None for name, adapter in adapters.items()}
-    engine = world.engine(**GPU, num_loaders=loaders, host_cache_bytes=64 << 20)
+    engine = world.engine(**GPU, num_loaders=loaders, host_cache_bytes=64 << 20, beside_rows=beside_rows)
     prompts = {(name, n): prompt_of(n, seed=n) for name in adapters for n in (1, 17, 70)}
 
     for (name, n), prompt in prompts.items():
@@ -126,14 +126,14 @@ def draw_trial(number: int, targets: list[AdapterTarget], broken: list[AdapterTa
     return Trial(seeded.choice([None, *targets]), prompt, seeded.randrange(count), neighbours, lengths, max_tokens)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "beside_rows"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 512)])
 @pytest.mark.parametrize("family", ["llama", "qwen2.5-0.5b"])
-def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path, family, dtype):
+def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path, family, dtype, beside_rows):
     """100 trials each: every logit of one request, beside 1 to 255 neighbours of the base alone, and again beside as
     many of any adapters, its own and some full of NaN among them. The two runs have the same steps of the same shapes.
     """
     world = World(bases(family), tmp_path)
-    engine = world.engine(device="cuda", dtype=dtype, **CROWD)
+    engine = world.engine(device="cuda", dtype=dtype, beside_rows=beside_rows, **CROWD)
     ranks = (1, 3, 4, 8, 64, 128)
     targets = [world.add(random_adapter(world.config, seed, ranks=ranks), f"a{seed}") for seed in range(8)]
     broken = [world.add(random_adapter(world.config, seed, ranks=ranks), f"broken{seed}") for seed in (8, 9)]

@@ -91,6 +91,7 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(seed, one_list):
                     assert is_single[met_row] == (name == "decode") or one_list
                     met[met_row] = slot
         assert met == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
+        assert sent["adapter_rows"][:padded] == [int(row in met) for row in range(padded)]
         first, end = sent["prefill_range"]
         assert end == len(chunks)
         assert all(chunk.count == 1 for chunk in chunks[:first])

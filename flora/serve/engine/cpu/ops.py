@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from flora.kernels import AdapterWeights, Group, ReferenceOps, WorkList, rope
+from flora.kernels import AdapterWeights, Group, LowRankTerms, ReferenceOps, WorkList, rope
 from flora.serve.engine.cpu.attention import DecodePlan, attend, keeps_the_references_bits, plan_decode
 from flora.serve.engine.cpu.lora import Tiles, expand, plan_tiles, shrink
 
@@ -57,8 +57,11 @@ class CpuOps(ReferenceOps):
         out_starts: Sequence[int],
         out_sizes: Sequence[int],
         work: WorkList,
+        *,
+        add: bool = True,
     ) -> None:
         """See Ops.lora_expand."""
+        assert add, "nothing runs beside anything on a CPU"
         for tiles in self._tiles.get(work.segments, lambda: plan_tiles(work, weights)):
             expand(y, v[0], tiles, weights, layer, group, out_starts, out_sizes)
 
@@ -93,8 +96,18 @@ class CpuOps(ReferenceOps):
             out[group.rows] = attend(q, kv, group, softmax_scale).to(q.dtype)
         return out
 
-    def rope_store(self, qkv: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+    def rope_store(
+        self,
+        qkv: Tensor,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        terms: LowRankTerms | None = None,
+    ) -> Tensor:
         """See Ops.rope_store."""
+        assert terms is None, "nothing runs beside anything on a CPU"
         num_kv_heads, head_dim = kv.shape[3:]
         heads = qkv.view(len(qkv), -1, head_dim)
         num_turned = heads.shape[1] - num_kv_heads

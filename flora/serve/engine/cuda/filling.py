@@ -57,12 +57,14 @@ class StepFiller:
         starts = np.fromiter((chunk.start for chunk in chunks), np.int64, num_sequences)
         samples = np.fromiter((chunk.samples for chunk in chunks), bool, num_sequences)
         host = self.inputs.begin()
+        has_adapter = slots >= 0
         if rows == num_sequences:
-            row_lanes, positions = lanes, starts
+            row_lanes, positions, row_adapters = lanes, starts, has_adapter
             host["token_ids"][:rows] = [chunk.sequence.tokens[chunk.start] for chunk in chunks]
         else:
             owners = np.repeat(np.arange(num_sequences), counts)
             row_lanes, positions = lanes[owners], np.arange(rows) - (ends - counts - starts)[owners]
+            row_adapters = has_adapter[owners]
             tokens: list[int] = []
             for chunk in chunks:
                 tokens += chunk.sequence.tokens[chunk.start : chunk.start + chunk.count]
@@ -72,6 +74,7 @@ class StepFiller:
         host["lanes"][:rows] = row_lanes
         host["positions"][:rows] = positions
         host["slots"][:rows] = pages * page_tokens + positions % page_tokens
+        host["adapter_rows"][:rows] = row_adapters
         host["seq_lens"][:num_sequences] = starts + counts
         host["query_starts"][1 : num_sequences + 1] = ends
         host["block_tables"][:num_sequences] = tables[lanes]
@@ -118,6 +121,7 @@ class StepFiller:
         host["lanes"][row:end_row] = self.lanes.spare
         host["positions"][row:end_row] = 0
         host["slots"][row:end_row] = -1
+        host["adapter_rows"][row:end_row] = 0
         host["seq_lens"][sequence:end_sequence] = 0
         host["logits_rows"][num_sampled:end_sequence] = 0
         host["sampled_lanes"][num_sampled:end_sequence] = self.lanes.spare

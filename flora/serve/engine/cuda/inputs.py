@@ -33,6 +33,7 @@ class InputSizes:
             "lanes": (i64, (self.rows,)),  # of the row's sequence
             "positions": (i64, (self.rows,)),
             "slots": (i64, (self.rows,)),
+            "adapter_rows": (i32, (self.rows,)),  # 1: has an adapter
             "logits_rows": (i64, (self.sequences,)),
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),

@@ -44,9 +44,11 @@ class CudaRunner:
         max_cells: int,
         *,
         batch_invariant: bool = False,
+        beside_rows: int = 0,
     ) -> None:
         """max_cells  of an adapter that the tables hold without being made wider
         batch_invariant  rows that decode go the way of those that prefill, in one work list
+        beside_rows      in steps of at most so many rows low-rank terms are computed beside the base's products
         """
         self.model = model
         self.pool = pool
@@ -56,6 +58,7 @@ class CudaRunner:
         self._copies = AdapterCopies(pool.cells)
         self._copied: dict[str, torch.cuda.Event] = {}  # of adapters in host memory: when their last copy was done
         self._batch_invariant = batch_invariant
+        self._beside_rows = 0 if batch_invariant else beside_rows  # the two ways round differently
         self._max_sequences = limits.max_sequences
         self._max_rows = max(limits.max_batch_tokens, limits.max_sequences)
         table_pages = pool.geometry.pages_for_tokens(max_context)
@@ -177,6 +180,7 @@ class CudaRunner:
             max_queries=max_queries,
             prefill_range=inputs["prefill_range"],
             groups=reach,
+            adapter_rows=inputs["adapter_rows"][:rows] if rows <= self._beside_rows else None,
         )
         logits = self.model.forward(batch, self.pool, self.tables.weights, self._logits[:num_sequences])
         best = logits.max(-1)

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.kernels import AdapterWeights, Group, Ops, PackedLinear
+from flora.kernels import (
+    AdapterWeights,
+    Group,
+    LowRankTerms,
+    Ops,
+    PackedLinear,
+    Place,
+    SideStream,
+    project,
+    project_beside,
+)
 from flora.serve.engine.batch import Batch
 from flora.serve.engine.model.config import ModelConfig
 from flora.serve.engine.model.rope import rope_tables
@@ -25,13 +35,18 @@ class LlamaModel:
         self.ops = ops
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_context, weights.embedding.device)
         self._softmax_scale = config.head_dim**-0.5
+        self._side = SideStream(weights.embedding.device)
         q, kv, ff, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
-        self._outputs = {  # where each slice of a group lies in the fused output: (starts, sizes)
+        outputs = {
             Group.QKV: ((0, q, q + kv), (q, kv, kv)),
             Group.OUT: ((0,), (hidden,)),
             Group.GATE_UP: ((0, ff), (ff, ff)),
             Group.DOWN: ((0,), (hidden,)),
         }
+        self._places = [
+            {group: Place(layer, group, *where) for group, where in outputs.items()}
+            for layer in range(len(weights.layers))
+        ]
 
     def forward(self, batch: Batch, pool: DevicePool, adapters: AdapterWeights, logits: Tensor | None = None) -> Tensor:
         """Logits of the rows in `batch.logits_rows`, [len(logits_rows), vocab_size], in the model's dtype; KV goes to
@@ -44,11 +59,14 @@ class LlamaModel:
         normed = ops.rms_norm(x, weights.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
         for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+            places = self._places[index]
             attended = self._attention(normed, index, layer, batch, pool, adapters)
-            normed = ops.add_rms_norm(x, attended, layer.post_norm, eps)
-            gate_up = self._project(layer.gate_up, normed, index, Group.GATE_UP, batch, adapters)
-            down = self._project(layer.down, ops.silu_mul(gate_up), index, Group.DOWN, batch, adapters)
-            normed = ops.add_rms_norm(x, down, next_norm, eps)
+            attended, terms = self._project(layer.o, attended, places[Group.OUT], batch, adapters)
+            normed = ops.add_rms_norm(x, attended, layer.post_norm, eps, terms)
+            gate_up, terms = self._project(layer.gate_up, normed, places[Group.GATE_UP], batch, adapters)
+            activated = ops.silu_mul(gate_up, terms)
+            down, terms = self._project(layer.down, activated, places[Group.DOWN], batch, adapters)
+            normed = ops.add_rms_norm(x, down, next_norm, eps, terms)
         return weights.head.into(logits, normed[batch.logits_rows])
 
     def _attention(
@@ -61,13 +79,14 @@ class LlamaModel:
         adapters: AdapterWeights,
     ) -> Tensor:
         config, kv = self.config, pool.kv(index)
-        qkv = self._project(layer.qkv, x, index, Group.QKV, batch, adapters)
+        is_normed = layer.q_norm is not None
+        qkv, terms = self._project(layer.qkv, x, self._places[index][Group.QKV], batch, adapters, beside=not is_normed)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k, v = qkv.split((config.q_size, config.kv_size, config.kv_size), dim=1)
             q = self.ops.rms_norm(q.reshape(len(x), -1, config.head_dim), layer.q_norm, config.rms_norm_eps)
             k = self.ops.rms_norm(k.reshape(len(x), -1, config.head_dim), layer.k_norm, config.rms_norm_eps)
             qkv = torch.cat((q.flatten(1), k.flatten(1), v), dim=1)
-        q = self.ops.rope_store(qkv, batch.positions, self._cos, self._sin, kv, batch.slots)
+        q = self.ops.rope_store(qkv, batch.positions, self._cos, self._sin, kv, batch.slots, terms)
         attended = self.ops.paged_attention(
             q,
             kv,
@@ -78,15 +97,20 @@ class LlamaModel:
             max_queries=batch.max_queries,
             prefill_range=batch.prefill_range,
         )
-        return self._project(layer.o, attended.reshape(len(x), config.q_size), index, Group.OUT, batch, adapters)
+        return attended.reshape(len(x), config.q_size)
 
     def _project(
-        self, linear: PackedLinear, x: Tensor, layer: int, group: Group, batch: Batch, adapters: AdapterWeights
-    ) -> Tensor:
-        """The base's product, and on the rows of adapters their low-rank terms."""
-        y: Tensor = linear(x)
-        starts, sizes = self._outputs[group]
-        for work in batch.work if group in batch.groups else ():
-            v = self.ops.lora_shrink(x, adapters, layer, group, work)
-            self.ops.lora_expand(y, v, adapters, layer, group, starts, sizes, work)
-        return y
+        self,
+        linear: PackedLinear,
+        x: Tensor,
+        place: Place,
+        batch: Batch,
+        adapters: AdapterWeights,
+        *,
+        beside: bool = True,
+    ) -> tuple[Tensor, LowRankTerms | None]:
+        """The base's product, with the low-rank terms of its rows' adapters, or beside them where the batch says so."""
+        work = batch.work if place.group in batch.groups else ()
+        if beside and work and batch.adapter_rows is not None:
+            return project_beside(self.ops, self._side, linear, x, adapters, place, work, batch.adapter_rows)
+        return project(self.ops, linear, x, adapters, place, work), None
