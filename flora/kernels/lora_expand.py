@@ -142,12 +142,14 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
                 if num_rows == 1:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS, BLOCK_RANK, VECTOR_N,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS, BLOCK_RANK,
+                        VECTOR_N,
                     )  # fmt: skip
                 else:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS, BLOCK_RANK, VECTOR_N,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS, BLOCK_RANK,
+                        VECTOR_N,
                     )  # fmt: skip
             else:
                 for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
