@@ -9,6 +9,7 @@
     index.py      questions to the index;  changes.py  its changes;  refusals.py  what it says no to
     adding.py, aliases.py, removal.py      what the door does under the write lock
     labels.py, lineage.py, requirements.py    what is noted, what it was made of, what it must keep
+    mismatches.py  what was served on another base, because an operator let it
     collect.py, check.py, rebuild.py, leases.py       gc, fsck, reindex, and what running servers use
     binding.py    an import's base, proven
     formats/      safetensors files, PEFT folders, model cards;  remotes/  the Hugging Face Hub
@@ -16,7 +17,18 @@
 Importing this package imports no torch.
 """
 
-from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Search, Unset, Version
+from flora.registry.records import (
+    UNSET,
+    AliasMove,
+    BaseEntry,
+    Entry,
+    GcReport,
+    Mismatch,
+    Problem,
+    Search,
+    Unset,
+    Version,
+)
 from flora.registry.registry import Registry
 
 __all__ = [
@@ -25,6 +37,7 @@ __all__ = [
     "BaseEntry",
     "Entry",
     "GcReport",
+    "Mismatch",
     "Problem",
     "Registry",
     "Search",

@@ -1,10 +1,46 @@
-"""Proving an import's base: PEFT's config only claims a name; the base's own record says which weights those are."""
+"""An adapter against the record of its base: whether each module is there in the shape that the factors have.
+
+PEFT's config only claims a base by name. The base's own record says which weights those are, and binds an import to them.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from flora.adapter import Adapter, BaseBinding
+from flora.adapter import Adapter, AdapterHeader, BaseBinding, Module
 from flora.errors import BaseMismatch
-from flora.identity import BaseRecord
+from flora.forms import matrix_shape
+from flora.identity import BaseRecord, TensorRecord
+
+_Tensors = Mapping[str, TensorRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """A part of the adapter that the base has no place for."""
+
+    name: str  # of the module or tensor
+    wanted: tuple[int, ...]  # [out, in] of a module; of a tensor that is carried whole, its shape
+    found: tuple[int, ...] | None  # shape of the base's tensor; None: there is none
+
+    def __str__(self) -> str:
+        found = f"has it as {list(self.found)}" if self.found is not None else "has none"
+        return f"{self.name} is {list(self.wanted)} in the adapter, and its base {found}"
+
+
+def misfits(header: AdapterHeader, record: BaseRecord) -> Iterator[Misfit]:
+    """Every module and whole tensor of the adapter that the base lacks or has in another shape."""
+    tensors = {tensor.name: tensor for tensor in record.tensors}
+    for module in header.modules:
+        tensor, wanted = _weight(module, tensors), (module.out_features, module.in_features)
+        if tensor is None or len(tensor.shape) < 2 or matrix_shape(module.kind, tensor.shape) != wanted:
+            yield Misfit(module.name, wanted, tensor.shape if tensor else None)
+    for exact in header.exact_tensors:
+        tensor = tensors.get(exact.name)
+        num_kept = 0 if exact.first_row is None else 1  # a table's new rows are as wide as its old ones, no more
+        if tensor is None or tensor.shape[num_kept:] != exact.shape[num_kept:]:
+            yield Misfit(exact.name, exact.shape, tensor.shape if tensor else None)
 
 
 def bind(adapter: Adapter, record: BaseRecord, name: str, architecture: str = "unknown") -> Adapter:
@@ -12,20 +48,23 @@ def bind(adapter: Adapter, record: BaseRecord, name: str, architecture: str = "u
 
     Raises BaseMismatch if that base lacks a module of the adapter, or has it in another shape.
     """
+    header = adapter.header
+    if misfit := next(misfits(header, record), None):
+        found = f"has it as {list(misfit.found)}" if misfit.found is not None else "has no such module"
+        raise BaseMismatch(
+            f"{misfit.name} is {list(misfit.wanted)} in the adapter; {name} {found}",
+            cause="the adapter was made for another base",
+            fix=f"give the base that it names: {header.base.name}",
+            tensor=misfit.name,
+        )
     tensors = {tensor.name: tensor for tensor in record.tensors}
-    touched = {}
-    for module in adapter.header.modules:
-        tensor = tensors.get(f"{module.name}.weight")
-        wanted = (module.out_features, module.in_features)
-        if tensor is None or tensor.shape != wanted:
-            found = f"has it as {list(tensor.shape)}" if tensor else "has no such module"
-            raise BaseMismatch(
-                f"{module.name} is {list(wanted)} in the adapter; {name} {found}",
-                cause="the adapter was made for another base",
-                fix=f"give the base that it names: {adapter.header.base.name}",
-                tensor=module.name,
-            )
-        touched[tensor.name] = tensor.sha256
+    changed = [_weight(module, tensors) for module in header.modules]
+    changed += [tensors[exact.name] for exact in header.exact_tensors]
+    touched = {tensor.name: tensor.sha256 for tensor in changed if tensor}
     base = BaseBinding(name=name, base_id=str(record.base_id), architecture=architecture, touched=touched)
-    header = msgspec.structs.replace(adapter.header, base=base)
-    return Adapter(header=header, factors=adapter.factors, report=adapter.report, extras=adapter.extras)
+    return replace(adapter, header=msgspec.structs.replace(header, base=base))
+
+
+def _weight(module: Module, tensors: _Tensors) -> TensorRecord | None:
+    """The tensor that the module changes: its `.weight`, or a parameter of that very name."""
+    return tensors.get(f"{module.name}.weight") or tensors.get(module.name)

@@ -9,8 +9,18 @@ import sqlalchemy as sa
 from sqlalchemy import select
 
 from flora.registry.manifest import Manifest
-from flora.registry.records import AliasMove, Version
-from flora.registry.tables import alias_moves, aliases, bases, labels, names, protections, version_blobs, versions
+from flora.registry.records import AliasMove, Mismatch, Version
+from flora.registry.tables import (
+    alias_moves,
+    aliases,
+    bases,
+    labels,
+    mismatches,
+    names,
+    protections,
+    version_blobs,
+    versions,
+)
 
 
 def reserve_number(connection: sa.Connection, name: str, number: int) -> None:
@@ -90,6 +100,18 @@ def set_protection(connection: sa.Connection, name: str, alias: str, is_protecte
         connection.execute(protections.insert().values(name=name, alias=alias))
 
 
+def put_mismatch(connection: sa.Connection, version: Version, mismatch: Mismatch) -> None:
+    """Notes that the version was served on that other base."""
+    connection.execute(
+        mismatches.insert().values(
+            version_id=_version_id(version.name, version.digest),
+            base_id=mismatch.base_id,
+            actor=mismatch.actor,
+            allowed_at=mismatch.allowed_at.isoformat(),
+        )
+    )
+
+
 def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> None:
     """Registers the base, or corrects its name and where it lies."""
     connection.execute(bases.delete().where(bases.c.base_id == base_id))
@@ -98,7 +120,7 @@ def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> 
 
 def clear(connection: sa.Connection) -> None:
     """Empties every table but the bases, whose places on this machine stand nowhere else."""
-    for table in (aliases, alias_moves, labels, protections, version_blobs, versions, names):
+    for table in (aliases, alias_moves, labels, mismatches, protections, version_blobs, versions, names):
         connection.execute(table.delete())
 
 

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import sqlalchemy as sa
 
 from flora.errors import AdapterInvalid, StoreError
+from flora.identity import BaseRecord
 from flora.names import Digest
 from flora.registry import index
+from flora.registry.binding import misfits
 from flora.registry.formats.tensors import load_tensors, to_exact, to_factors
 from flora.registry.journal import Change, Journal, live_versions
 from flora.registry.manifest import Manifest, parse_manifest
@@ -47,11 +50,12 @@ def check(known: Snapshot, store: BlobStore, journal: Journal) -> list[Problem]:
     """Every problem of index, store and journal, the harmless ones last. Reads every blob."""
     found = {str(blob.digest): _is_sound(store, blob.digest) for blob in store.files()}
     problems: list[Problem] = []
-    for version in known.versions:
-        problems += _check_version(store, version, found, known.required)
+    records: dict[str, BaseRecord] = {}
     for base in known.bases:
-        if base.base_id in known.required:
-            problems += _check_blob(f"base {base.name}", "record", base.base_id, found)
+        if base.base_id in known.required or base.base_id in found:
+            problems += _check_base(store, base, found, records)
+    for version in known.versions:
+        problems += _check_version(store, version, found, known.required, records)
     for name, alias in known.dangling:
         problems.append(Problem("alias", f"{name}:{alias}", "it points to no version of that name", _REINDEX))
     problems += _check_journal(known, journal)
@@ -76,7 +80,24 @@ def _check_blob(subject: str, role: str, digest: str, found: dict[str, bool]) ->
         yield Problem(kind, subject, f"its {role}, blob {digest}, is {kind}", _AGAIN)
 
 
-def _check_version(store: BlobStore, version: Version, found: dict[str, bool], required: set[str]) -> Iterator[Problem]:
+def _check_base(
+    store: BlobStore, base: BaseEntry, found: dict[str, bool], records: dict[str, BaseRecord]
+) -> Iterator[Problem]:
+    """Problems of the base's record; a sound one goes into `records`, for its adapters to be checked against."""
+    subject = f"base {base.name}"
+    problems = list(_check_blob(subject, "record", base.base_id, found))
+    if not problems:
+        try:
+            records[base.base_id] = msgspec.json.decode(store.read(Digest(base.base_id)), type=BaseRecord)
+        except msgspec.DecodeError as error:
+            fix = "register that base again: extract something from it"
+            yield Problem("damaged", subject, f"its record, blob {base.base_id}, is none: {error}", fix)
+    yield from problems
+
+
+def _check_version(
+    store: BlobStore, version: Version, found: dict[str, bool], required: set[str], records: dict[str, BaseRecord]
+) -> Iterator[Problem]:
     problems = list(_check_blob(version.ref, "manifest", version.digest, found))
     if not problems:
         try:
@@ -91,6 +112,7 @@ def _check_version(store: BlobStore, version: Version, found: dict[str, bool], r
             problems.append(Problem("index", version.ref, "the index does not list all of its blobs", _REINDEX))
         if not problems:
             problems += _check_content(store, version, manifest)
+            problems += _check_fit(version, manifest, records.get(manifest.header.base.base_id or ""))
     yield from problems
 
 
@@ -118,6 +140,19 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
     for name, tensor in tensors.items():
         if not bool(tensor.float().isfinite().all()):  # fp8 has no isfinite
             yield Problem("not_finite", version.ref, f"{name} holds NaN or infinity", f"flora rm {version.ref}")
+
+
+def _check_fit(version: Version, manifest: Manifest, record: BaseRecord | None) -> Iterator[Problem]:
+    """Whether the base that the version names has a place for all of it, where that base's record is here."""
+    if record is None:
+        return
+    fix = f"flora rm {version.ref}, and make it again from the base that it belongs to"
+    for misfit in misfits(manifest.header, record):
+        yield Problem("base", version.ref, str(misfit), fix)
+    hashes = record.hashes()
+    for name, sha256 in manifest.header.base.touched.items():
+        if hashes.get(name) != sha256:
+            yield Problem("base", version.ref, f"{name} of its base has another sha256 than it was made from", fix)
 
 
 def _check_journal(known: Snapshot, journal: Journal) -> Iterator[Problem]:

@@ -12,8 +12,18 @@ import sqlalchemy as sa
 from sqlalchemy import func, select
 
 from flora.names import Reference
-from flora.registry.records import AliasMove, BaseEntry, Entry, Search, Version
-from flora.registry.tables import alias_moves, aliases, bases, labels, names, protections, version_blobs, versions
+from flora.registry.records import AliasMove, BaseEntry, Entry, Mismatch, Search, Version
+from flora.registry.tables import (
+    alias_moves,
+    aliases,
+    bases,
+    labels,
+    mismatches,
+    names,
+    protections,
+    version_blobs,
+    versions,
+)
 
 _DEFAULT_ALIASES = ("prod", "latest")  # what a bare name means, first hit
 _MAX_NEAR = 1000  # names looked at for a suggestion: a misspelt request must stay cheap
@@ -90,6 +100,17 @@ def labels_of(connection: sa.Connection, version: Version) -> dict[str, str]:
     query = select(labels.c.key, labels.c.value).select_from(_NAMED.join(labels, labels.c.version_id == versions.c.id))
     query = query.where(names.c.name == version.name, versions.c.number == version.number).order_by(labels.c.key)
     return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def mismatches_of(connection: sa.Connection, version: Version) -> list[Mismatch]:
+    """Other bases that the version was served on, the first first."""
+    row = mismatches.c
+    query = select(row.base_id, row.actor, row.allowed_at).select_from(
+        _NAMED.join(mismatches, row.version_id == versions.c.id)
+    )
+    query = query.where(names.c.name == version.name, versions.c.number == version.number)
+    found = connection.execute(query.order_by(row.allowed_at, row.base_id))
+    return [Mismatch(base_id, actor, datetime.fromisoformat(allowed_at)) for base_id, actor, allowed_at in found]
 
 
 def protected_aliases(connection: sa.Connection, name: str) -> set[str]:

@@ -53,7 +53,15 @@ class Protected(msgspec.Struct, frozen=True, tag="protect", tag_field="op"):
     is_protected: bool
 
 
-Change = Added | Moved | Removed | Labeled | Protected
+class Mismatched(msgspec.Struct, frozen=True, tag="mismatch", tag_field="op"):
+    name: str
+    number: int
+    base_id: str  # of the base that was served, which is not the version's
+    actor: str
+    allowed_at: str
+
+
+Change = Added | Moved | Removed | Labeled | Protected | Mismatched
 
 
 class Event(msgspec.Struct, frozen=True):

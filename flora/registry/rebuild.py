@@ -8,10 +8,10 @@ import sqlalchemy as sa
 from flora.errors import StoreError
 from flora.names import Digest, Reference
 from flora.registry import changes, index
-from flora.registry.journal import Added, Journal, Labeled, Moved, Protected, live_versions
+from flora.registry.journal import Added, Journal, Labeled, Mismatched, Moved, Protected, live_versions
 from flora.registry.manifest import parse_manifest
 from flora.registry.packing import describe_version, get_report
-from flora.registry.records import AliasMove
+from flora.registry.records import AliasMove, Mismatch
 from flora.registry.store import BlobStore
 
 
@@ -47,6 +47,10 @@ def rebuild(connection: sa.Connection, store: BlobStore, journal: Journal) -> Re
             reference = Reference(change.name, version=change.number)
             if version := index.find(connection, reference):
                 changes.set_label(connection, version, change.key, change.value)
+        elif isinstance(change, Mismatched):
+            mismatch = Mismatch(change.base_id, change.actor, datetime.fromisoformat(change.allowed_at))
+            if version := index.find(connection, Reference(change.name, version=change.number)):
+                changes.put_mismatch(connection, version, mismatch)
         elif isinstance(change, Protected):
             changes.set_protection(connection, change.name, change.alias, change.is_protected)
     journal.resume(connection)

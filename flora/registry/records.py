@@ -76,6 +76,15 @@ class AliasMove:
 
 
 @dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A version was served on other weights than its base's, because an operator let it."""
+
+    base_id: str  # of the base that was served
+    actor: str
+    allowed_at: datetime  # UTC; the first time
+
+
+@dataclass(frozen=True, slots=True)
 class BaseEntry:
     """A base that adapters here belong to, and where it lies on this machine if that is known."""
 
@@ -100,7 +109,9 @@ class GcReport:
 class Problem:
     """One thing that is not as it should be. `orphan` and `leftover` are harmless: `gc` takes them."""
 
-    kind: Literal["missing", "damaged", "index", "not_finite", "shape", "alias", "journal", "orphan", "leftover"]
+    kind: Literal[
+        "missing", "damaged", "index", "not_finite", "shape", "base", "alias", "journal", "orphan", "leftover"
+    ]  # shape: of weights against their header; base: of the header against the base's record
     subject: str  # a reference, a digest or a file name
     what: str
     fix: str

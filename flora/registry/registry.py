@@ -18,14 +18,25 @@ from flora.digests import canonical_json
 from flora.errors import AdapterNotFound, NotFound
 from flora.identity import BaseRecord
 from flora.names import Digest, Reference, check_alias, check_name, parse_reference
-from flora.registry import adding, aliases, changes, index, labels, removal
+from flora.registry import adding, aliases, changes, index, labels, mismatches, removal
 from flora.registry.home import Home
 from flora.registry.journal import Event
 from flora.registry.lineage import Ancestor, lineage
 from flora.registry.packing import get_adapter, get_report, reading_adapter
 from flora.registry.place import locate
 from flora.registry.rebuild import RebuildReport, rebuild
-from flora.registry.records import UNSET, AliasMove, BaseEntry, Entry, GcReport, Problem, Search, Unset, Version
+from flora.registry.records import (
+    UNSET,
+    AliasMove,
+    BaseEntry,
+    Entry,
+    GcReport,
+    Mismatch,
+    Problem,
+    Search,
+    Unset,
+    Version,
+)
 from flora.registry.refusals import not_found
 from flora.registry.store import store_error
 
@@ -216,6 +227,18 @@ class Registry:
         """Versions that fit all that is wanted, in the order of names and numbers."""
         with self._home.reading() as connection:
             return index.search(connection, wanted, limit)
+
+    def allow_mismatch(self, version: Version, base_id: str) -> None:
+        """Records, for good, that the version is served on the weights of that other base.
+
+        Raises AdapterNotFound (the version was removed), StoreError (nothing can be written here).
+        """
+        mismatches.allow_mismatch(self._home, version, base_id)
+
+    def mismatches(self, version: Version) -> list[Mismatch]:
+        """Other bases that the version was served on."""
+        with self._home.reading() as connection:
+            return index.mismatches_of(connection, version)
 
     def lineage(self, version: Version) -> Ancestor:
         """The version with all that it was made of, as far as the registry knows."""

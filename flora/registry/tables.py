@@ -116,6 +116,21 @@ protections = sa.Table(  # by name and not by id: it outlives the versions that 
     sqlite_strict=True,
 )
 
+mismatches = sa.Table(  # versions that were served on other weights than their base's, because an operator let them
+    "mismatches",
+    metadata,
+    sa.Column(
+        "version_id",
+        sa.Integer,
+        sa.ForeignKey("versions.id", name="mismatches_of_version", ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Column("base_id", sa.Text, primary_key=True),  # of the base that was served
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("allowed_at", sa.Text, nullable=False),
+    sqlite_strict=True,
+)
+
 bases = sa.Table(
     "bases",
     metadata,

@@ -121,6 +121,7 @@ async def _front_end(config: ServeConfig, client: EngineClient) -> AsyncIterator
         base_folder=config.engine.base,
         tokenizer=tokenizer,
         merged=config.engine.merge,
+        allow_base_mismatch=config.engine.allow_base_mismatch,
     )
     metrics = Metrics(client, config.base_name, config.engine.max_adapters)
     try:

@@ -25,6 +25,7 @@ SWITCHES: list[tuple[tuple[str, ...], str, Any]] = [
     (("--slo-ttft-s", "6"), "slo_ttft_s", 6.0),
     (("--cluster", "8"), "cluster", 8),
     (("--no-prefetch",), "prefetch", False),
+    (("--allow-base-mismatch",), "allow_base_mismatch", True),
 ]
 
 

@@ -1,8 +1,9 @@
 """An import's base, claimed and proven."""
 
 import pytest
+import torch
 
-from flora.adapter import BaseBinding
+from flora.adapter import BaseBinding, make_adapter
 from flora.errors import BaseMismatch
 from flora.identity import BaseRecord, TensorRecord
 from flora.registry.binding import bind
@@ -37,3 +38,18 @@ def test_a_base_without_that_module_or_of_another_size_is_refused(shape):
     with pytest.raises(BaseMismatch, match="q_proj") as refused:
         bind(random_adapter(base=CLAIMED), record, "org/other")
     assert refused.value.tensor == Q_PROJ
+
+
+def test_an_adapter_with_whole_tensors_is_bound_with_them():
+    adapter = make_adapter(
+        random_adapter(base=CLAIMED).factors,
+        CLAIMED,
+        random_adapter().header.recipe,
+        exact={"model.norm.weight": torch.ones(4)},
+    )
+    record = BaseRecord((*RECORD.tensors, TensorRecord("model.norm.weight", "BF16", (4,), "e" * 64)))
+
+    bound = bind(adapter, record, "org/proven")
+
+    assert bound.exact.keys() == {"model.norm.weight"}
+    assert bound.header.base.touched["model.norm.weight"] == "e" * 64

@@ -5,16 +5,19 @@ import sqlite3
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
-from flora.adapter import CHAT_TEMPLATE, make_adapter
+from flora.adapter import CHAT_TEMPLATE, BaseBinding, make_adapter
+from flora.forms import Form
 from flora.identity import BaseRecord, TensorRecord
 from flora.lowrank import LowRank
 from flora.names import Digest
 from flora.registry import Registry
-from tests.registry.adapters import BASE, Q_PROJ, random_adapter
+from tests.registry.adapters import BASE, HIDDEN, MLP, Q_PROJ, UP_PROJ, random_adapter
 
+DOWN_PROJ = "model.layers.0.mlp.down_proj"
 RECORD = BaseRecord((TensorRecord("w", "BF16", (2, 2), "0" * 64),))
 
 
@@ -166,6 +169,49 @@ def test_weights_of_other_shapes_than_the_header_says_are_reported(registry):
     registry.add(type(adapter)(header=adapter.header, factors=lying, report=adapter.report), "sql")
 
     assert kinds(registry) == [("shape", "sql@v1")]
+
+
+def test_an_adapter_that_does_not_fit_the_record_of_its_base_is_reported(registry, tmp_path):
+    """One module of another shape, one that the base lacks, one tensor whose bytes are not those it was made from."""
+    shapes = {Q_PROJ: (HIDDEN, HIDDEN), UP_PROJ: (MLP + 1, HIDDEN)}
+    record = BaseRecord(
+        tuple(TensorRecord(f"{name}.weight", "BF16", shape, "0" * 64) for name, shape in sorted(shapes.items()))
+    )
+    registry.register_base(record, name="org/base", path=tmp_path)
+    ours = BaseBinding(name="org/base", base_id=str(record.base_id))
+    registry.add(random_adapter(ranks={Q_PROJ: 2}, base=ours), "fits")
+    registry.add(random_adapter(ranks={UP_PROJ: 2, DOWN_PROJ: 2}, base=ours), "strange")
+    moved = msgspec.structs.replace(ours, touched={f"{Q_PROJ}.weight": "1" * 64})
+    registry.add(random_adapter(1, ranks={Q_PROJ: 2}, base=moved), "moved")
+
+    found = [(problem.kind, problem.subject, problem.what) for problem in registry.fsck()]
+
+    assert found == [
+        ("base", "moved@v1", f"{Q_PROJ}.weight of its base has another sha256 than it was made from"),
+        ("base", "strange@v1", f"{DOWN_PROJ} is [32, 48] in the adapter, and its base has none"),
+        ("base", "strange@v1", f"{UP_PROJ} is [48, 32] in the adapter, and its base has it as [49, 32]"),
+    ]
+
+
+def test_every_kind_of_part_is_held_against_the_base_in_its_own_way(registry, tmp_path):
+    """A Conv1D lies transposed, a convolution has a kernel, of a table that has grown only the new rows are carried."""
+    tensors = {"c_fc": (8, 12), "conv": (6, 4, 3, 3), "embed": (10, 4), "norm": (4,)}
+    record = BaseRecord(
+        tuple(TensorRecord(f"{name}.weight", "F32", shape, "0" * 64) for name, shape in sorted(tensors.items()))
+    )
+    registry.register_base(record, name="org/base", path=tmp_path)
+    sizes = {"c_fc": (12, 8), "conv": (6, 36), "embed": (10, 4)}  # [out, in]
+    adapter = make_adapter(
+        {name: LowRank(A=torch.ones(1, size[1]), B=torch.ones(size[0], 1)) for name, size in sizes.items()},
+        BaseBinding(name="org/base", base_id=str(record.base_id)),
+        random_adapter().header.recipe,
+        forms={"c_fc": Form(kind="conv1d"), "conv": Form(kind="conv", kernel=(3, 3)), "embed": Form(kind="embedding")},
+        exact={"norm.weight": torch.ones(4), "embed.weight": torch.ones(3, 4)},
+        first_rows={"embed.weight": 10},
+    )
+    registry.add(adapter, "kinds")
+
+    assert registry.fsck() == []
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from flora.adapter import BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter
-from flora.errors import NameInvalid, UsageError
+from flora.errors import AdapterNotFound, NameInvalid, UsageError
 from flora.registry import Registry, Search
-from flora.registry.journal import Added, Labeled, Moved, Protected, Removed
+from flora.registry.journal import Added, Labeled, Mismatched, Moved, Protected, Removed
 from flora.registry.requirements import parse_requirement, unmet
 from tests.registry.adapters import BASE, Q_PROJ, random_adapter
 
@@ -220,12 +220,45 @@ def test_an_index_of_the_first_schema_is_brought_up_to_date(tmp_path):
     with Registry.open(tmp_path) as registry:
         version = registry.add(random_adapter(), "sql")
     with sqlite3.connect(tmp_path / "index.sqlite") as index:
-        index.executescript("DROP TABLE labels; DROP TABLE protections; UPDATE alembic_version SET version_num='0001'")
+        index.executescript(
+            "DROP TABLE labels; DROP TABLE protections; DROP TABLE mismatches;"
+            "UPDATE alembic_version SET version_num='0001'"
+        )
 
     with Registry.open(tmp_path) as registry:
         assert registry.resolve("sql") == version
         registry.set_labels(version, {"a": "b"})
         assert registry.fsck() == []
+
+
+# Mismatches
+
+OTHER_BASE = "sha256:" + "f" * 64
+
+
+def test_a_version_served_on_another_base_is_noted_once_for_good(registry):
+    version = registry.add(random_adapter(), "sql")
+    cursor = list(registry.events())[-1].cursor
+
+    for _ in range(2):
+        registry.allow_mismatch(version, OTHER_BASE)
+
+    (noted,) = registry.mismatches(version)
+    (told,) = [event.change for event in registry.events(cursor)]
+    assert (noted.base_id, noted.actor) == (OTHER_BASE, registry.history("sql", "latest")[0].actor)
+    assert isinstance(told, Mismatched)
+    assert (told.name, told.number, told.base_id, told.actor) == ("sql", 1, OTHER_BASE, noted.actor)
+    registry.reindex()
+    assert registry.mismatches(version) == [noted]
+    assert registry.fsck() == []
+
+
+def test_a_mismatch_of_a_version_that_was_removed_is_not_allowed(registry):
+    version = registry.add(random_adapter(), "sql")
+    registry.remove("sql")
+
+    with pytest.raises(AdapterNotFound):
+        registry.allow_mismatch(version, OTHER_BASE)
 
 
 # Leases

@@ -77,6 +77,7 @@ def show(
             _print_lineage(form, store.lineage(version))
             return
         labels, protected = store.labels(version), store.protected(version.name)
+        mismatches = store.mismatches(version)
         versions = store.versions(version.name)
         aliases = {alias: target.number for alias, target in store.aliases(version.name).items()}
         header, report = store.header(version), store.report(version)
@@ -92,6 +93,10 @@ def show(
         "aliases": aliases,
         "protected": sorted(protected),
         "labels": labels,
+        "mismatches": [
+            {"base_id": each.base_id, "actor": each.actor, "allowed_at": each.allowed_at.isoformat()}
+            for each in mismatches
+        ],
         "versions": [version_row(each) for each in versions],
         "modules": [to_json(module) for module in header.modules],
         "provenance": provenance,
@@ -113,6 +118,10 @@ def show(
         ("aliases", ", ".join(f"{alias} -> v{number}" for alias, number in sorted(aliases.items())) or "none"),
         ("protected", ", ".join(sorted(protected)) or "none"),
         ("labels", ", ".join(f"{key}={value}" for key, value in labels.items()) or "none"),
+        *(
+            ("served on", f"another base, {each.base_id}: {each.actor}, {each.allowed_at:%Y-%m-%d}")
+            for each in mismatches
+        ),
         ("versions", ", ".join(f"v{each.number} ({each.operation})" for each in versions)),
     ]
     print_record(form, record, id_key="ref", facts=facts, title=version.ref)

@@ -90,6 +90,7 @@ def _event_row(event: Event) -> dict[str, Any]:
         "remove": lambda: f"v{change['number']}",
         "alias": lambda: f":{change['alias']} -> {change['digest'] or 'nothing'}",
         "label": lambda: f"v{change['number']} {change['key']}={change['value'] or ''}",
+        "mismatch": lambda: f"v{change['number']} served on {change['base_id']}",
         "protect": lambda: f":{change['alias']} {'protected' if change['is_protected'] else 'free'}",
     }[change["op"]]()
     return {"cursor": event.cursor, "what": told, **change}

@@ -50,6 +50,12 @@ def serve(
         str | None,
         typer.Option("--merge", metavar="REF", help="Serve this one adapter, merged into the base, and nothing else."),
     ] = None,
+    allow_base_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-base-mismatch", help="Serve adapters of other base weights too. `flora show` tells for good."
+        ),
+    ] = False,
     served_name: Annotated[
         str | None, typer.Option("--base-name", metavar="NAME", help="The base's model id. Default: its own name.")
     ] = None,
@@ -226,6 +232,7 @@ def serve(
         num_loaders=pace.num_loaders() if loaders is None else loaders,
         max_adapters=max_adapters,
         merge=merged_target(merged, merge) if merged and merge else None,
+        allow_base_mismatch=allow_base_mismatch,
         prefix_cache=prefix_cache,
         fairness=fairness,
         max_wait_s=max_wait_s,

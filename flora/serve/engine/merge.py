@@ -16,7 +16,7 @@ from flora.errors import AdapterInvalid, NotFinite, ShapeMismatch, Unsupported
 from flora.identity import BaseRecord
 from flora.lowrank import LowRank
 from flora.registry import Registry
-from flora.serve.engine.loading.binding import check_base
+from flora.serve.engine.loading.binding import admit
 from flora.serve.request import AdapterTarget
 
 
@@ -72,17 +72,21 @@ class MergedCheckpoint(Checkpoint):
             )
 
 
-def merge_into(base: Checkpoint, record: BaseRecord, registry: str, target: AdapterTarget) -> MergedCheckpoint:
+def merge_into(
+    base: Checkpoint, record: BaseRecord, registry: str, target: AdapterTarget, *, allow_base_mismatch: bool = False
+) -> MergedCheckpoint:
     """The base with this adapter version in it; its weights are read when they are asked for.
 
     Raises AdapterNotFound, StoreError, BaseMismatch, Unsupported.
     """
     with Registry.open(registry) as store:
         version = store.by_digest(target.version_digest)
+        if version.serving_digest != target.serving_digest:
+            raise AdapterInvalid(
+                f"{target.label} is another version in the registry by now", fix="start the server again"
+            )
         adapter = store.load(version)
-    if version.serving_digest != target.serving_digest:
-        raise AdapterInvalid(f"{target.label} is another version in the registry by now", fix="start the server again")
-    check_base(adapter.header.base, record, target.label)
+        admit(store, version, adapter.header, record, target.label, allow_mismatch=allow_base_mismatch)
     return MergedCheckpoint(
         path=base.path,
         config=base.config,

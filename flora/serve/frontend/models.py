@@ -44,11 +44,16 @@ class Models:
         base_folder: Path,
         tokenizer: Tokenizer,
         merged: AdapterTarget | None = None,
+        allow_base_mismatch: bool = False,
     ) -> None:
-        """merged  the adapter that is in the engine's weights: then it is the only model. Raises AdapterNotFound."""
+        """merged  the adapter that is in the engine's weights: then it is the only model
+        allow_base_mismatch  leave it to the engine, which records what it serves on other weights
+        Raises AdapterNotFound.
+        """
         self.base_name = base_name
         self.base_id = base_id
         self.merged = merged
+        self._allow_base_mismatch = allow_base_mismatch
         self._registry = registry
         self._base = Served(base_template(base_folder), base_end_tokens(base_folder, tokenizer))
         self._carried = Carried(registry)
@@ -185,7 +190,7 @@ class Models:
         """Refuses what the engine would refuse, before anything is loaded. Another base will do if the tensors that the
         adapter touches are the same; where the registry does not know them, the engine decides.
         """
-        if version.base_id in (None, self.base_id):
+        if version.base_id in (None, self.base_id) or self._allow_base_mismatch:
             return
         served = self._registry.base_record(self.base_id)
         if served is None:

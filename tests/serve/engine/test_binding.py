@@ -1,13 +1,16 @@
-"""An adapter is served on the weights that it was made for, whatever they are called."""
+"""An adapter is served on the weights that it was made for, whatever they are called; on others by permission alone."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from flora.adapter import BaseBinding
-from flora.errors import BaseMismatch
+from flora.errors import BaseMismatch, StoreError
 from flora.identity import BaseRecord, TensorRecord
-from flora.serve.engine.loading.binding import check_base
+from flora.registry import Registry
+from flora.serve.engine.loading.binding import admit, check_base
+from tests.registry.adapters import random_adapter
 
 SERVED = BaseRecord((TensorRecord("a", "F32", (2,), "11"), TensorRecord("b", "F32", (2,), "22")))
 OTHER_ID = "sha256:" + "0" * 64
@@ -48,3 +51,49 @@ def test_an_import_that_claims_a_base_is_let_through_with_a_warning(caplog):
         check_base(binding(None), SERVED, "x")
 
     assert "adapter base unproven label=x claimed_base=whatever" in caplog.text
+
+
+@pytest.fixture
+def stranger(tmp_path: Path):
+    """A registry with one adapter, of another base than SERVED."""
+    with Registry.open(tmp_path) as registry:
+        yield registry, registry.add(random_adapter(base=binding(OTHER_ID, a="33")), "sql")
+
+
+def test_without_permission_a_mismatch_is_refused_and_nothing_is_recorded(stranger):
+    registry, version = stranger
+
+    with pytest.raises(BaseMismatch):
+        admit(registry, version, registry.header(version), SERVED, "sql", allow_mismatch=False)
+
+    assert registry.mismatches(version) == []
+
+
+def test_a_mismatch_that_is_allowed_stands_in_the_registry_and_in_the_log(stranger, caplog):
+    registry, version = stranger
+
+    with caplog.at_level(logging.WARNING):
+        admit(registry, version, registry.header(version), SERVED, "sql", allow_mismatch=True)
+
+    assert [noted.base_id for noted in registry.mismatches(version)] == [str(SERVED.base_id)]
+    assert f"adapter on another base label=sql ref=sql@v1 base={OTHER_ID} served={SERVED.base_id}" in caplog.text
+
+
+def test_permission_leaves_no_record_of_an_adapter_that_fits(tmp_path):
+    with Registry.open(tmp_path) as registry:
+        version = registry.add(random_adapter(base=binding(OTHER_ID, a="11")), "cousin")
+
+        admit(registry, version, registry.header(version), SERVED, "cousin", allow_mismatch=True)
+
+        assert registry.mismatches(version) == []
+
+
+def test_a_mismatch_that_cannot_be_recorded_is_not_served(stranger, monkeypatch):
+    """As it is with a registry that is only to be read."""
+    registry, version = stranger
+    monkeypatch.setattr("flora.registry.database.BUSY_TIMEOUT_MS", 50)
+    with Registry.open(registry.root) as impatient, registry._home.writing():
+        with pytest.raises(StoreError):
+            admit(impatient, version, impatient.header(version), SERVED, "sql", allow_mismatch=True)
+
+        assert impatient.mismatches(version) == []

@@ -2,11 +2,32 @@
 
 import logging
 
-from flora.adapter import BaseBinding
+from flora.adapter import AdapterHeader, BaseBinding
 from flora.errors import BaseMismatch
 from flora.identity import BaseRecord
+from flora.registry import Registry, Version
 
 logger = logging.getLogger(__name__)
+
+
+def admit(
+    registry: Registry, version: Version, header: AdapterHeader, served: BaseRecord, label: str, *, allow_mismatch: bool
+) -> None:
+    """Returns if the version may be served on these weights: its own base's, or with `allow_mismatch` any others.
+
+    Such a mismatch stands in the registry from then on, and in the log; what cannot be recorded is not served.
+    Raises BaseMismatch; StoreError if the registry takes no record.
+    """
+    try:
+        check_base(header.base, served, label)
+    except BaseMismatch as mismatch:
+        if not allow_mismatch:
+            raise
+        registry.allow_mismatch(version, str(served.base_id))
+        logger.warning(
+            "adapter on another base label=%s ref=%s base=%s served=%s: %s",
+            label, version.ref, version.base_id, served.base_id, mismatch.cause
+        )  # fmt: skip
 
 
 def check_base(binding: BaseBinding, served: BaseRecord, label: str) -> None:

@@ -12,7 +12,7 @@ from flora.identity import BaseRecord
 from flora.registry import Registry, Version
 from flora.registry.leases import Lease
 from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout
-from flora.serve.engine.loading.binding import check_base
+from flora.serve.engine.loading.binding import admit
 from flora.serve.engine.loading.packing import PackedAdapter, pack_cells
 from flora.serve.engine.model.config import ModelConfig
 from flora.serve.request import AdapterTarget
@@ -40,6 +40,8 @@ class RegistrySource:
         base: BaseRecord,
         geometry: PoolGeometry,
         dtype: torch.dtype,
+        *,
+        allow_base_mismatch: bool = False,
     ) -> None:
         self.geometry = geometry
         self.dtype = dtype
@@ -48,6 +50,7 @@ class RegistrySource:
         self._lease: Lease | None = None
         self._config = config
         self._base = base
+        self._allow_base_mismatch = allow_base_mismatch
 
     def __call__(self, target: AdapterTarget) -> PackedAdapter:
         """The adapter, packed into memory of its own. Raises what find and pack raise."""
@@ -73,7 +76,7 @@ class RegistrySource:
                 fix="run `flora fsck`",
             )
         header = self._registry.header(version)
-        check_base(header.base, self._base, target.label)
+        admit(self._registry, version, header, self._base, target.label, allow_mismatch=self._allow_base_mismatch)
         layout = adapter_layout(self._config, header, report=self._registry.report(version))
         num_pages = self.geometry.pages_for_elements(layout.num_elements)
         if num_pages >= self.geometry.num_pages:
