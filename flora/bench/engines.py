@@ -44,8 +44,11 @@ class World:
         )
 
 
-def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World:
-    """Writes config.json and registers the adapters of these numbers, on all cores if that is much."""
+def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int], *, prefix: str | None = None) -> World:
+    """Writes config.json and registers the adapters of these numbers, on all cores if that is much.
+
+    prefix  of the adapters' names, where a registry holds those of several settings
+    """
     setting = bench.setting
     write_config(folder / "base", setting.shape)
     wanted = set(numbers)
@@ -58,6 +61,7 @@ def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World
         wanted,
         padded_rank=max(setting.ranks) if setting.is_padded else None,
         num_processes=1 if is_small else os.cpu_count() or 1,
+        prefix=prefix,
     )
     return World(folder, bench, targets)
 
@@ -65,7 +69,7 @@ def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World
 @contextmanager
 def running_engine(config: EngineConfig) -> Iterator[Engine]:
     """An engine, closed at the end. Whoever had one before must have let go of it: two do not fit on a GPU."""
-    _give_back_memory()
+    give_back_memory()
     engine = build_engine(config)
     try:
         yield engine
@@ -73,7 +77,7 @@ def running_engine(config: EngineConfig) -> Iterator[Engine]:
         engine.close()
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Of an engine that nobody holds any more: it is full of cycles, and has most of a GPU."""
     import torch
 

@@ -21,9 +21,11 @@ def register_random_adapters(
     indices: Iterable[int],
     num_processes: int,
     padded_rank: int | None = None,
+    prefix: str | None = None,
 ) -> dict[int, AdapterTarget]:
     """Adapter number i has rank ranks[i % len(ranks)]; numbers that share weights differ by their salt alone.
 
+    prefix         of their names, before the number; None: the set of modules
     num_processes  1: this one, which is quicker where the weights are small
     padded_rank    what every adapter is filled up to with zeros; None: it stays as it is
     """
@@ -31,7 +33,10 @@ def register_random_adapters(
     shares: dict[tuple[int, int], list[int]] = {}
     for i in sorted(set(indices)):
         shares.setdefault((ranks[i % len(ranks)], i // len(ranks) % FILES_PER_RANK), []).append(i)
-    work = [(registry, shape, modules, rank, number, share, padded_rank) for (rank, number), share in shares.items()]
+    work = [
+        (registry, shape, modules, rank, number, share, padded_rank, prefix or modules)
+        for (rank, number), share in shares.items()
+    ]
     targets: dict[int, AdapterTarget] = {}
     if num_processes == 1:
         for part in work:
@@ -50,7 +55,14 @@ def _use_one_thread() -> None:
 
 
 def _register(
-    registry: Path, shape: str, modules: str, rank: int, number: int, indices: list[int], padded_rank: int | None
+    registry: Path,
+    shape: str,
+    modules: str,
+    rank: int,
+    number: int,
+    indices: list[int],
+    padded_rank: int | None,
+    prefix: str,
 ) -> dict[int, AdapterTarget]:
     import torch
 
@@ -62,7 +74,7 @@ def _register(
     first = make_adapter(factors, binding, recipe)
     targets = {}
     with Registry.open(registry) as opened:
-        adapters = ((first.salted(str(i)), f"{modules}-{i}") for i in indices)
+        adapters = ((first.salted(str(i)), f"{prefix}-{i}") for i in indices)
         for i, version in zip(indices, opened.add_many(adapters), strict=True):
             targets[i] = AdapterTarget(
                 serving_digest=version.serving_digest, version_digest=version.digest, label=version.name

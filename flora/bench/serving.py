@@ -1,10 +1,11 @@
-"""Serving, measured in this process: for each number of adapters an engine, for each seed a pass over it."""
+"""Serving, measured in this process: for each number of adapters a new engine, for each seed a pass over it."""
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from flora.bench.bed import Bed
 from flora.bench.engines import World, make_world, running_engine
 from flora.bench.facts import Surroundings, engine_facts, make_row, workload_facts
 from flora.bench.in_process import drive_engine, drive_merged
@@ -15,7 +16,10 @@ from flora.bench.summary import summarize
 from flora.bench.timeline import check_timelines
 from flora.bench.workload import all_numbers, asks_for, trace_of, wanted_numbers, warm_up_asks
 from flora.errors import CheckFailed
+from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
+from flora.serve.messages import LoadAdapter, Rejected
+from flora.serve.request import AdapterTarget
 
 Tell = Callable[[str], None]
 
@@ -33,39 +37,57 @@ def measure_engine(
         started = time.perf_counter()
         world = make_world(Path(folder), bench, all_numbers(bench))
         tell(f"{len(world.targets)} adapters registered in {time.perf_counter() - started:.1f} s")
-        for num_adapters in bench.setting.adapters:
-            yield from _measure(world, num_adapters, where, tell)
+        with Bed(config_for(world, num_adapters) for num_adapters in bench.setting.adapters) as bed:
+            tell(f"engine built in {bed.start_s} s")
+            for num_adapters in bench.setting.adapters:
+                yield from measure_on(bed, world, num_adapters, where)
 
 
-def _measure(world: World, num_adapters: int, where: Surroundings, tell: Tell) -> Iterator[Row]:
+def config_for(world: World, num_adapters: int) -> EngineConfig:
+    """Of the engine that serves the world's trace over this many adapters."""
+    return world.config(wanted_numbers(world.bench, num_adapters))
+
+
+def measure_on(
+    bed: Bed, world: World, num_adapters: int, where: Surroundings, *, label: str | None = None
+) -> Iterator[Row]:
+    """A row for each seed, all on one new engine. Raises what measure_engine raises."""
     bench = world.bench
-    config = world.config(wanted_numbers(bench, num_adapters))
-    started = time.perf_counter()
-    with running_engine(config) as engine:
-        start_s = time.perf_counter() - started
-        tell(f"{num_adapters} adapters: engine built in {start_s:.1f} s")
-        warm_up = warm_up_asks(bench, num_adapters)
-        check_timelines(warm_up, drive_engine(engine, warm_up, world.targets).timelines)
-        for order, seed in enumerate(bench.seeds):
-            trace = trace_of(bench, num_adapters, seed)
-            asks = asks_for(bench, trace, num_adapters, seed)
-            seen = drive_merged(engine, asks) if bench.merged else drive_engine(engine, asks, world.targets)
-            check_timelines(asks, seen.timelines, may_abort=config.slo_ttft_s is not None)
-            yield make_row(
-                system="flora",
-                commit=where.commit,
-                gpu=where.gpu,
-                kernels=engine.ready.kernels,
-                order="cold" if order == 0 else "warm",
-                start_s=round(start_s, 1),
-                kv_pages_left=check_nothing_leaks(engine),
-                full_batch_after_s=seen.full_batch_after_s,
-                step_ms_p50=seen.step_ms_p50,
-                **workload_facts(bench, trace, num_adapters, seed),
-                **engine_facts(config),
-                **seen.counts,
-                **summarize(asks, seen.timelines, bench.slo_ttft_s),
-            )
+    engine, config = bed.engine(config_for(world, num_adapters))
+    warm_up, may_abort = warm_up_asks(bench, num_adapters), config.slo_ttft_s is not None
+    check_timelines(warm_up, drive_engine(engine, warm_up, world.targets).timelines, may_abort=may_abort)
+    load_adapters(engine, [world.targets[i] for i in range(bench.beside)])
+    for order, seed in enumerate(bench.seeds):
+        trace = trace_of(bench, num_adapters, seed)
+        asks = asks_for(bench, trace, num_adapters, seed)
+        seen = drive_merged(engine, asks) if bench.merged else drive_engine(engine, asks, world.targets)
+        check_timelines(asks, seen.timelines, may_abort=may_abort)
+        yield make_row(
+            system="flora",
+            label=label,
+            commit=where.commit,
+            gpu=where.gpu,
+            kernels=engine.ready.kernels,
+            order="cold" if order == 0 else "warm",
+            start_s=bed.start_s,
+            kv_pages_left=check_nothing_leaks(engine),
+            full_batch_after_s=seen.full_batch_after_s,
+            step_ms_p50=seen.step_ms_p50,
+            **workload_facts(bench, trace, num_adapters, seed),
+            **engine_facts(config),
+            **seen.counts,
+            **summarize(asks, seen.timelines, bench.slo_ttft_s),
+        )
+
+
+def load_adapters(engine: Engine, targets: Sequence[AdapterTarget]) -> None:
+    """Makes adapters resident that nobody asks for. Raises CheckFailed where one is refused."""
+    for target in targets:
+        engine.load_adapter(LoadAdapter(request_id=target.label, adapter=target))
+    while not engine.is_idle:
+        for _, message in engine.step(wait_s=1.0):
+            if isinstance(message, Rejected):
+                raise CheckFailed(f"the engine refused {message.request_id}: {message.message}")
 
 
 def check_nothing_leaks(engine: Engine) -> int:

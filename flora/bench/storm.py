@@ -69,6 +69,7 @@ class StormRow(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int
     preemptions: int
     switches: dict[str, bool | int | float | str | None]
+    label: str | None = None  # what a suite calls this measurement
 
 
 @dataclass(slots=True)

@@ -26,11 +26,12 @@ def warm_up_asks(bench: ServeBench, num_adapters: int) -> list[Ask]:
 
 
 def wanted_numbers(bench: ServeBench, num_adapters: int) -> set[int]:
-    """The adapters that any pass over this many asks for, the warm-up's among them."""
-    if num_adapters == 0:
-        return set()
-    wanted = {int(i) for seed in bench.seeds for i in trace_of(bench, num_adapters, seed).adapters}
-    return wanted | {ask.adapter for ask in warm_up_asks(bench, num_adapters) if ask.adapter is not None}
+    """The adapters that any pass over this many asks for, the warm-up's and those beside it among them."""
+    wanted = set(range(bench.beside))
+    if num_adapters:
+        wanted |= {int(i) for seed in bench.seeds for i in trace_of(bench, num_adapters, seed).adapters}
+        wanted |= {ask.adapter for ask in warm_up_asks(bench, num_adapters) if ask.adapter is not None}
+    return wanted
 
 
 def all_numbers(bench: ServeBench) -> set[int]:

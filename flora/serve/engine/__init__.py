@@ -2,5 +2,6 @@
 
 from flora.serve.engine.build import build_engine
 from flora.serve.engine.engine import Engine
+from flora.serve.engine.rebuild import rebuild_engine
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine", "build_engine", "rebuild_engine"]

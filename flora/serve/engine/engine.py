@@ -62,7 +62,7 @@ class Engine:
         self.residency = self.scheduler.residency
         self._outbox = Outbox()
         self.supply = AdapterSupply(self.scheduler, pages, self.host, loader, runner, self._outbox, clock)
-        self._loader = loader
+        self.loader = loader
         self._clock = clock
         self._arrivals = 0
         self.is_draining = False
@@ -120,8 +120,16 @@ class Engine:
         """From now on new requests are refused; the others run to their end."""
         self.is_draining = True
 
+    def forget(self) -> None:
+        """Lets every adapter go, on the device and in host memory. Only for an engine that is idle."""
+        assert self.is_idle
+        for resident in list(self.residency):
+            self.residency.retire(resident.digest)
+        self.supply.sync()
+        self.host.free(self.host.num_bytes, lambda digest: False)
+
     def close(self) -> None:
-        self._loader.close()
+        self.loader.close()
 
     # --- the loop ---
 
