@@ -1,6 +1,7 @@
 """An adapter against the record of its base: whether each module is there in the shape that the factors have.
 
-PEFT's config only claims a base by name. The base's own record says which weights those are, and binds an import to them.
+PEFT's config only claims a base by name. The base's own record says which weights those are, and an import is bound to
+them.
 """
 
 from collections.abc import Iterator, Mapping
