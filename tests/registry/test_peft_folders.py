@@ -2,20 +2,20 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flora.adapter import CHAT_TEMPLATE, Adapter, ChangeReport, Recipe, TensorChange, make_adapter
-from flora.errors import AdapterInvalid, FloraError, NotFinite, NotFound, PickleRefused, Unsupported, UsageError
+from flora.errors import AdapterInvalid, FloraError, NotFound, UsageError
 from flora.registry.formats.peft import load_peft, save_peft
 from tests.registry.adapters import BASE, HIDDEN, MLP, Q_PROJ, random_adapter
+from tests.registry.peft_folders import CONFIG, RECORD, WEIGHTS, as_foreign, edit_config
 
 RANKS = {
     "model.layers.0.self_attn.q_proj": 4,
@@ -23,8 +23,6 @@ RANKS = {
     "model.layers.0.self_attn.k_proj": 3,
     "model.layers.1.mlp.down_proj": 7,
 }
-CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "flora.json"
-A_KEY = f"base_model.model.{Q_PROJ}.lora_A.weight"
 TOKENS = torch.arange(12).reshape(2, 6)
 
 
@@ -214,310 +212,6 @@ def test_the_folder_says_nothing_of_this_machine(tmp_path):
 
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
-
-
-# What is refused, and how
-
-
-def as_foreign(folder: Path, **options: object) -> Path:
-    """A folder as another tool would write it: without Flora's record."""
-    save_peft(random_adapter(**options), folder)
-    (folder / RECORD).unlink()
-    return folder
-
-
-def edit_config(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"peft_type": None}, "peft_type"),
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "lora_only"}, "bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "auto_mapping"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"use_something_new": True}, "use_something_new"),
-    ],
-)
-def test_an_adapter_that_is_more_than_lora_is_refused_by_the_key_that_says_so(tmp_path, changes, field):
-    foreign = as_foreign(tmp_path / "theirs")
-    edit_config(foreign, **changes)
-
-    with pytest.raises(Unsupported) as refused:
-        load_peft(foreign)
-    assert refused.value.field == field
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"r": 0},
-        {"r": -1},
-        {"r": 10**9},
-        {"r": "4"},
-        {"r": 4.5},
-        {"lora_alpha": 0},
-        {"lora_alpha": 1e308},
-        {"lora_alpha": -2},
-        {"rank_pattern": {"q_proj": 0}},
-        {"rank_pattern": {"(a+)+$": 4}},
-        {"alpha_pattern": {"(.*)*": 4}},
-        {"alpha_pattern": {"[": 4}},
-        {"alpha_pattern": {".*.*.*.*x": 4}},
-        {"target_modules": ["v_proj"]},
-        {"target_modules": 3},
-    ],
-    ids=str,
-)
-def test_an_absurd_config_is_refused(tmp_path, changes):
-    foreign = as_foreign(tmp_path / "theirs")
-    edit_config(foreign, **changes)
-
-    with pytest.raises(AdapterInvalid):
-        load_peft(foreign)
-
-
-def test_a_hostile_regular_expression_in_target_modules_is_never_run(tmp_path):
-    foreign = as_foreign(tmp_path / "theirs")
-    edit_config(foreign, target_modules="(a+)+$")
-
-    assert len(load_peft(foreign).header.modules) == 2
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        b"",
-        b"[]",
-        b"{",
-        b"{" * 100_000,
-        b"[" * 100_000,
-        b'{"peft_type": "LORA", "r": NaN}',
-        b'{"r": 1, "r": 2}',
-        b"\xff\xfe",
-    ],
-    ids=["empty", "list", "cut", "deep objects", "deep lists", "NaN", "twice", "binary"],
-)
-def test_a_config_that_is_no_json_object_is_refused(tmp_path, text):
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / CONFIG).write_bytes(text)
-
-    with pytest.raises(AdapterInvalid, match="adapter_config"):
-        load_peft(foreign)
-
-
-def test_a_huge_config_is_refused_by_its_size_alone(tmp_path):
-    foreign = as_foreign(tmp_path / "theirs")
-    with (foreign / CONFIG).open("wb") as file:
-        file.truncate(1 << 40)  # sparse
-
-    with pytest.raises(AdapterInvalid, match="MiB"):
-        load_peft(foreign)
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        (f"base_model.model.{Q_PROJ}.lora_magnitude_vector", (32,)),
-        (f"base_model.model.{Q_PROJ}.lora_B.bias", (32,)),
-        ("base_model.model.lm_head.weight", (64, 32)),
-        ("../../etc/passwd", (2, 2)),
-        (f"base_model.model.{'x' * 300}.lora_A.weight", (2, 2)),
-    ],
-)
-def test_a_tensor_that_is_no_linear_factor_is_refused_by_name(tmp_path, name, shape):
-    foreign = as_foreign(tmp_path / "theirs")
-    edit_weights(foreign, lambda tensors: tensors.update({name: torch.zeros(shape)}))
-
-    with pytest.raises(Unsupported) as refused:
-        load_peft(foreign)
-    assert name.startswith(refused.value.tensor)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
-    foreign = as_foreign(tmp_path / "theirs")
-    edit_weights(foreign, lambda tensors: tensors[A_KEY].fill_(value))
-
-    with pytest.raises(NotFinite) as refused:
-        load_peft(foreign)
-    assert refused.value.tensor == A_KEY
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors: tensors.pop(A_KEY),
-        lambda tensors: tensors.update({A_KEY: tensors[A_KEY][:2]}),
-        lambda tensors: tensors.update({A_KEY: tensors[A_KEY].T}),
-        lambda tensors: tensors.update({A_KEY: tensors[A_KEY].double()}),
-        lambda tensors: tensors.update({A_KEY: tensors[A_KEY].half()}),
-        lambda tensors: tensors.update({A_KEY: tensors[A_KEY].float() * 1e37}),
-        lambda tensors: tensors.update({A_KEY: torch.zeros(4, 0)}),
-        lambda tensors: tensors.update({A_KEY: torch.zeros(4, 4, 4)}),
-        lambda tensors: tensors.clear(),
-    ],
-    ids=["half a pair", "wrong rank", "transposed", "float64", "two dtypes", "1e37", "no inputs", "3-D", "empty"],
-)
-def test_factors_that_make_no_sense_are_refused(tmp_path, change):
-    foreign = as_foreign(tmp_path / "theirs", dtype=torch.float32)
-    edit_weights(foreign, change)
-
-    with pytest.raises(AdapterInvalid):
-        load_peft(foreign)
-
-
-def test_a_pickle_is_refused_and_never_opened(tmp_path, monkeypatch):
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / WEIGHTS).rename(foreign / "adapter_model.bin")
-    torch.save({A_KEY: torch.zeros(1)}, foreign / "adapter_model.bin")
-    forbid_opening(monkeypatch, "adapter_model.bin")
-
-    with pytest.raises(PickleRefused):
-        load_peft(foreign)
-
-
-def test_a_pickle_beside_safetensors_is_refused_too(tmp_path):
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / "adapter_model.pt").write_bytes(b"x")
-
-    with pytest.raises(PickleRefused):
-        load_peft(foreign)
-
-
-def test_a_trainers_other_pickles_do_not_matter(tmp_path, monkeypatch):
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / "training_args.bin").write_bytes(b"x")
-    forbid_opening(monkeypatch, "training_args.bin")
-
-    load_peft(foreign)
-
-
-@pytest.mark.parametrize("protocol", [2, 5], ids=["pickle 2", "pickle 5"])
-def test_pickle_bytes_under_a_safetensors_name_are_refused(tmp_path, protocol):
-    import pickle
-
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / WEIGHTS).write_bytes(pickle.dumps({"a": 1}, protocol=protocol))
-
-    with pytest.raises(PickleRefused):
-        load_peft(foreign)
-
-
-def test_a_torch_archive_under_a_safetensors_name_is_refused(tmp_path):
-    foreign = as_foreign(tmp_path / "theirs")
-    torch.save({A_KEY: torch.zeros(1)}, foreign / WEIGHTS)
-
-    with pytest.raises(PickleRefused):
-        load_peft(foreign)
-
-
-def forbid_opening(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Makes any opening of a file of that name, from Python, fail the test."""
-    import io
-
-    really_open = io.open
-
-    def guarded(file, *args, **kwargs):
-        assert not str(file).endswith(name), f"{name} was opened"
-        return really_open(file, *args, **kwargs)
-
-    monkeypatch.setattr(io, "open", guarded)
-    monkeypatch.setattr("builtins.open", guarded)
-
-
-def container(header: bytes, body: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + body
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\x10",
-        (1 << 62).to_bytes(8, "little"),
-        (100 << 20).to_bytes(8, "little") + b"{}",
-        container(b"{"),
-        container(b"[]"),
-        container(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}', b"x" * 16),
-        container(b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,1000000000000]}}', b"x" * 16),
-        container(b'{"a":{"dtype":"F32","shape":[-1,2],"data_offsets":[0,16]}}', b"x" * 16),
-        container(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}', b"x" * 17),
-        container(
-            b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
-            b'"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
-            b"x" * 16,
-        ),
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-    ],
-    ids=["empty", "one byte", "length lies", "header over file", "cut json", "list", "overflow", "past the end",
-         "negative", "trailing bytes", "name twice", "LFS pointer"],
-)  # fmt: skip
-def test_a_file_that_is_no_sound_safetensors_is_refused(tmp_path, data):
-    foreign = as_foreign(tmp_path / "theirs")
-    (foreign / WEIGHTS).write_bytes(data)
-
-    with pytest.raises(AdapterInvalid):
-        load_peft(foreign)
-
-
-def test_a_sparse_terabyte_is_refused_without_reading_it(tmp_path):
-    foreign = as_foreign(tmp_path / "theirs")
-    with (foreign / WEIGHTS).open("r+b") as file:
-        file.truncate(1 << 40)
-
-    with pytest.raises(AdapterInvalid):
-        load_peft(foreign)
-
-
-def test_a_folder_of_ours_that_was_changed_is_refused(tmp_path):
-    save_peft(random_adapter(), tmp_path / "out")
-    edit_weights(tmp_path / "out", lambda tensors: tensors[A_KEY].mul_(2))
-
-    with pytest.raises(AdapterInvalid, match=r"is not what flora\.json says"):
-        load_peft(tmp_path / "out")
-
-
-def test_a_changed_alpha_in_our_folder_is_refused(tmp_path):
-    save_peft(random_adapter(), tmp_path / "out")
-    edit_config(tmp_path / "out", lora_alpha=64)
-
-    with pytest.raises(AdapterInvalid, match=r"is not what flora\.json says"):
-        load_peft(tmp_path / "out")
-
-
-def test_a_record_that_claims_another_base_is_refused(tmp_path):
-    save_peft(random_adapter(), tmp_path / "out")
-    text = (tmp_path / "out" / RECORD).read_text()
-    (tmp_path / "out" / RECORD).write_text(text.replace(BASE.base_id, "sha256:" + "c" * 64))
-
-    with pytest.raises(AdapterInvalid, match=r"is not what flora\.json says"):
-        load_peft(tmp_path / "out")
-
-
-def test_a_record_cannot_name_a_file_outside_its_folder(tmp_path):
-    save_peft(random_adapter(extras={CHAT_TEMPLATE: b"x"}), tmp_path / "out")
-    text = (tmp_path / "out" / RECORD).read_text()
-    (tmp_path / "out" / RECORD).write_text(text.replace(CHAT_TEMPLATE, "../secret"))
-    (tmp_path / "secret").write_bytes(b"x")
-
-    with pytest.raises(AdapterInvalid):
-        load_peft(tmp_path / "out")
 
 
 def test_a_folder_with_a_strangers_file_is_not_overwritten(tmp_path):

@@ -13,10 +13,12 @@ from flora.registry import Registry
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
+from flora.serve.engine.schedule.pages import Use
 from flora.serve.messages import FromEngine, Rejected, StepEvents, Submit, TokenEvent
 from flora.serve.request import AdapterTarget, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
+PAGE_BYTES = 8192  # of the small Llama: 2 layers, 2 key heads of 16, 16 tokens, float32
 
 
 @dataclass
@@ -95,6 +97,11 @@ def ask(
     sampling: SamplingParams = GREEDY,
 ) -> None:
     engine.submit(Submit(request_id=request_id, prompt=tuple(prompt), sampling=sampling, adapter=adapter))
+
+
+def held_pages(engine: Engine) -> int:
+    """Pages that neither are free nor belong to a resident adapter."""
+    return engine.pages.num_usable - engine.pages.num_free - engine.pages.count(Use.ADAPTER)
 
 
 class LogitsTap:
