@@ -1,6 +1,7 @@
 """The house, drawn from the real imports: arrows go one way, and some things are absent on purpose."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,10 +37,14 @@ def room_of(path: Path) -> str:
     return parts[0] if len(parts) > 1 and parts[0] in ROOMS else "core"
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
     """Dotted names that a file imports; with `top_level`, only those that importing it runs."""
-    tree = ast.parse(path.read_text())
-    nodes = importing_nodes(tree) if top_level else ast.walk(tree)
+    nodes = importing_nodes(tree_of(path)) if top_level else ast.walk(tree_of(path))
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -146,7 +151,7 @@ def test_nothing_unpickles_evaluates_or_asks_a_shell():
     for path in FILES:
         if path.name == "unpickle.py":  # `flora extract --allow-pickle`: the next test
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call):
                 has_shell = any(word.arg == "shell" for word in node.keywords)
                 if ast.unparse(node.func) in forbidden or has_shell:
@@ -158,7 +163,7 @@ def test_nothing_unpickles_evaluates_or_asks_a_shell():
 
 def test_pickles_are_read_in_one_place_by_weights_only_which_the_command_line_alone_starts():
     path = PACKAGE / "unpickle.py"
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     loads = [node for node in calls if ast.unparse(node.func) == "torch.load"]
     users = {str(path.relative_to(PACKAGE)) for path in FILES if "flora.unpickle" in set(imports(path))}
 
@@ -173,7 +178,7 @@ def test_only_the_command_line_prints():
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in FILES
         if room_of(path) != "cli"
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
 
@@ -185,7 +190,7 @@ def test_one_file_makes_paths_from_digests():
     joins = {
         str(path.relative_to(PACKAGE))
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and "digest" in ast.unparse(node.right)
     }
 
@@ -193,8 +198,9 @@ def test_one_file_makes_paths_from_digests():
 
 
 def test_the_project_names_no_path_of_the_machines_that_built_it():
-    texts = [path for path in ROOT.rglob("*") if path.suffix in {".py", ".md", ".toml", ".txt"} and path.is_file()]
-    ours = [path for path in texts if not {".venv", ".git", ".device"} & set(path.relative_to(ROOT).parts)]
+    tops = [path for path in ROOT.iterdir() if path.name not in {".venv", ".git", ".device"}]
+    files = [path for top in tops for path in (top, *top.rglob("*")) if path.is_file()]
+    ours = [path for path in files if path.suffix in {".py", ".md", ".toml", ".txt"}]
     shared, work = "../" + "shared", "/" + "work/"
 
     assert not [str(path) for path in ours if shared in path.read_text() or work in path.read_text()]

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -85,10 +84,7 @@ def test_watching_without_all_is_a_usage_error(flora, tmp_path):
 
 
 def test_a_name_that_is_none_is_refused_before_anything_is_fetched(flora, tmp_path):
-    started_s = time.monotonic()
-
     assert "FL-NAME" in flora("pull", "https://huggingface.co/a/b", "--name", "a/b/c", code=2).err
-    assert time.monotonic() - started_s < 5
 
 
 @pytest.mark.parametrize(

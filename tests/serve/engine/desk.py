@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from typing import Any
+from zlib import crc32
 
 from flora.serve.engine.schedule.pages import PagePool
 from flora.serve.engine.schedule.policy import Policy
@@ -14,8 +15,8 @@ _NUM_WORDS = 2  # tokens are 0 or 1, so that answers often go on as other prompt
 
 
 def _state(before: int | None, digest: str | None, token: int) -> int:
-    """What a token's keys and values depend on: the adapter, and all tokens up to it."""
-    return hash((before, digest, token))
+    """What a token's keys and values depend on: the adapter, and all tokens up to it. The same in every process."""
+    return crc32(f"{before} {digest} {token}".encode())
 
 
 def answer(digest: str | None, prompt: Iterable[int], num_tokens: int) -> list[int]:

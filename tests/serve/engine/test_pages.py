@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from flora.errors import OutOfPages
 from flora.serve.engine.schedule.pages import NULL_PAGE, PagePool, Use
+from tests.conftest import examples
 
 
 def test_kv_grows_from_the_low_end_and_adapters_from_the_high_one():
@@ -93,4 +94,4 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+TestPagePoolMachine.settings = settings(max_examples=examples(60), stateful_step_count=60)

@@ -12,6 +12,7 @@ from flora.errors import OutOfPages, Overloaded
 from flora.serve.engine.schedule.pages import Use
 from flora.serve.engine.schedule.prefix import PrefixPage
 from flora.serve.engine.schedule.sequence import PENDING, State
+from tests.conftest import examples
 from tests.serve.engine.desk import PAGE_TOKENS, Desk
 
 SIZES = {"small": 1, "medium": 4, "large": 9}  # pages of each adapter
@@ -185,7 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=examples(60), stateful_step_count=50)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
