@@ -128,3 +128,14 @@ def test_what_does_not_fit_stops_the_engine(world, name, shape, binding, error):
 
     with pytest.raises(error):
         world.engine(merge=world.add(adapter, "bad"))
+
+
+def test_an_adapter_of_another_base_is_merged_by_permission_alone_and_noted(world):
+    target = world.add(random_adapter(world.config, seed=1, ranks=[2], base_id="sha256:" + "1" * 64), "stranger")
+
+    engine = world.engine(merge=target, allow_base_mismatch=True)
+    engine.close()
+
+    with world.registry as registry:
+        (noted,) = registry.mismatches(registry.resolve("stranger"))
+    assert noted.base_id == engine.ready.base_id
