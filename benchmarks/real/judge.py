@@ -1,10 +1,11 @@
-"""Whether a model answers questions right, greedily, from one forward pass over each question with its answers.
+"""Whether a model answers questions right, greedily, from little more than one forward pass over questions and answers.
 
-Greedy decoding says an answer exactly if at every place of it the answer's own next token is the likeliest one, and
-after it the end. So a question with its answer behind it tells, in one pass, what decoding would tell in as many passes
-as the answer has tokens; and how likely the answer was, which moves where the share of right answers stands still. An
-answer counts in the tokens that its tokenizer makes of it: the same text in other tokens, which decoding could say too,
-does not. `tests/real/test_judge.py` compares with `generate`.
+Greedy decoding says an answer exactly if at every place of it the answer's next token is the likeliest one, and then
+the end. So a question with its answer behind it tells in one pass what decoding would tell in as many as the answer has
+tokens; and how likely the answer was, which still moves where the share of right answers stands. Where another token is
+the likeliest, decoding went another way: to another answer, or to the same text in other tokens. The text said so far
+tells which; in the second case the rest of the answer is put behind it and asked again. `tests/real/test_judge.py`
+compares with `generate`.
 """
 
 import math
@@ -45,59 +46,93 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    """One question with one of its answers."""
+
     question: int
+    answer: str
     ids: tuple[int, ...]  # prompt, answer, end
     start: int  # of the answer
-    is_first: bool  # of the question's answers
+    said: int  # where the tokens begin that are not known to be said
+    is_learnt: bool  # whether the answer is the one to weigh
+
+    @property
+    def places(self) -> range:
+        """Of the tokens to compare with the model's."""
+        return range(self.said, len(self.ids))
 
 
 class Judge:
     """Questions as token ids, made once, and asked of as many models as one likes."""
 
     def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
+        self._tokenizer = tokenizer
         self._num_questions = len(examples)
-        self._rows = sorted(_rows(tokenizer, examples), key=lambda row: len(row.ids))
-        self._ends = _ends(tokenizer)
+        self._rows = [row for question, example in enumerate(examples) for row in self._first(question, example)]
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        lines = [token for token, text in enumerate(texts) if text.lstrip(" \t").startswith("\n")]
+        self._ends = {tokenizer.eos_token_id, *lines}  # an answer is read up to its first line's end
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module) -> Verdict:
         """What `model`, a decoder of transformers in eval mode, answers: on its own device, in its own dtype."""
-        device = next(model.parameters()).device
-        ends = torch.tensor(self._ends, device=device)
-        right, nats, tokens = [False] * self._num_questions, 0.0, 0
-        for rows in _batches(self._rows, _BATCH_TOKENS[device.type]):
-            ids, asked = _tensors(rows, device)
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model.get_output_embeddings()(hidden[:, :-1][asked]).float()
-            wanted = ids[:, 1:][asked]
-            guess = logits.argmax(-1)
-            is_end = wanted == self._ends[0]
-            says = torch.where(is_end, torch.isin(guess, ends), guess == wanted)
-            loss = F.cross_entropy(logits, wanted, reduction="none").double()
-            lengths = [len(row.ids) - row.start for row in rows]
-            for row, said, lost in zip(rows, says.cpu().split(lengths), loss.cpu().split(lengths), strict=True):
-                right[row.question] |= bool(said.all())
-                if row.is_first:
-                    nats, tokens = nats + float(lost.sum()), tokens + len(lost)
-        return Verdict(tuple(right), nats / tokens)
+        right, nats, num_tokens = [False] * self._num_questions, 0.0, 0
+        rows, is_first = self._rows, True
+        while rows:
+            asked_again = []
+            for row, guesses, losses in _ask(model, rows):
+                if is_first and row.is_learnt:
+                    nats, num_tokens = nats + sum(losses), num_tokens + len(losses)
+                place = self._departure(row, guesses)
+                if place is None:
+                    right[row.question] = True
+                elif (again := self._other_tokens(row, place, guesses[place - row.said])) is not None:
+                    asked_again.append(again)
+            rows, is_first = asked_again, False
+        return Verdict(tuple(right), nats / num_tokens)
 
-
-def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[_Row]:
-    for question, example in enumerate(examples):
-        prompt = tokenizer(example.prompt)["input_ids"]
+    def _first(self, question: int, example: Example) -> Iterator[_Row]:
+        prompt = self._tokenizer(example.prompt)["input_ids"]
         for i, answer in enumerate(example.answers):
-            reply = tokenizer(" " + answer, add_special_tokens=False)["input_ids"]
-            yield _Row(question, (*prompt, *reply, tokenizer.eos_token_id), len(prompt), i == 0)
+            ids = (*prompt, *self._tokens(" " + answer), self._tokenizer.eos_token_id)
+            yield _Row(question, answer, ids, len(prompt), len(prompt), i == 0)
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+    def _departure(self, row: _Row, guesses: Sequence[int]) -> int | None:
+        """The first place where the model says another token than the row's; None if it says all of them."""
+        for place, guess in zip(row.places, guesses, strict=True):
+            is_end = place == len(row.ids) - 1
+            if guess not in self._ends if is_end else guess != row.ids[place]:
+                return place
+        return None
+
+    def _other_tokens(self, row: _Row, place: int, guess: int) -> _Row | None:
+        """The row in the model's own tokens up to `place`, if what it has said by then begins the answer."""
+        said = (*row.ids[row.start : place], guess)
+        text = self._tokenizer.decode(said, skip_special_tokens=True).lstrip()
+        if guess in self._ends or not row.answer.startswith(text):
+            return None
+        ids = (*row.ids[: row.start], *said, *self._tokens(row.answer[len(text) :]), self._tokenizer.eos_token_id)
+        return _Row(row.question, row.answer, ids, row.start, place + 1, row.is_learnt)
 
 
-def _ends(tokenizer: Any) -> list[int]:
-    """The end of turn, then every token that starts a new line: an answer is read up to there."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [tokenizer.eos_token_id, *(i for i, text in enumerate(texts) if text.lstrip(" \t").startswith("\n"))]
+def _ask(model: nn.Module, rows: Sequence[_Row]) -> Iterator[tuple[_Row, list[int], list[float]]]:
+    """Each row with the likeliest token at each of its places, and the nats that the row's own token costs there."""
+    device = next(model.parameters()).device
+    for batch in _batches(sorted(rows, key=lambda row: len(row.ids)), _BATCH_TOKENS[device.type]):
+        ids, asked = _tensors(batch, device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[:, :-1][asked]).float()
+        counts = [len(row.places) for row in batch]
+        guesses = logits.argmax(-1).cpu().split(counts)
+        losses = F.cross_entropy(logits, ids[:, 1:][asked], reduction="none").double().cpu().split(counts)
+        for row, guess, loss in zip(batch, guesses, losses, strict=True):
+            yield row, guess.tolist(), loss.tolist()
 
 
 def _batches(rows: Sequence[_Row], num_tokens: int) -> Iterator[Sequence[_Row]]:
-    """Runs of `rows`, which ascend in length, of at most so many tokens once padded."""
+    """Runs of `rows`, which ascend in length, of at most so many tokens once padded, or of one row."""
     start = 0
     for end in range(1, len(rows) + 1):
         if end == len(rows) or (end + 1 - start) * len(rows[end].ids) > num_tokens:
@@ -106,10 +141,9 @@ def _batches(rows: Sequence[_Row], num_tokens: int) -> Iterator[Sequence[_Row]]:
 
 
 def _tensors(rows: Sequence[_Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """ids int64 [rows, length], padded on the right, where causal attention never looks; asked bool [rows, length - 1],
-    True where the next token belongs to an answer."""
+    """ids int64 [rows, length], padded on the right, where causal attention never looks; and asked
+    bool [rows, length - 1], True where the next token is at one of the row's places."""
     length = len(rows[-1].ids)
     ids = torch.tensor([[*row.ids, *[0] * (length - len(row.ids))] for row in rows], device=device)
-    places = torch.arange(1, length)
-    asked = torch.stack([(places >= row.start) & (places < len(row.ids)) for row in rows])
-    return ids, asked.to(device)
+    asked = torch.tensor([[place in row.places for place in range(1, length)] for row in rows], device=device)
+    return ids, asked

@@ -4,8 +4,8 @@
     python benchmarks/real/study.py --pair TASK BASE TUNED --questions 400 --out ROWS.jsonl
 
 Each row is one adapter, extracted by Flora as `flora extract` does it and merged by hand onto one base in memory, which
-answers the test side's questions in float32. Greedy answers are told by one forward pass (judge.py), not decoded token
-by token: on a GPU the whole test side takes a second. A row's `right` has one bit a question, so that any two rows can
+answers the test side's questions in float32. Greedy answers are told by little more than one forward pass (judge.py)
+and not decoded token by token. A row's `right` has one bit a question, so that any two rows can
 be compared question by question; `lost` and `gained` count that against the fine-tune. Rows that --out holds already
 are not measured again. The rows are read by study_page.py.
 """
