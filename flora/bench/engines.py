@@ -44,16 +44,22 @@ class World:
         )
 
 
-def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int], *, prefix: str | None = None) -> World:
-    """Writes config.json and registers the adapters of these numbers, on all cores if that is much.
+def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int]) -> World:
+    """Writes config.json and registers the adapters of these numbers."""
+    write_config(folder / "base", bench.setting.shape)
+    return World(folder, bench, register_adapters(folder, bench.setting, numbers))
+
+
+def register_adapters(
+    folder: Path, setting: Setting, numbers: Iterable[int], *, prefix: str | None = None
+) -> dict[int, AdapterTarget]:
+    """Into the registry of a world, on all cores if that is much work.
 
     prefix  of the adapters' names, where a registry holds those of several settings
     """
-    setting = bench.setting
-    write_config(folder / "base", setting.shape)
     wanted = set(numbers)
     is_small = sum(adapter_bytes(setting, number, "bfloat16") for number in wanted) < _SMALL_WORLD_BYTES
-    targets = register_random_adapters(
+    return register_random_adapters(
         folder / "registry",
         setting.shape,
         setting.modules,
@@ -63,7 +69,6 @@ def make_world(folder: Path, bench: ServeBench, numbers: Iterable[int], *, prefi
         num_processes=1 if is_small else os.cpu_count() or 1,
         prefix=prefix,
     )
-    return World(folder, bench, targets)
 
 
 @contextmanager

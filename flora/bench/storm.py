@@ -17,7 +17,7 @@ from flora.bench.settings import ServeBench
 from flora.errors import CheckFailed
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
-from flora.serve.messages import AdapterLoaded, Cancel, LoadAdapter, Rejected, StepEvents, Submit
+from flora.serve.messages import AdapterLoaded, Cancel, FromEngine, LoadAdapter, Rejected, StepEvents, Submit
 from flora.serve.request import AdapterTarget, SamplingParams
 
 _PROMPT_TOKENS = 32
@@ -137,8 +137,8 @@ class _Drive:
             self._step(weather.gaps_during_s)
         for name in self._tokens:
             engine.cancel(Cancel(request_id=name))
-        while not engine.is_idle:  # loads that came too late are not counted
-            engine.step(wait_s=_PATIENCE_S)
+        while not engine.is_idle:  # loads that came too late are not counted, but none may be refused
+            _check_nothing_refused(engine.step(wait_s=_PATIENCE_S))
         return weather
 
     def _start_streams(self) -> None:
@@ -151,6 +151,7 @@ class _Drive:
     def _step(self, gaps_s: list[float]) -> None:
         told = self._engine.step(wait_s=_PATIENCE_S)
         now_s = self._clock.now()
+        _check_nothing_refused(told)
         for _, message in told:
             match message:
                 case StepEvents():
@@ -167,8 +168,12 @@ class _Drive:
                         self._tokens[name] = self._tokens.get(name, 0) + 1
                 case AdapterLoaded():
                     self._weather.load_ms.append(message.load_ms)
-                case Rejected():
-                    raise CheckFailed(f"the engine refused {message.request_id}: {message.message}")
+
+
+def _check_nothing_refused(told: Sequence[tuple[bytes, FromEngine]]) -> None:
+    for _, message in told:
+        if isinstance(message, Rejected):
+            raise CheckFailed(f"the engine refused {message.request_id}: {message.message}")
 
 
 def storm_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from flora.cli.machine import available_memory_bytes
+from flora.cli.machine import available_memory_bytes, gpus
 from flora.cli.sizes import parse_bytes, parse_length
 from flora.cli.sizing import PACE
 from flora.errors import UsageError
@@ -186,6 +187,19 @@ def make_engine_config(
         num_threads=threads,
         **{name: value for name, value in switches.items() if value is not None},
     )
+
+
+def gpu_name(device: str) -> str | None:
+    """As the driver calls it; None for a CPU."""
+    return None if device == "cpu" else gpus()[int(device.partition(":")[2] or 0)].name
+
+
+def seconds_of(text: str, flag: str) -> float:
+    """`90`, `90s` or `8m` -> seconds. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if match is None:
+        raise UsageError(f"{flag} {text!r} is no time", fix="write 90s, 8m or 1h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def numbers(text: str, flag: str, *, least: int = 0) -> tuple[int, ...]:

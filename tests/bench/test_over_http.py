@@ -6,6 +6,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
@@ -103,9 +104,17 @@ def test_a_server_is_measured_by_its_url_with_at_most_so_many_clients(server):
     [row] = rows
     assert (row.system, row.order, row.clients, row.completed) == ("flora-http", "unknown", 2, 10)
     assert row.kv_pages_left == 0
-    # two clients and ten requests at once: had the time counted from t = 0, the last would have waited for the others
-    assert row.ttft_ms_p99 is not None
-    assert row.ttft_ms_p99 < 1000 * row.elapsed_s / 2
+    assert row.send_delay_ms_p99 == 0.0  # a request's time begins when a client is free to send it, not at t = 0
+
+
+def test_no_more_requests_are_under_way_than_there_are_clients(server):
+    asks = [ask(num_tokens=4)] * 10
+
+    timelines = run(drive_server(Endpoint(server), asks, model_of, clients=2))
+
+    check_timelines(asks, timelines)
+    changes = sorted([(seen.sent_s, +1) for seen in timelines] + [(seen.end_s, -1) for seen in timelines])
+    assert max(accumulate(change for _, change in changes)) == 2
 
 
 def test_a_client_that_has_seen_enough_hangs_up_and_the_server_hears_of_it(server):

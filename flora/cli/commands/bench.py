@@ -1,4 +1,4 @@
-"""`flora bench serve` and `flora bench plot`: serving measured, and its rows drawn."""
+"""`flora bench`: serving measured, and its rows drawn. `suite` and `claims` stand in bench_suite.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from flora.cli import bench_options as flag
 from flora.cli.bench_tables import print_rows, print_storms
-from flora.cli.machine import gpus
+from flora.cli.commands.bench_suite import claims, suite
 from flora.cli.options import AsJson
 from flora.cli.output import choose_format, note
 from flora.cli.sizing import resolve_device
@@ -141,7 +141,7 @@ def serve(
         merged=merge,
     )
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
-    where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else _gpu_name(device)))
+    where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else flag.gpu_name(device)))
     if storm:
         if url:
             raise UsageError("--storm needs adapters that nobody has loaded", fix="leave --url out, or give --http")
@@ -181,12 +181,6 @@ def _kept(rows: Iterator[_R], out: Path | None) -> Iterator[_R]:
         yield row
 
 
-def _gpu_name(device: str) -> str | None:
-    """As the driver calls it; None for a CPU."""
-    ordinal = int(device.partition(":")[2] or 0)
-    return gpus()[ordinal].name if device != "cpu" else None
-
-
 def plot(
     files: Annotated[list[Path], typer.Argument(metavar="ROWS…", help="What --out wrote: JSON lines.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The SVG to write.")],
@@ -215,7 +209,7 @@ def plot(
     note(f"{len(curves)} curves in {out}")
 
 
-VERBS: dict[str, Callable[..., None]] = {"serve": serve, "plot": plot}
+VERBS: dict[str, Callable[..., None]] = {"serve": serve, "suite": suite, "claims": claims, "plot": plot}
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
