@@ -44,6 +44,7 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Kind = "linear"
     kernel: tuple[int, ...] = ()
     tied: tuple[str, ...] = ()
+    experts: int = 0
 
     @property
     def scale(self) -> float:
@@ -51,7 +52,7 @@ class Module(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def form(self) -> Form:
-        return Form(kind=self.kind, kernel=self.kernel, tied=self.tied)
+        return Form(kind=self.kind, kernel=self.kernel, tied=self.tied, experts=self.experts)
 
 
 class ExactTensor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -243,6 +244,7 @@ def describe(name: str, factors: LowRank, form: Form = LINEAR) -> Module:
         kind=form.kind,
         kernel=form.kernel,
         tied=form.tied,
+        experts=form.experts,
     )
 
 

@@ -1,6 +1,6 @@
 """What a merge does to a checkpoint: each changed tensor as a function from the base's own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,13 +21,13 @@ def checkpoint_changes(
     The new tensor is base + change in float32 (float64 where the base is), rounded once to the base's dtype.
     """
     terms = terms_of(parts)
-    changes: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, module in modules_of(parts).items():
-        change = _adding(module, terms[name], combination)
+    modules: dict[str, list[Module]] = {}  # by tensor: several only where experts lie in one
+    for module in modules_of(parts).values():
         for tensor in (tensor_name(module, base.tensors), *(f"{tied}.weight" for tied in module.tied)):
             if tensor in base.tensors:
                 _check_dtype(base.tensors[tensor])
-                changes[tensor] = change
+                modules.setdefault(tensor, []).append(module)
+    changes = {tensor: _adding(those, terms, combination) for tensor, those in modules.items()}
     for name, whole in merge_exact(parts, base).items():
         changes[name] = _replacing(whole)
     return changes
@@ -44,10 +44,13 @@ def _check_dtype(info: TensorInfo) -> None:
         )
 
 
-def _adding(module: Module, terms: Sequence[Term], combination: Combination) -> Callable[[Tensor], Tensor]:
+def _adding(
+    modules: Sequence[Module], terms: Mapping[str, Sequence[Term]], combination: Combination
+) -> Callable[[Tensor], Tensor]:
     def add(tensor: Tensor) -> Tensor:
         total = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        as_matrix(total, module).add_(dense(terms, combination, module.name))
+        for module in modules:
+            as_matrix(total, module).add_(dense(terms[module.name], combination, module.name))
         new = total.to(tensor.dtype)
         if not bool(torch.isfinite(new).all()):
             raise NotFinite(

@@ -14,6 +14,7 @@ from flora.algebra.places import tensor_name
 from flora.algebra.recombine import Recombined, measure_again, recombine
 from flora.checkpoint import Checkpoint
 from flora.extract.workers import choose_crew, in_order
+from flora.forms import EXPERT_KINDS
 from flora.identity import BaseRecord
 from flora.lowrank import trim
 from flora.prune import prune
@@ -85,7 +86,7 @@ def merge_adapters(
         reports = cut.report.by_name() if cut.report else {}
         for name, module in modules.items():
             left = cut.factors.get(name, trim(found[name].factors, 0))
-            change = reports[tensor_name(module, base.tensors)]
+            change = reports[_line(module, base)[0]]
             found[name] = measure_again(found[name], left, terms[name], combination, change.kept)
         cut = replace(cut, report=_report(found, modules, exact, base))
     return Merged(cut, found, tuple(notes))
@@ -124,12 +125,12 @@ def _report(
 ) -> ChangeReport:
     tensors = []
     for name, one in found.items():
-        info = base.tensors[tensor_name(modules[name], base.tensors)]
+        line, shape = _line(modules[name], base)
         kept = one.norm_squared - one.residual_squared
         tensors.append(
             TensorChange(
-                name=info.name,
-                shape=info.shape,
+                name=line,
+                shape=shape,
                 status="extracted",
                 norm_squared=one.norm_squared,
                 kept=kept,
@@ -140,6 +141,14 @@ def _report(
         norm = float((whole.double() - base.load(name).double()).square().sum())
         tensors.append(TensorChange(name=name, shape=tuple(whole.shape), status="exact", norm_squared=norm, kept=norm))
     return ChangeReport(tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name)))
+
+
+def _line(module: Module, base: Checkpoint) -> tuple[str, tuple[int, ...]]:
+    """Name and shape under which a report knows the module: its tensor's, or an expert's own."""
+    info = base.tensors[tensor_name(module, base.tensors)]
+    if module.kind in EXPERT_KINDS:
+        return f"{module.name}.weight", (module.out_features, module.in_features)
+    return info.name, info.shape
 
 
 def _recipe(parts: Sequence[Part], combination: Combination, rule: RankRule) -> Recipe:

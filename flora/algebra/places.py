@@ -10,13 +10,15 @@ from flora.errors import BaseMismatch
 
 
 def tensor_name(module: Module, names: Container[str]) -> str:
-    """The tensor of a checkpoint that `module` changes: its `.weight`, or a parameter of that very name.
+    """The tensor of a checkpoint that `module` changes: its `.weight`, a parameter of that very name, or its experts'.
 
     Raises BaseMismatch if `names` holds neither.
     """
     for name in (f"{module.name}.weight", module.name):
         if name in names:
             return name
+    if module.kind in forms.EXPERT_KINDS and (stack := forms.stack_name(module.name, names)) is not None:
+        return stack
     raise BaseMismatch(
         f"{module.name} of the adapter is not in the base",
         cause="the adapter was made for another base, or its names differ",
@@ -31,6 +33,8 @@ def as_matrix(tensor: Tensor, module: Module) -> Tensor:
     Raises BaseMismatch if it has another shape.
     """
     if tensor.dim() >= 2:
+        if module.kind in forms.EXPERT_KINDS and tensor.dim() == 3:
+            tensor = forms.expert_slice(module.name, module.kind, tensor)
         matrix = forms.as_matrix(module.kind, tensor)
         if matrix.shape == (module.out_features, module.in_features):
             return matrix

@@ -18,7 +18,7 @@ from flora.adapter import Adapter, Module, TensorChange
 from flora.algebra.places import as_matrix, tensor_name
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import BaseMismatch, CheckpointError, ShapeMismatch
-from flora.extract.dequantize import dequantized
+from flora.extract.experts import readable, stored_names
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import match_names
 from flora.lowrank import LowRank
@@ -110,18 +110,22 @@ def verify(
     Raises BaseMismatch (a base tensor is not the one that the adapter was computed against, or none has its shape),
     ShapeMismatch, CheckpointError (the tuned checkpoint lacks a tensor that the adapter changes).
     """
-    stored, base, tuned = base, dequantized(base), dequantized(tuned)
+    stored, base, tuned = base, readable(base), readable(tuned)
     pairs = [pair for pair in match_names(base.tensors, tuned.tensors)[0] if pair.base and pair.tuned]
     modules = {tensor_name(module, base.tensors): (module, factors) for module, factors in adapter}
     _check_complete(modules, pairs, tuned)
     has_certificate = adapter.report is not None and adapter.header.recipe.tuned_id is not None
     record = adapter.report.by_name() if adapter.report and has_certificate else {}
     total, done, found = sum(pair.num_bytes for pair in pairs), 0, []
+    checked: set[str] = set()  # tensors of the base; one may hold many experts
     for pair in pairs:
         assert pair.base is not None
         touched = modules.get(pair.base.name)
         if touched is not None:
-            _check_base(stored.tensors[pair.base.name], stored, adapter)
+            for name in stored_names(base, pair.base.name):
+                if name not in checked:
+                    _check_base(stored.tensors[name], stored, adapter)
+                    checked.add(name)
         if not (touched is None and _is_tied(pair, base, tuned)):
             found.append(_verify_pair(pair, base, tuned, touched, adapter, record.get(pair.name), tolerance))
         done += pair.num_bytes

@@ -14,6 +14,10 @@ HEAD_PATHS = ("cls.predictions.decoder", "predictions.decoder", "lm_head.decoder
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 STRIDE_READERS = ("whisper",)
+POSITIONS = "embed_positions"  # a table whose layer looks up by other than what it is given
+POSITION_READERS = ("qwen2_audio", "voxtral", "audioflamingo3", "musicflamingo")
+ROUTERS = (".gate", ".router", ".router.layer")
+_STACKS = (".input_linear.weight", ".output_linear.weight")  # of experts, where their name does not say so
 TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module tree; lm_head if not named here
     "bert": "cls.predictions.decoder",
     "albert": "predictions.decoder",
@@ -58,16 +62,20 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
         return Finding(reason="a buffer of whole numbers, not a weight")
     if is_table(name, shape):
         return Finding("embedding")
-    if ".experts." in name and not (len(shape) == 2 and name.endswith(".weight")):
-        return Finding(reason="expert weights, fused in one 3-D parameter")
-    if leaf in ("gate", "router") and any(other.startswith(f"{_parent(name)}.experts.") for other in names):
-        return Finding(reason="the router of a mixture of experts: no linear layer in the module tree")
+    if _is_fused(name, shape):
+        return Finding(reason=f"several experts in one tensor, whose layout in {model_type} is not known here")
+    if ".experts." in name and not name.endswith(".weight"):
+        return Finding(reason="biases of all experts in one tensor: they have no LoRA form")
+    if len(shape) == 2 and _is_router(name, names):
+        return Finding("parameter")
     if len(shape) < 2:
         return Finding(is_vector=len(shape) == 1 and name.endswith((".weight", ".bias")), reason=_vector(name, leaf))
     if not name.endswith(".weight"):
         return Finding(reason="a parameter outside any layer that has a LoRA form")
-    if leaf == "embed_positions":
-        return Finding(reason="a table of positions that is not looked up by token ids: it has no LoRA form in PEFT")
+    if leaf == POSITIONS:
+        if model_type in POSITION_READERS:
+            return Finding(reason=f"a table of positions that {model_type}'s code reads past its layer")
+        return Finding("parameter")
     if len(shape) > 2:
         return _classify_conv(name, shape, model_type)
     if model_type in CONV1D_MODELS and leaf in CONV1D_LAYERS:
@@ -84,7 +92,8 @@ def reason_not_wished(name: str, kind: Kind, names: Set[str], wish: Wish) -> str
         return "the token embedding" + (", tied to the output head" if tied else "") + ": only --embeddings extracts it"
     if is_head(name):
         return "the output head: only --embeddings extracts it"
-    return "an embedding: only --embeddings extracts it" if kind == "embedding" else None
+    is_table = kind == "embedding" or leaf_of(name) == POSITIONS
+    return "an embedding: only --embeddings extracts it" if is_table else None
 
 
 def tied_heads(embedding: str, model_type: str, config: dict[str, Any], names: Set[str]) -> tuple[str, ...]:
@@ -152,5 +161,15 @@ def _classify_conv(name: str, shape: tuple[int, ...], model_type: str) -> Findin
     return Finding("conv")
 
 
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0].rpartition(".")[0]
+def _is_fused(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether this holds the matrices of several experts: they have been taken apart where that is possible."""
+    if len(shape) == 3 and (name.endswith(_STACKS) or ".moe." in name):
+        return True
+    return ".experts." in name and len(shape) >= 2 and (len(shape) > 2 or not name.endswith((".weight", "_bias")))
+
+
+def _is_router(name: str, names: Set[str]) -> bool:
+    """Whether this weight gives each token to experts: PEFT finds no linear layer there, and adapts the parameter."""
+    module = name.removesuffix(".weight")
+    end = next((end for end in ROUTERS if module.endswith(end)), None)
+    return end is not None and any(other.startswith(f"{module.removesuffix(end)}.experts.") for other in names)

@@ -17,6 +17,7 @@ class TensorPair:
     status: Literal["extractable", "exact", "not_extractable", "excluded"] = "extractable"  # exact: carried whole
     reason: str | None = None  # of a status other than extractable
     kind: Kind = "linear"  # of an extractable one
+    experts: int = 0  # of one that lies with others in one tensor: how many
     tied: tuple[str, ...] = ()  # modules without a tensor of their own that use this very embedding
     twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
 
@@ -45,7 +46,7 @@ class TensorPair:
     @property
     def form(self) -> Form:
         kernel = self.shape[2:] if self.kind == "conv" else ()
-        return Form(kind=self.kind, kernel=kernel, tied=self.tied)
+        return Form(kind=self.kind, kernel=kernel, tied=self.tied, experts=self.experts)
 
     @property
     def num_bytes(self) -> int:

@@ -10,6 +10,7 @@ from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import UsageError
 from flora.extract.agreement import check_complete, check_dtypes, check_shapes
 from flora.extract.aliases import named_as
+from flora.extract.experts import expert_of
 from flora.extract.kinds import DEFAULT_WISH, Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
 from flora.extract.pair import TensorPair
 
@@ -97,6 +98,9 @@ def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkp
     not_wished = reason_not_wished(pair.name, found.kind, names, wish)
     if not_wished is not None:
         return replace(pair, status="not_extractable", reason=not_wished)
+    expert = expert_of(base, pair.base.name)
+    if expert is not None:
+        return replace(pair, kind=expert.kind, experts=expert.num_experts)
     return replace(pair, kind=found.kind, tied=tied_heads(pair.name, model_type, dict(base.config), names))
 
 

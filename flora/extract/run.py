@@ -15,6 +15,7 @@ from flora.checkpoint import Checkpoint
 from flora.errors import CheckFailed, FloraError
 from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
+from flora.extract.experts import readable, stored_names
 from flora.extract.jobs import ExtractProgress, Job, work_through
 from flora.extract.journal import Journal
 from flora.extract.plan import ExtractionPlan, plan_extraction
@@ -163,12 +164,13 @@ def _forms(changes: Sequence[Change]) -> dict[str, Form]:
 
 
 def _bind(base: Checkpoint, record: BaseRecord, changes: Sequence[Change]) -> BaseBinding:
-    hashes = record.hashes()
-    touched = [
-        change.pair.base.name
+    hashes, view = record.hashes(), readable(base)
+    touched = dict.fromkeys(
+        name
         for change in changes
         if change.pair.base and (change.whole is not None or (change.fit and change.fit.factors.rank))
-    ]
+        for name in stored_names(view, change.pair.base.name)
+    )
     return BaseBinding(
         name=base.name,
         base_id=str(record.base_id),

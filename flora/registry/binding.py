@@ -11,7 +11,7 @@ import msgspec
 
 from flora.adapter import Adapter, AdapterHeader, BaseBinding, Module
 from flora.errors import BaseMismatch
-from flora.forms import matrix_shape
+from flora.forms import EXPERT_KINDS, matrix_shape, stack_name
 from flora.identity import BaseRecord, TensorRecord
 
 _Tensors = Mapping[str, TensorRecord]
@@ -35,7 +35,7 @@ def misfits(header: AdapterHeader, record: BaseRecord) -> Iterator[Misfit]:
     tensors = {tensor.name: tensor for tensor in record.tensors}
     for module in header.modules:
         tensor, wanted = _weight(module, tensors), (module.out_features, module.in_features)
-        if tensor is None or len(tensor.shape) < 2 or matrix_shape(module.kind, tensor.shape) != wanted:
+        if tensor is None or len(tensor.shape) < 2 or _own_shape(module, tensor.shape) != wanted:
             yield Misfit(module.name, wanted, tensor.shape if tensor else None)
     for exact in header.exact_tensors:
         tensor = tensors.get(exact.name)
@@ -67,5 +67,15 @@ def bind(adapter: Adapter, record: BaseRecord, name: str, architecture: str = "u
 
 
 def _weight(module: Module, tensors: _Tensors) -> TensorRecord | None:
-    """The tensor that the module changes: its `.weight`, or a parameter of that very name."""
-    return tensors.get(f"{module.name}.weight") or tensors.get(module.name)
+    """The tensor that the module changes: its `.weight`, a parameter of that very name, or the one of all experts."""
+    stack = stack_name(module.name, tensors) if module.kind in EXPERT_KINDS else None
+    return tensors.get(f"{module.name}.weight") or tensors.get(stack or module.name)
+
+
+def _own_shape(module: Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """[out, in] of the module in a tensor of `shape`."""
+    if module.kind not in EXPERT_KINDS or len(shape) == 2:
+        return matrix_shape(module.kind, shape)
+    if len(shape) == 4:  # MXFP4: blocks of 16 bytes, two numbers each
+        return shape[1], 32 * shape[2]
+    return (shape[2], shape[1]) if module.kind == "expert_transposed" else (shape[1], shape[2])

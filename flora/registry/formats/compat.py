@@ -3,11 +3,12 @@
 The table was read from the engines' own loaders, in the versions that it names; a newer one may take more.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Literal
 
 from flora.adapter import AdapterHeader
+from flora.forms import EXPERT_KINDS
 
 TABLE_VERSION = "2026-11"
 Answer = Literal["yes", "portable", "no"]
@@ -31,13 +32,18 @@ class _Facts:
     rank: int
     ranks_differ: bool
     misses_layers: bool  # some layer lacks a kind of module that another has
-    kinds: frozenset[str]  # linear, conv1d, conv, embedding
+    kinds: frozenset[str]  # `forms.Kind`
     has_exact: bool
     architecture: str
     leaves: frozenset[str]
     is_fp8: bool
 
 
+_WORDS = {
+    "parameter": "routers or tables of positions (--exclude leaves them)",
+    "expert": "experts fused in one tensor",
+    "expert_transposed": "experts fused in one tensor",
+}
 _Rule = Callable[[_Facts], str | None]  # a reason against, if there is one
 
 
@@ -103,8 +109,20 @@ def _head(facts: _Facts) -> str | None:
 
 
 def _only_linear(facts: _Facts) -> str | None:
-    strange = facts.kinds - {"linear", "embedding"}
-    return f"it has {', '.join(sorted(strange))} modules" if strange else None
+    return _strange(facts.kinds - {"linear", "embedding"})
+
+
+def _linear_and_experts(facts: _Facts) -> str | None:
+    return _strange(facts.kinds - {"linear", "embedding", *EXPERT_KINDS})
+
+
+def _no_parameters(facts: _Facts) -> str | None:
+    return _strange(facts.kinds & {"parameter", *EXPERT_KINDS})
+
+
+def _strange(kinds: Set[str]) -> str | None:
+    words = sorted({_WORDS.get(kind, f"{kind} modules") for kind in kinds})
+    return f"it has {', '.join(words)}" if words else None
 
 
 def _ollama_base(facts: _Facts) -> str | None:
@@ -128,7 +146,7 @@ _ENGINES = (
         "vLLM",
         "0.33",
         (_fp8,),
-        (_exact, _only_linear, _above(512)),
+        (_exact, _linear_and_experts, _above(512)),
         "flora export REF --out DIR",
         lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.rank)}",
     ),
@@ -177,8 +195,16 @@ _ENGINES = (
         (_exact, _embedding, _only_linear),
         "flora export REF --format mlx --out DIR",
     ),
-    _Engine("diffusers", "0.42", (_fp8,), (_exact, _embedding), "flora export REF --format diffusers --out DIR"),
-    _Engine("kohya", "2026-11", (_fp8,), (_exact, _embedding), "flora export REF --format kohya --out DIR"),
+    _Engine(
+        "diffusers",
+        "0.42",
+        (_fp8,),
+        (_exact, _embedding, _no_parameters),
+        "flora export REF --format diffusers --out DIR",
+    ),
+    _Engine(
+        "kohya", "2026-11", (_fp8,), (_exact, _embedding, _no_parameters), "flora export REF --format kohya --out DIR"
+    ),
 )
 
 

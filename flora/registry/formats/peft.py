@@ -32,7 +32,7 @@ from flora.adapter import (
 )
 from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
-from flora.forms import LINEAR, Form
+from flora.forms import EXPERT_KINDS, LINEAR, Form
 from flora.registry.formats.paths import rename, rename_tensor
 from flora.registry.formats.peft_config import (
     CONFIG_FILE,
@@ -44,6 +44,8 @@ from flora.registry.formats.peft_config import (
 )
 from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, find_weights, read_weights
 from flora.registry.formats.spelling import spell, spell_exact, spell_tied
+from flora.registry.formats.stacks import spell_stack, stacks_of
+from flora.registry.formats.targets import find_targets
 from flora.registry.formats.tensors import encode
 from flora.registry.store import store_error
 
@@ -58,6 +60,7 @@ RECORD_FILE = "flora.json"
 CARD_FILE = "README.md"
 OUR_FILES = {CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, CARD_FILE, *EXTRAS}
 _KIND = "flora.peft"
+_LIKE_LINEAR = ("conv1d", "parameter", *EXPERT_KINDS)  # PEFT's tensors do not tell these from linear layers
 _SCHEMA_VERSION = 1
 _MAX_EXTRA_BYTES = 1 << 20
 
@@ -116,13 +119,13 @@ def peft_files(
     if profile == "portable":
         factors: Mapping[str, LowRank] = pad_factors(adapter)
         forms = pad_forms(adapter, factors)
-        names = _with_tied(factors, forms)
-        config = make_config(adapter.header, sorted({name.rpartition(".")[2] for name in names}))
+        config = make_config(adapter.header, [])
         rank = adapter.header.max_rank
         config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+        config |= find_targets(adapter, forms, short=True)
     else:
         factors, forms = adapter.factors, adapter.header.forms
-        config = make_config(adapter.header, sorted(_with_tied(factors, forms)))
+        config = make_config(adapter.header, []) | find_targets(adapter, forms)
     record = _Record(
         kind=_KIND,
         schema_version=_SCHEMA_VERSION,
@@ -158,7 +161,10 @@ def _spell_all(adapter: Adapter, factors: Mapping[str, "LowRank"], forms: Mappin
         spell_exact(told, _with_tied(factors, forms)): adapter.exact[told.name] for told in adapter.header.exact_tensors
     }
     for name, lowrank in factors.items():
-        tensors |= spell(name, lowrank, forms[name])
+        if forms[name].kind not in EXPERT_KINDS:
+            tensors |= spell(name, lowrank, forms[name])
+    for stack in stacks_of(adapter.header.forms, adapter.header.base.architecture):
+        tensors |= spell_stack(stack, factors)
     return tensors | spell_tied(factors, forms)
 
 
@@ -175,7 +181,8 @@ def load_peft(folder: Path) -> Adapter:
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
         header = rename(record.header, record.paths)
         exact = {tensor.name: spell_exact(tensor, _adapted(header)) for tensor in header.exact_tensors}
-        adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact))
+        stacks = stacks_of(header.forms, header.base.architecture)
+        adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact, stacks))
         back = {path: name for name, path in record.paths.items()}
         return replace(_renamed(adapter, back), header=record.header)
     config = LoraScales(read_config(folder / CONFIG_FILE))
@@ -228,7 +235,7 @@ def _load_own(
         if whole is None or module.rank > whole.rank or module.scale != config.scale(module.name):
             raise _differs(module.name)
         form = weights.forms.get(module.name, LINEAR)
-        if form.kind != module.kind and (form.kind, module.kind) != ("linear", "conv1d"):  # PEFT spells these alike
+        if form.kind != module.kind and not (form.kind == "linear" and module.kind in _LIKE_LINEAR):
             raise _differs(module.name)
         padding_is_zero = not whole.A[module.rank :].any() and not whole.B[:, module.rank :].any()
         trimmed = trim(whole, module.rank)

@@ -44,7 +44,8 @@ _NEUTRAL = {
 }  # fmt: skip
 
 _CAUSAL = re.compile(r"ForCausalLM|LMHead|^unknown$")  # for others PEFT's plain model does, whatever their inputs
-_OWN = ("modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices")
+_OWN = ("modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters")
+_INDEX = re.compile(r"\.experts\.\d+\.", re.ASCII)
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=_MAX_RANK)]
 
@@ -60,6 +61,7 @@ class PeftConfig(msgspec.Struct, frozen=True):
     alpha_pattern: dict[str, float] | None = None
     base_model_name_or_path: str | None = None
     peft_version: str | None = None
+    target_parameters: list[str] | None = None  # of Flora's own folders
 
 
 class LoraScales:
@@ -82,9 +84,10 @@ class LoraScales:
     def targets(self, module: str) -> bool:
         """Whether PEFT would adapt the module. A regular expression is not run: the tensors then decide, as in vLLM."""
         targets = self.config.target_modules
-        if not isinstance(targets, list):
+        if not isinstance(targets, list) or any(module == t or module.endswith("." + t) for t in targets):
             return True
-        return any(module == target or module.endswith("." + target) for target in targets)
+        parameters = self.config.target_parameters or ()
+        return f"{module}.weight" in parameters or _INDEX.sub(".experts.", module) in parameters
 
     @cached_property
     def _ranks(self) -> Patterns[int]:
@@ -101,17 +104,17 @@ def read_config(path: Path, *, own: bool = False) -> PeftConfig:
     own  beside a record of Flora's, which tells what the keys in `_OWN` are about
     """
     raw = read_json(path)
-    if own:
-        raw = {key: value for key, value in raw.items() if key not in _OWN}
     kind = raw.get("peft_type")
     if kind != "LORA":
         raise Unsupported(f"{CONFIG_FILE} is of peft_type {str(kind)[:40]!r}; Flora reads LORA", field="peft_type")
     for key, value in raw.items():
+        if own and key in _OWN:
+            continue
         if key in _UNSUPPORTED and value:
             raise Unsupported(f"{CONFIG_FILE} sets {key}: {_UNSUPPORTED[key]}", field=key)
         if key not in _NEUTRAL and (value is True or (isinstance(value, (dict, list)) and value)):
             raise Unsupported(f"{CONFIG_FILE} sets {key[:80]}, which this Flora does not know", field=key[:80])
-    if raw.get("bias") not in (None, "none"):
+    if not own and raw.get("bias") not in (None, "none"):
         raise Unsupported(f"{CONFIG_FILE} sets bias: it was trained together with the base's biases", field="bias")
     if raw.get("init_lora_weights") not in _SAFE_INITS:
         raise Unsupported(

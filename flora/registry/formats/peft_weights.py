@@ -1,7 +1,7 @@
 """adapter_model.safetensors of a PEFT folder: found, and read into checked pairs of factors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from flora.errors import AdapterInvalid, NotFinite, PickleRefused, Unsupported
 from flora.forms import Form
 from flora.registry.formats.peft_config import CONFIG_FILE, LoraScales
 from flora.registry.formats.spelling import FACTOR
+from flora.registry.formats.stacks import Stack, unstack
 from flora.registry.formats.tensors import check_file, load_tensors
 
 if TYPE_CHECKING:
@@ -52,16 +53,20 @@ class Weights:
     exact: Mapping[str, "Tensor"]  # whole tensors, by their names in the base
 
 
-def read_weights(path: Path, config: LoraScales, exact: Mapping[str, str] | None = None) -> Weights:
+def read_weights(
+    path: Path, config: LoraScales, exact: Mapping[str, str] | None = None, stacks: Sequence[Stack] = ()
+) -> Weights:
     """Each module's two factors, checked: names, pairs, dtypes, shapes, finite and sane values.
 
-    exact  tensors to be there whole, and their names in the file; without a record of Flora's none is expected
+    exact   tensors to be there whole, and their names in the file; without a record of Flora's none is expected
+    stacks  of experts, which come apart; likewise
     """
     from flora.lowrank import LowRank
 
     check_file(path)
     tensors = load_tensors(path)
     whole = {name: _take_exact(tensors, spelled) for name, spelled in (exact or {}).items()}
+    unstack(tensors, stacks)
     halves: dict[str, dict[str, Tensor]] = {}
     forms: dict[str, Form] = {}
     for name, tensor in tensors.items():

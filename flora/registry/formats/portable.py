@@ -46,9 +46,11 @@ def pad_factors(adapter: Adapter) -> dict[str, LowRank]:
     rank = adapter.header.max_rank
     padded = {name: pad(lowrank, rank) for name, lowrank in adapter.factors.items()}
     shapes = _shapes(adapter.report)
+    all_are_known = adapter.header.recipe.tuned_id is not None  # then the report lists whatever the base has
     siblings = {kind_of(name): lowrank for name, lowrank in padded.items()}
     for name in expected_modules(adapter.factors, shapes):
-        if name not in padded:
+        is_there = name in shapes or not all_are_known or pad_forms(adapter, [name])[name] != LINEAR
+        if name not in padded and is_there:
             is_linear = pad_forms(adapter, [name])[name] == LINEAR  # others' tensors are no such matrices
             padded[name] = _zeros_like(siblings[kind_of(name)], shapes.get(name) if is_linear else None)
     return padded

@@ -1,0 +1,69 @@
+"""Tiny mixtures of experts of many families, made by transformers, offline."""
+
+from collections.abc import Callable, Mapping
+
+import transformers as hf
+from torch import nn
+
+SIZES = {
+    "vocab_size": 80,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+HEADED = SIZES | {"head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ENDS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+def mixtral() -> nn.Module:
+    return hf.MixtralForCausalLM(hf.MixtralConfig(**HEADED, num_local_experts=4))
+
+
+def qwen3() -> nn.Module:
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**HEADED, **EXPERTS, num_experts=4))
+
+
+def qwen2() -> nn.Module:
+    """One expert is shared, and its layers are named like the others'."""
+    config = hf.Qwen2MoeConfig(**SIZES, **EXPERTS, num_experts=4, shared_expert_intermediate_size=24)
+    return hf.Qwen2MoeForCausalLM(config)
+
+
+def olmoe() -> nn.Module:
+    return hf.OlmoeForCausalLM(hf.OlmoeConfig(**SIZES | ENDS, num_experts=4, num_experts_per_tok=2))
+
+
+def deepseek() -> nn.Module:
+    """The first layer is dense, and has layers of the experts' names."""
+    ranks = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    groups = {"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "n_routed_experts": 4, "first_k_dense_replace": 1}
+    sizes = SIZES | {"num_key_value_heads": 4}
+    return hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**sizes, **EXPERTS, **ranks, **groups))
+
+
+def gpt_oss() -> nn.Module:
+    sizes = HEADED | {"intermediate_size": 64}
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
+
+
+def llama4() -> nn.Module:
+    """Every second layer is dense."""
+    sizes = {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2}
+    return hf.Llama4ForCausalLM(hf.Llama4TextConfig(**HEADED, **sizes))
+
+
+def granite() -> nn.Module:
+    return hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+
+
+SEPARATE: Mapping[str, Callable[[], nn.Module]] = {  # each expert's matrices in tensors of their own
+    "mixtral": mixtral,
+    "qwen3": qwen3,
+    "qwen2": qwen2,
+    "olmoe": olmoe,
+    "deepseek": deepseek,
+}
+FUSED: Mapping[str, Callable[[], nn.Module]] = {"gpt-oss": gpt_oss, "llama4": llama4, "granite": granite}
