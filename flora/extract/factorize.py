@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flora.extract.products import empty_products, there_and_back
+
 GRAM_SIDE = 1024  # up to here eigenvalues of [side, side] in float64 take a fraction of a second
 KRYLOV_DEPTH = 6  # blocks of rank/2: at least 0.9997 of the energy that the best rank columns hold
 MIN_BLOCK = 8  # columns; thinner products waste the reading of D
@@ -90,21 +92,21 @@ def _krylov(
     most = small // 2
     limit = KRYLOV_DEPTH * _block(max_rank)
     block = min(_block(max_rank), ENERGY_BLOCK) if energy is not None else _block(max_rank)
-    Q, QD = D.new_empty(min(limit, most), small), D.new_empty(min(limit, most), large)
+    Q, QD = D.new_empty(min(limit, most), small), empty_products(min(limit, most), D)
     k, held = 0, 0.0
     X = torch.randn(block, large, generator=generator).to(D.device) @ D.T
     while True:
         Q[k : k + block] = _orthonormal_rows(X, Q[:k])
-        torch.matmul(Q[k : k + block], D, out=QD[k : k + block])
+        has_next = k + 2 * block <= min(limit, most)  # most likely: then one walk through D makes both products
+        X = there_and_back(Q[k : k + block], D, QD[k : k + block], back=has_next)
         held += float(torch.linalg.vector_norm(QD[k : k + block], dim=1).double().square().sum())
         k += block
         if energy is not None and held >= energy * norm_squared:
             limit, energy = min(limit, max(int(OVERSHOOT * k), k + block)), None
         if k + block > limit or held >= (1 - EXHAUSTED) * norm_squared:
             break
-        if k + block > most:
+        if X is None:
             return None
-        X = QD[k - block : k] @ D.T
     W, values = _leading((QD[:k] @ QD[:k].T).double())
     return W[:max_rank] @ Q[:k], values[:max_rank]
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flora.extract.factorize import cholesky_rows, factorize, wide
+from flora.extract.products import empty_products, there_and_back
 from tests.extract.models import best_share
 
 
@@ -121,3 +122,22 @@ def test_cholesky_rows_are_orthonormal_and_refuse_dependent_ones():
 def test_wide_puts_the_smaller_side_first():
     assert wide(torch.zeros(3, 5)).shape == (3, 5)
     assert wide(torch.zeros(5, 3)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("is_stored_by_columns", [False, True])
+@pytest.mark.parametrize("back", [False, True])
+def test_products_in_pieces_are_the_products(monkeypatch, is_stored_by_columns, back):
+    monkeypatch.setattr("flora.extract.products.PIECE", 7 * 20)  # seven columns at once
+    generator = torch.Generator().manual_seed(0)
+    D = torch.randn(20, 50, generator=generator, dtype=torch.float64)
+    D = D.T.contiguous().T if is_stored_by_columns else D
+    Q = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    QD = empty_products(9, D)
+
+    returned = there_and_back(Q, D, QD[3:], back=back)
+
+    torch.testing.assert_close(QD[3:], Q @ D)
+    if back:
+        torch.testing.assert_close(returned, Q @ D @ D.T)
+    else:
+        assert returned is None
