@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, make_tuned(base, folder / "TUNED")
 
 
+@pytest.fixture(scope="module")
+def served(pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """The README's first two lines: the URL of the server that they start, and the environment of more commands."""
+    base, tuned = pair
+    env = {"FLORA_HOME": str(tmp_path_factory.mktemp("home"))}
+    extract, serve, *_ = shell_lines()
+    flora(extract, env, BASE=base, TUNED=tuned)
+    assert serve == "flora serve"
+    with running_server(None, env=env) as url:
+        yield url, env
+
+
 def run(command: list[str], env: dict[str, str], **options: object) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | env, timeout=240, **options
@@ -56,17 +69,12 @@ def test_the_first_screen_names_the_two_commands_that_the_makefile_has():
     assert {"demo", "test", "test-long", "lint"} <= set(targets)
 
 
-def test_the_readmes_commands_work_as_they_stand(pair, tmp_path):
+def test_the_readmes_commands_work_as_they_stand(served):
     """Extract, serve with no argument, the curl's own body, and a push that only says what it would do."""
-    base, tuned = pair
-    env = {"FLORA_HOME": str(tmp_path / "home")}
-    extract, serve, curl, push = shell_lines()
+    url, env = served
+    _, _, curl, push = shell_lines()
 
-    flora(extract, env, BASE=base, TUNED=tuned)
-    assert serve == "flora serve"
-    with running_server(None, env=env) as url:
-        words = shlex.split(curl.replace("http://127.0.0.1:8000", url))
-        answer = json.loads(run(words, env).stdout)
+    answer = json.loads(run(shlex.split(curl.replace("http://127.0.0.1:8000", url)), env).stdout)
     card = flora(push, env)
 
     assert answer["model"] == "sql"
@@ -98,14 +106,11 @@ def test_the_example_goes_from_a_base_to_a_served_adapter(pair, tmp_path):
     assert re.search(r"^example: '", said, re.MULTILINE)
 
 
-def test_the_chat_example_switches_adapters(pair, tmp_path):
-    base, tuned = pair
-    env = {"FLORA_HOME": str(tmp_path / "home")}
-    flora("flora extract BASE TUNED --rank 4 --name sql", env, BASE=base, TUNED=tuned)
+def test_the_chat_example_switches_adapters(served):
+    url, env = served
+    talk = "hi\n/models\n/use sql\nhi\n/use nobody\nhi\n/new\n/quit\n"
 
-    with running_server(base, env=env) as url:
-        talk = "hi\n/models\n/use sql\nhi\n/use nobody\nhi\n/new\n/quit\n"
-        said = run([sys.executable, str(ROOT / "examples" / "chat_switch.py"), url], env, input=talk).stdout
+    said = run([sys.executable, str(ROOT / "examples" / "chat_switch.py"), url], env, input=talk).stdout
 
     assert "talking to BASE" in said
     assert "talking to sql" in said

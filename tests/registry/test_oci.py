@@ -13,7 +13,7 @@ from flora.registry.remotes.transfer import Limits
 from tests.registry.adapters import random_adapter
 from tests.registry.oci_server import Oci, serve_oci
 
-QUICK = Limits(stall_s=1, num_attempts=2, first_wait_s=0.01)
+USUAL = Limits(num_attempts=2, first_wait_s=0.01)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def pushed(registry, oci):
 
 
 def test_what_is_pushed_comes_back_with_its_digests(registry, oci, pushed, tmp_path):
-    pulled = pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=QUICK)
+    pulled = pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=USUAL)
 
     assert registry.add(pulled.adapter, "sql") == pushed
 
@@ -56,8 +56,8 @@ def test_a_tag_and_a_digest_name_one_state(registry, oci, pushed, tmp_path):
     push(plan_push(random_adapter(1), other, f"oci://{oci.host}/loras/sql:v2"))
     push(plan_push(random_adapter(1), other, f"oci://{oci.host}/loras/sql"))
 
-    by_digest = pull(f"oci://{oci.host}/loras/sql@{first}", tmp_path / "a", limits=QUICK)
-    by_tag = pull(f"oci://{oci.host}/loras/sql:v2", tmp_path / "b", limits=QUICK)
+    by_digest = pull(f"oci://{oci.host}/loras/sql@{first}", tmp_path / "a", limits=USUAL)
+    by_tag = pull(f"oci://{oci.host}/loras/sql:v2", tmp_path / "b", limits=USUAL)
 
     assert registry.add(by_digest.adapter, "sql") == pushed
     assert registry.add(by_tag.adapter, "sql") == other
@@ -81,7 +81,7 @@ def test_a_broken_blob_is_gone_on_with(oci, pushed, tmp_path):
     )
     oci.truncate = [config - 100]
 
-    pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=QUICK)
+    pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=USUAL)
 
     assert oci.offsets[:2] == [0, config - 100]
 
@@ -91,7 +91,7 @@ def test_a_damaged_blob_is_refused(oci, pushed, tmp_path):
     oci.blobs[digest] = oci.blobs[digest][:-1] + b"\xff"
 
     with pytest.raises(RemoteError, match="not what it says it is"):
-        pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=QUICK)
+        pull(f"oci://{oci.host}/loras/sql", tmp_path / "staging", limits=USUAL)
 
 
 def test_a_manifest_of_another_digest_is_refused(oci, pushed):
