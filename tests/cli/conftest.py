@@ -12,6 +12,7 @@ import pytest
 from flora.cli import main
 from flora.config import settings
 from tests.cli.models import make_base, make_tuned
+from tests.cli.schemas import check_answer
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def flora(home: Path, capfd: pytest.CaptureFixture[str]) -> Flora:
-    """Runs one command line. Streams are pipes, so tables come as TSV."""
+    """Runs one command line. Streams are pipes, so tables come as TSV; what comes as JSON is as its schema says."""
 
     def run(*words: object, code: int | None = 0) -> Done:
         capfd.readouterr()
         ended = main([str(word) for word in words])
         done = Done(ended, *capfd.readouterr())
         assert code is None or ended == code, done.err
+        if "--json" in words and ended == 0:
+            check_answer([str(word) for word in words], done.json)
         return done
 
     return run

@@ -11,6 +11,7 @@ import pytest
 from flora.cli.gates import TaskResult, broken_gates
 from flora.demo import BASE_SKILLS, TASKS, held_out
 from flora.demo.language import training_examples
+from tests.cli.schemas import check_answer
 
 GOOD = TaskResult(
     task="caesar",
@@ -77,6 +78,7 @@ def test_the_demo_shows_what_it_says(tmp_path):
 
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    check_answer(words, told, closed=True)
     assert told["broken_gates"] == []
     assert [row["task"] for row in told["tasks"]] == [task.name for task in TASKS]
     assert told["hidden_size"] >= 256

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from flora.demo.alphabet import START, decode, encode
 from flora.demo.folders import load_model
 from tests.cli.models import SHAPE, make_tuned
+from tests.cli.schemas import check_answer
 from tests.serving import running_server
 
 POOL = ["--pool", "32MiB", "--host-cache", "16MiB", "--max-len", "128"]
@@ -34,6 +35,8 @@ def flora(home, *words, code=0):
     command = [sys.executable, "-m", "flora", *map(str, words)]
     done = subprocess.run(command, env=os.environ | {"FLORA_HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
+    if "--json" in words:
+        check_answer([str(word) for word in words], json.loads(done.stdout), closed=True)
     return done.stdout
 
 

@@ -84,15 +84,12 @@ def promote(
                 fix="extract or prune it again with another rank or energy, or require less",
             )
         kept = " ".join(filter(None, [reason, *(f"[{each}]" for each in required)]))
-        if dry_run:
-            note(f"note: nothing was moved; {version.name}:{to} would point to {version.ref}")
-            return
-        _point(store, version, to, kept, form, force=force)
+        _point(store, version, to, kept, form, force=force, dry_run=dry_run)
 
 
 def rollback(
     name: Name,
-    alias: Annotated[str, typer.Option("--alias", metavar="ALIAS")] = PRODUCTION,
+    alias: Annotated[str, typer.Option("--alias", metavar="ALIAS", help="The alias to point back.")] = PRODUCTION,
     reason: _Reason = "rollback",
     force: _Force = False,
     registry: RegistryUrl = None,
@@ -121,17 +118,29 @@ def rollback(
         _point(store, target, alias, reason, form, force=force)
 
 
-def _point(store: Registry, target: Version, alias: str, reason: str, form: Format, *, force: bool) -> None:
+def _point(
+    store: Registry,
+    target: Version,
+    alias: str,
+    reason: str,
+    form: Format,
+    *,
+    force: bool,
+    dry_run: bool = False,
+) -> None:
     """Moves the alias unless someone else does so at the same moment, and says from where to where."""
     current = store.aliases(target.name).get(alias)
-    store.set_alias(
-        target.name, alias, target, expected=current.digest if current else None, reason=reason, force=force
-    )
+    if not dry_run:
+        expected = current.digest if current else None
+        store.set_alias(target.name, alias, target, expected=expected, reason=reason, force=force)
     record = {
         "id": f"{target.name}:{alias}",
         "ref": target.ref,
         "digest": target.digest,
         "previous": current.ref if current else None,
+        "dry_run": dry_run,
     }
     facts = [("now", target.ref), ("before", current.ref if current else "nothing")]
-    print_record(form, record, id_key="id", facts=facts, title=record["id"] or "")
+    print_record(form, record, id_key="id", facts=facts, title=f"{target.name}:{alias}")
+    if dry_run and form is not Format.IDS:
+        note("note: nothing was moved; this is what it would be")
