@@ -5,7 +5,7 @@ The CLI reads them once and hands values down; no other room looks at the enviro
 
 from functools import cache
 from pathlib import Path
-from tomllib import TOMLDecodeError
+from tomllib import TOMLDecodeError, loads
 
 import platformdirs
 from pydantic import Field, ValidationError
@@ -70,3 +70,11 @@ def settings() -> Settings:
             cause=str(error),
             fix=f"look at the FLORA_* variables, {PROJECT_FILE} in this folder and {USER_FILE}",
         ) from error
+
+
+def unknown_keys(file: Path) -> list[str]:
+    """Keys of a settings file that nothing reads; none where there is no such file, or it is no TOML."""
+    try:
+        return sorted(set(loads(file.read_text(encoding="utf-8"))) - set(Settings.model_fields))
+    except (OSError, UnicodeDecodeError, TOMLDecodeError):
+        return []
