@@ -51,7 +51,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with [bold]flora demo[/bold]: the whole life of three adapters in under three minutes, offline.",
+    epilog=(
+        "Start with [bold]flora demo[/bold]: the whole life of three adapters in under three minutes, offline. "
+        "[bold]flora doctor[/bold] says what this machine lacks.\n\n"
+        "FLORA_HOME is the folder of everything that Flora keeps, FLORA_REGISTRY_URL another registry, "
+        "FLORA_SERVER_URL and FLORA_API_KEY the server to ask; FLORA_DEBUG=1 shows where an error happened.\n\n"
+        "Exit codes: 0 done, 1 failed, 2 usage, 3 a check did not hold, 4 authorization, 5 not found, 130 interrupted."
+    ),
 )
 
 

@@ -45,7 +45,7 @@ Shape = Annotated[str | None, _flag(_WHAT, "--shape", "NAME", "Of the base: llam
 Modules = Annotated[str | None, _flag(_WHAT, "--modules", "NAME", "attention: q, k, v, o; all: gate, up, down too.")]
 Ranks = Annotated[str | None, _flag(_WHAT, "--ranks", "LIST", "Dealt out in turn: 64,32,16,8.")]
 Adapters = Annotated[str | None, _flag(_WHAT, "--adapters", "LIST", "How many, a row each: 0,5,100; 0 is the base.")]
-Requests = Annotated[int | None, _flag(_WHAT, "--requests", "N", min=1)]
+Requests = Annotated[int | None, _flag(_WHAT, "--requests", "N", "Of a pass.", min=1)]
 Lengths = Annotated[str | None, _flag(_WHAT, "--lengths", "LOW,HIGH", "Tokens of prompts and answers, HIGH left out.")]
 Alpha = Annotated[float, _flag(_WHAT, "--alpha", "A", "Popularity: 1 is uniform, less is skewed.", min=0.01)]
 Cancel = Annotated[float, _flag(_WHAT, "--cancel", "SHARE", "Of the requests, given up midway.", min=0, max=1)]
@@ -53,17 +53,17 @@ Seeds = Annotated[str, _flag(_WHAT, "--seeds", "LIST", "A pass each: the first i
 Rate = Annotated[float, _flag(_WHEN, "--rate", "R", "Requests a second; 0: all at once.", min=0)]
 Cv = Annotated[float, _flag(_WHEN, "--cv", "CV", "Variation of the gaps between requests; 1: Poisson.", min=0.01)]
 SloTtft = Annotated[float, _flag(_WHEN, "--slo-ttft", "SECONDS", "A first token until then attains the objective.")]
-Dtype = Annotated[str, _flag(_ENGINE, "--dtype", "NAME")]
+Dtype = Annotated[str, _flag(_ENGINE, "--dtype", "NAME", "float32, bfloat16, float16; auto by device.")]
 DeviceName = Annotated[str, _flag(_ENGINE, "--device", "NAME", "cpu, cuda, cuda:1; auto.")]
 Pool = Annotated[
     str | None, _flag(_ENGINE, "--pool", "SIZE", f"Default: {_GPU_POOL_GIB}GiB on a GPU, {_CPU_POOL_GIB}GiB on a CPU.")
 ]
 HostCache = Annotated[str | None, _flag(_ENGINE, "--host-cache", "SIZE", "At most; what cannot fill is not taken.")]
-MaxLen = Annotated[str | None, _flag(_ENGINE, "--max-len", "TOKENS")]
-MaxSequences = Annotated[int | None, _flag(_ENGINE, "--max-sequences", "N", min=1)]
-MaxBatchTokens = Annotated[int | None, _flag(_ENGINE, "--max-batch-tokens", "N", min=1)]
-MaxAdapters = Annotated[int, _flag(_ENGINE, "--max-adapters", "N", min=1)]
-Loaders = Annotated[int | None, _flag(_ENGINE, "--loaders", "N", min=0)]
+MaxLen = Annotated[str | None, _flag(_ENGINE, "--max-len", "TOKENS", "Longest prompt and answer together.")]
+MaxSequences = Annotated[int | None, _flag(_ENGINE, "--max-sequences", "N", "Running at once.", min=1)]
+MaxBatchTokens = Annotated[int | None, _flag(_ENGINE, "--max-batch-tokens", "N", "Rows of one step.", min=1)]
+MaxAdapters = Annotated[int, _flag(_ENGINE, "--max-adapters", "N", "On the device at once.", min=1)]
+Loaders = Annotated[int | None, _flag(_ENGINE, "--loaders", "N", "Processes that load adapters; 0: a thread.", min=0)]
 Threads = Annotated[int | None, _flag(_ENGINE, "--threads", "N", "Of torch on a CPU.", min=1)]
 PrefixCache = Annotated[
     bool, _flag(_SWITCHES, "--prefix-cache/--no-prefix-cache", None, "Of prompts; comparisons are without.")
@@ -99,7 +99,7 @@ AdapterName = Annotated[
 ]
 IgnoreEos = Annotated[bool, _flag(_HTTP, "--ignore-eos/--no-ignore-eos", None, "A field that not all servers take.")]
 System = Annotated[str | None, _flag(_HTTP, "--system", "NAME", "What rows call the server at --url.")]
-ApiKey = Annotated[str | None, _flag(_HTTP, "--api-key", "KEY", envvar="FLORA_API_KEY")]
+ApiKey = Annotated[str | None, _flag(_HTTP, "--api-key", "KEY", "If the server asks for one.", envvar="FLORA_API_KEY")]
 GpuName = Annotated[str | None, _flag(_HTTP, "--gpu", "NAME", "That the server at --url has.")]
 StormRate = Annotated[
     float | None, _flag(_STORM, "--storm", "R", "Load R new adapters a second beside streams, instead.", min=0.1)

@@ -36,7 +36,18 @@ Ref = Annotated[
     str,
     typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.", autocompletion=complete_reference),
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME", autocompletion=complete_reference)]
+RefOrFolder = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF", help="NAME, NAME:ALIAS or NAME@vN; or a folder: ./adapter.", autocompletion=complete_reference
+    ),
+]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A name of the registry, without version or alias.", autocompletion=complete_reference
+    ),
+]
 RegistryUrl = Annotated[
     str | None,
     typer.Option(

@@ -187,7 +187,7 @@ def plot(
     show: Annotated[
         str, typer.Option("--show", metavar="WHAT", help="throughput, tokens, latency, pace, slo or burst.")
     ] = "throughput",
-    title: Annotated[str | None, typer.Option("--title", metavar="WORDS")] = None,
+    title: Annotated[str | None, typer.Option("--title", metavar="WORDS", help="Above the plot.")] = None,
 ) -> None:
     """Draw rows of `flora bench serve` as one SVG: throughput by adapters, latency and SLO attainment by rate.
 

@@ -6,14 +6,19 @@ from typing import Annotated
 
 import typer
 
-from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, open_registry
+from flora.cli.options import AsJson, DryRun, IdsOnly, RegistryUrl, complete_reference, open_registry
 from flora.cli.output import Column, Format, choose_format, note, print_record, print_table
 from flora.cli.sizes import show_bytes
 from flora.errors import CheckFailed
 
 
 def rm(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME@vN, or a bare NAME for all of its versions.")],
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF", help="NAME@vN, or a bare NAME for all of its versions.", autocompletion=complete_reference
+        ),
+    ],
     force: Annotated[bool, typer.Option("--force", help="Even if an alias other than latest points to it.")] = False,
     registry: RegistryUrl = None,
     as_json: AsJson = False,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly
+from flora.cli.options import AsJson, IdsOnly, Ref, complete_reference
 from flora.cli.output import Column, Format, choose_format, print_json, print_record, print_table
 from flora.cli.remote import DEFAULT_URL, Server
 from flora.cli.sizes import show_bytes
@@ -21,12 +21,21 @@ _Key = Annotated[
 
 
 def run(
-    model: Annotated[str, typer.Argument(metavar="REF", help="An adapter (NAME, NAME:ALIAS, NAME@vN), or the base.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="An adapter (NAME, NAME:ALIAS, NAME@vN), or the base's name; `flora ps --all` lists them.",
+            autocompletion=complete_reference,
+        ),
+    ],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads it from stdin.")],
     chat: Annotated[bool, typer.Option("--chat", help="Ask as a chat message, through the model's template.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", min=1)] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 256,
     temperature: Annotated[float, typer.Option("--temperature", metavar="T", min=0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option("--seed", metavar="N")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Equal seeds draw equal answers.")] = None,
     url: _Url = DEFAULT_URL,
     api_key: _Key = None,
     as_json: AsJson = False,
@@ -88,7 +97,7 @@ def ps(
 
 
 def load(
-    ref: Annotated[str, typer.Argument(metavar="REF")],
+    ref: Ref,
     pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
     url: _Url = DEFAULT_URL,
     api_key: _Key = None,
@@ -110,7 +119,7 @@ def load(
 
 
 def unload(
-    ref: Annotated[str, typer.Argument(metavar="REF")],
+    ref: Ref,
     url: _Url = DEFAULT_URL,
     api_key: _Key = None,
     as_json: AsJson = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl
+from flora.cli.options import AsJson, IdsOnly, RegistryUrl, complete_reference
 from flora.cli.output import Column, Format, choose_format, note, print_json, print_table
 from flora.cli.progress import progress
 from flora.cli.sources import Source, open_source
@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 
 
 def diff(
-    left: Annotated[str, typer.Argument(metavar="A", help="NAME, NAME:ALIAS, NAME@vN, or a folder: ./adapter.")],
-    right: Annotated[str, typer.Argument(metavar="B", help="The same for the other one.")],
+    left: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="NAME, NAME:ALIAS, NAME@vN, or a folder: ./adapter.", autocompletion=complete_reference
+        ),
+    ],
+    right: Annotated[
+        str, typer.Argument(metavar="B", help="The same for the other one.", autocompletion=complete_reference)
+    ],
     registry: RegistryUrl = None,
     as_json: AsJson = False,
     quiet: IdsOnly = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl, open_registry
+from flora.cli.options import AsJson, IdsOnly, RefOrFolder, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, note, percent, print_table
 from flora.cli.sizes import show_bytes
 from flora.cli.sources import is_folder, open_source
@@ -23,7 +23,7 @@ _LEVELS = (0.9, 0.95, 0.99)  # of the stored factors' own energy
 
 
 def inspect(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    ref: RefOrFolder,
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Read the weights too: singular values, and ranks by energy.")
     ] = False,

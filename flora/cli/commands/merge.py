@@ -17,6 +17,7 @@ from flora.cli.options import (
     MaxRank,
     MovedAlias,
     RegistryUrl,
+    complete_reference,
     open_registry,
     rank_rule,
 )
@@ -46,7 +47,12 @@ class MergeMethod(StrEnum):
 def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the base they belong to.")],
     refs: Annotated[
-        list[str], typer.Argument(metavar="REF", help="NAME, NAME:ALIAS, NAME@vN, or a folder: ./adapter.")
+        list[str],
+        typer.Argument(
+            metavar="REF",
+            help="NAME, NAME:ALIAS, NAME@vN, or a folder: ./adapter.",
+            autocompletion=complete_reference,
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Write a full checkpoint to this new folder.")

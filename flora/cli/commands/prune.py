@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from flora.cli.options import (
     AsJson,
@@ -14,6 +12,7 @@ from flora.cli.options import (
     IdsOnly,
     MaxRank,
     MovedAlias,
+    Ref,
     RegistryUrl,
     open_registry,
     rank_rule,
@@ -25,7 +24,7 @@ from flora.names import check_alias
 
 
 def prune(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN.")],
+    ref: Ref,
     rank: MaxRank = None,
     energy: Energy = None,
     budget: Budget = None,

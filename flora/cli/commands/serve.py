@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flora.cli.options import RegistryUrl, open_registry
+from flora.cli.options import RegistryUrl, complete_reference, open_registry
 from flora.cli.serving import find_base, merged_target, read_keys
 from flora.cli.sizes import parse_bytes, parse_length
 from flora.cli.sizing import PACE, default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
@@ -29,7 +29,15 @@ def serve(
         str | None,
         typer.Argument(metavar="BASE", help="Folder or Hub id. Default: the base of the registry's adapters."),
     ] = None,
-    host: Annotated[str, typer.Option("--host", metavar="ADDRESS", rich_help_panel=_ACCESS)] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            help="Where to listen; 0.0.0.0 is everywhere, and wants keys.",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = "127.0.0.1",
     port: Annotated[
         int,
         typer.Option("--port", metavar="N", min=0, max=65535, help="0 takes a free one.", rich_help_panel=_ACCESS),
@@ -44,11 +52,22 @@ def serve(
     ] = False,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "--preload", metavar="REF,…", help="Load before the first request. Repeatable."),
+        typer.Option(
+            "--adapter",
+            "--preload",
+            metavar="REF,…",
+            help="Load before the first request. Repeatable.",
+            autocompletion=complete_reference,
+        ),
     ] = None,
     merge: Annotated[
         str | None,
-        typer.Option("--merge", metavar="REF", help="Serve this one adapter, merged into the base, and nothing else."),
+        typer.Option(
+            "--merge",
+            metavar="REF",
+            help="Serve this one adapter, merged into the base, and nothing else.",
+            autocompletion=complete_reference,
+        ),
     ] = None,
     allow_base_mismatch: Annotated[
         bool,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.options import AsJson, IdsOnly, RegistryUrl
+from flora.cli.options import AsJson, IdsOnly, RefOrFolder, RegistryUrl
 from flora.cli.output import Column, Format, choose_format, note, percent, print_json, print_table
 from flora.cli.progress import progress
 from flora.cli.sources import Source, open_source
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def verify(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub id of the pretrained checkpoint.")],
     tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The same for the full fine-tune.")],
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME:ALIAS or NAME@vN; or a folder: ./adapter.")],
+    ref: RefOrFolder,
     prompts: Annotated[
         Path | None,
         typer.Option(
