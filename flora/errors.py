@@ -1,10 +1,11 @@
 """Every error that Flora raises for a user.
 
-    FloraError                     exit  code
+                                exit   code
+    FloraError                       1   FL-ERROR        any other failure
     ├── UsageError                   2   FL-USAGE        the command or the settings do not fit
     ├── CheckFailed                  3   FL-CHECK        a check that was asked for did not hold
     ├── AuthError                    4   FL-AUTH         a token is missing or refused
-    ├── NotFound                     5   FL-NOTFOUND
+    ├── NotFound                     5   FL-NOTFOUND     a folder, file, registry or repository is not there
     │   └── AdapterNotFound          5   FL-ADAPTER      no adapter, version or alias of that name
     ├── CheckpointError              1   FL-CHECKPOINT   a checkpoint is missing, damaged or of an unread kind
     │   ├── ShapeMismatch            1   FL-SHAPE        base and tuned (or base and adapter) disagree on a shape
@@ -21,7 +22,7 @@
     ├── RemoteError                  1   FL-REMOTE       a remote refused or could not be reached
     └── ServeError                   1   FL-SERVE        a server or an engine cannot go on with this
         ├── RequestInvalid           1   FL-REQUEST      a field of a request is out of its bounds
-        │   └── PromptTooLong        1   FL-CONTEXT
+        │   └── PromptTooLong        1   FL-CONTEXT      prompt and answer do not fit the context
         ├── OutOfPages               1   FL-PAGES        the pool cannot hold this
         ├── Overloaded               1   FL-OVERLOAD     more waits than the queue holds
         │   └── DeadlineMissed       1   FL-SLO          the first token cannot come in the time that was promised

@@ -1,0 +1,81 @@
+"""Rows of `benchmarks/results/` as tables: what tells the rows apart, what was measured, and the commit that ran."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+# file -> the question that it answers, and the columns to show. Of other files, whatever differs between rows is shown.
+_SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "many_adapters": (
+        "How fast are many adapters of one base served?",
+        ("system", "modules", "adapters", "order", "req_s", "out_tok_s", "ttft_s_p50", "loads", "gpu"),
+    ),
+    "latency": (
+        "What does an adapter cost one stream?",
+        ("shape", "modules", "rank", "tpot_base_ms", "tpot_adapter_ms", "ttft_resident_ms", "ttft_file_ms", "gpu"),
+    ),
+    "real_accuracy": (
+        "How well do adapters of real fine-tunes answer, by rank?",
+        ("task", "model", "rank", "num_bytes", "kept_share", "exact_match", "questions", "device"),
+    ),
+    "real_bytes": (
+        "And by bytes, with embeddings and norms?",
+        ("task", "recipe", "bytes", "kept_share", "exact_match", "questions", "device"),
+    ),
+    "serve_cpu": (
+        "How fast is a CPU?",
+        ("workload", "system", "median_s", "out_tok_s", "flora_speedup", "answers_equal", "load"),
+    ),
+    "extract": ("How fast is extraction?", ("shape", "kind", "rank", "num_threads", "tools")),
+    "bench_registry": (
+        "How large may a registry grow?",
+        ("num_adapters", "add_ms_each", "resolve_p50_ms", "ls_50_ms", "ls_ms", "load_average"),
+    ),
+    "host_step": ("What does planning a step cost?", ("policy", "sequences", "host_ms_p50", "host_ms_p99")),
+}
+_HIDDEN = ("kernels", "kernels_sweeps")  # tuning; what they say stands in the notes
+_MAX_COLUMNS = 10
+_DIGITS = 4  # significant, of a share
+
+
+def result_sections(folder: Path) -> str:
+    """A section for each file, its rows in order."""
+    files = sorted(folder.glob("*.jsonl"), key=lambda file: (_place(file.stem), file.stem))
+    return "\n\n".join(_section(file) for file in files if file.stem not in _HIDDEN)
+
+
+def _place(stem: str) -> int:
+    return list(_SHOWN).index(stem) if stem in _SHOWN else len(_SHOWN)
+
+
+def _section(file: Path) -> str:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    title, columns = _SHOWN.get(file.stem, (file.stem.replace("_", " ").capitalize(), _telling(rows)))
+    lines = [f"## {title}", "", f"`benchmarks/results/{file.name}`", ""]
+    lines += [f"| {' | '.join([*columns, 'commit'])} |", "|" + " --- |" * (len(columns) + 1)]
+    for row in rows:
+        lines.append(f"| {' | '.join(_shown(row.get(column)) for column in (*columns, 'commit'))} |")
+    return "\n".join(lines)
+
+
+def _telling(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Keys of plain values, those first that differ between rows."""
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "commit"))
+    plain = [key for key in keys if not any(isinstance(row.get(key), (dict, list)) for row in rows)]
+    differing = [key for key in plain if len({str(row.get(key)) for row in rows}) > 1]
+    return tuple([*differing, *(key for key in plain if key not in differing)][:_MAX_COLUMNS])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        inner = {key: one.get("wall_s") if isinstance(one, dict) else one for key, one in value.items()}
+        return ", ".join(f"{key} {_shown(one)}" for key, one in inner.items())
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, float):
+        return f"{value:.{_DIGITS}g}" if abs(value) < 1 else f"{value:,.2f}".rstrip("0").rstrip(".")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"`{value}`" if str(value).startswith("--") else str(value)
