@@ -7,6 +7,7 @@ from flora.errors import CheckpointError, ShapeMismatch
 from flora.extract.kinds import Wish, is_embedding, is_head
 from flora.extract.pair import TensorPair
 
+PACKED = ("weight", "weight_packed", "_blocks")  # how names end of weights, whole and quantized in any way
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
 
 
@@ -72,10 +73,10 @@ def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpo
 def check_dtypes(pairs: Sequence[TensorPair]) -> None:
     for pair in pairs:
         for info in pair.sides:
-            if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith("weight")):
+            if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith(PACKED)):
                 raise CheckpointError(
                     f"{info.name} of {info.file} is stored as {info.dtype}, a quantized weight",
-                    cause="Flora reads fp8 weights that have a scale beside them, and no other quantized ones",
+                    cause="Flora reads fp8 weights that have a scale beside them, gpt-oss in MXFP4, and GGUF as a base",
                     fix="give the checkpoint as it was before quantization: float32, bfloat16 or float16",
                     tensor=info.name,
                     dtype=info.dtype,

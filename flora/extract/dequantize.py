@@ -65,18 +65,21 @@ def _block_of(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _spread(scale: "Tensor", weight: "Tensor", name: str, block: tuple[int, int]) -> "Tensor":
-    """The scale of every element, by broadcasting or [out, in]. Raises CheckpointError if the shapes do not fit."""
+    """The scale of every element, by broadcasting or [out, in]. Raises CheckpointError if the shapes do not fit.
+
+    Of experts fused in one tensor, whose number stands before the other sizes, likewise.
+    """
     if scale.numel() == 1:
         return scale.reshape(())
-    rows, columns = weight.shape
-    if scale.dim() == 1 and len(scale) == rows:
+    *experts, rows, columns = (1, *weight.shape)[-max(2, weight.dim()) :]
+    if scale.dim() == 1 and len(scale) == rows and not experts:
         return scale[:, None]
-    if tuple(scale.shape) == (rows, 1):
+    if tuple(scale.shape) == (*experts, rows, 1):
         return scale
-    if tuple(scale.shape) == (-(-rows // block[0]), -(-columns // block[1])):
-        return scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+    if tuple(scale.shape) == (*experts, -(-rows // block[0]), -(-columns // block[1])):
+        return scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
     raise CheckpointError(
-        f"{name} is {list(scale.shape)} for a weight of {[rows, columns]}",
+        f"{name} is {list(scale.shape)} for a weight of {list(weight.shape)}",
         cause=f"it is no scale for a tensor, a channel or blocks of {block[0]} by {block[1]}",
         tensor=name,
     )

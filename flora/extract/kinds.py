@@ -15,7 +15,14 @@ CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its wei
 CONV1D_LAYERS = ("c_attn", "c_proj", "c_fc", "q_attn")
 STRIDE_READERS = ("whisper",)
 POSITIONS = "embed_positions"  # a table whose layer looks up by other than what it is given
-POSITION_READERS = ("qwen2_audio", "voxtral", "audioflamingo3", "musicflamingo")
+POSITION_READERS = (  # whose code reads that table past its layer
+    "whisper",
+    "qwen2_audio",
+    "voxtral",
+    "audioflamingo3",
+    "musicflamingo",
+    "moss_transcribe_diarize",
+)
 ROUTERS = (".gate", ".router", ".router.layer")
 _STACKS = (".input_linear.weight", ".output_linear.weight")  # of experts, where their name does not say so
 TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module tree; lm_head if not named here

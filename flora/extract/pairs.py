@@ -29,9 +29,9 @@ def pair_tensors(
     UsageError (a glob that matches nothing, or nothing left to extract).
     """
     pairs, notes = match_names(base.tensors, tuned.tensors)
+    check_dtypes(pairs)  # first: quantized weights have other names and shapes, and would be taken for another model
     check_shapes(pairs, base, tuned, wish)
     check_complete(pairs, base, tuned)
-    check_dtypes(pairs)
     pairs = _select(_classify(pairs, base, wish), include, exclude)
     if not any(pair.status == "extractable" for pair in pairs):
         raise UsageError(

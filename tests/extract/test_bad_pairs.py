@@ -104,6 +104,30 @@ def test_quantized_weights(tmp_path, unread, dtype):
         extract(save(model, tmp_path / "base"), tuned, RANK_8)
 
 
+def gptq(tensors: dict[str, torch.Tensor]) -> None:
+    """As GPTQ and AWQ pack a layer."""
+    name = "model.layers.0.mlp.up_proj"
+    del tensors[f"{name}.weight"]
+    tensors |= {f"{name}.qweight": torch.ones(8, 96, dtype=torch.int32), f"{name}.scales": torch.ones(2, 96)}
+
+
+def bitsandbytes(tensors: dict[str, torch.Tensor]) -> None:
+    """As bitsandbytes packs one into four bits."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors |= {name: torch.ones(96 * 64 // 2, 1, dtype=torch.uint8), f"{name}.absmax": torch.ones(96)}
+
+
+@pytest.mark.parametrize("pack", [gptq, bitsandbytes])
+def test_packed_weights_are_told_as_such_and_not_as_another_architecture(tmp_path, unread, pack):
+    model = build()
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), pack)
+
+    with pytest.raises(CheckpointError, match=r"up_proj.q?weight .* a quantized weight") as caught:
+        extract(save(model, tmp_path / "base"), tuned, RANK_8)
+
+    assert caught.value.fix.startswith("give the checkpoint as it was before quantization")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("side", ["base", "tuned"])
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])

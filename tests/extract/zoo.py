@@ -52,6 +52,12 @@ def gemma3() -> nn.Module:
     return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, num_key_value_heads=1, intermediate_size=48))
 
 
+def opt() -> nn.Module:
+    """It looks positions up in a table by what a mask says, not by what it is given."""
+    sizes = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
+    return hf.OPTForCausalLM(hf.OPTConfig(**sizes, word_embed_proj_dim=24, max_position_embeddings=32))
+
+
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
 
@@ -138,6 +144,7 @@ def described(model: nn.Module) -> Tensor:
 ZOO: Mapping[str, Kind] = {
     "gpt2": Kind(gpt2, hf.AutoModelForCausalLM, logits),
     "gpt-neox": Kind(neox, hf.AutoModelForCausalLM, logits),
+    "opt": Kind(opt, hf.AutoModelForCausalLM, logits),
     "gemma3": Kind(gemma3, hf.AutoModelForCausalLM, logits),
     "bert": Kind(bert, hf.AutoModel, hidden),
     "bert-masked-words": Kind(bert_for_words, hf.AutoModelForMaskedLM, logits),
