@@ -64,8 +64,10 @@ class _Row:
 class Judge:
     """Questions as token ids, made once, and asked of as many models as one likes."""
 
-    def __init__(self, tokenizer: Any, examples: Sequence[Example]) -> None:
+    def __init__(self, tokenizer: Any, examples: Sequence[Example], max_new_tokens: int = 64) -> None:
+        """`max_new_tokens`: an answer that is not at its end by then is wrong, as when decoding stops there."""
         self._tokenizer = tokenizer
+        self._max_new_tokens = max_new_tokens
         self._num_questions = len(examples)
         self._rows = [row for question, example in enumerate(examples) for row in self._first(question, example)]
         texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
@@ -111,7 +113,7 @@ class Judge:
         """The row in the model's own tokens up to `place`, if what it has said by then begins the answer."""
         said = (*row.ids[row.start : place], guess)
         text = self._tokenizer.decode(said, skip_special_tokens=True).lstrip()
-        if guess in self._ends or not row.answer.startswith(text):
+        if guess in self._ends or len(said) >= self._max_new_tokens or not row.answer.startswith(text):
             return None
         ids = (*row.ids[: row.start], *said, *self._tokens(row.answer[len(text) :]), self._tokenizer.eos_token_id)
         return _Row(row.question, row.answer, ids, row.start, place + 1, row.is_learnt)
