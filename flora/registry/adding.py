@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 import flora
-from flora.names import Digest, Reference, check_alias, check_name
+from flora.adapter import BaseBinding
+from flora.names import Digest, check_alias, check_name
 from flora.registry import changes, index
 from flora.registry.aliases import point
 from flora.registry.home import Home
@@ -50,41 +51,67 @@ def add_many(
     pairs = iter(items)
     added: list[Version] = []
     with ThreadPoolExecutor(_WRITERS) as writers:
-        while batch := list(writers.map(lambda item: _store_blobs(home, *item), islice(pairs, _BATCH))):
+        while batch := list(islice(pairs, _BATCH)):
+            with home.reading() as connection:  # early, before megabytes are written; again under the lock
+                _check_bindings(connection, [(name, adapter.header.base) for adapter, name in batch])
+            stored = list(writers.map(lambda item: _store_blobs(home, *item), batch))
             with home.writing() as connection:
-                for stored in batch:
-                    version = _add_row(home, connection, stored, made)
-                    if alias is not None:
-                        reason = stored.manifest.header.recipe.operation
-                        point(home, connection, version.name, alias, version.digest, reason)
-                    added.append(version)
+                versions = _add_rows(home, connection, stored, made)
+                if alias is not None:
+                    point(home, connection, alias, [(each.name, each.digest, each.operation) for each in versions])
+            added += versions
     return added
 
 
+def _check_bindings(connection: sa.Connection, wanted: Sequence[tuple[str, BaseBinding]]) -> None:
+    """Raises NameInvalid, and UsageError if one of the names belongs to another base than it would get."""
+    bases = index.bases_of(connection, {check_name(name) for name, _ in wanted})
+    for name, base in wanted:
+        known = bases.setdefault(name, [])
+        check_binding(name, known, base)
+        known.append((base.base_id, base.name))
+
+
 def _store_blobs(home: Home, adapter: "Adapter", name: str) -> _Stored:
-    check_name(name)
-    with home.reading() as connection:  # early, before megabytes are written; again under the lock
-        check_binding(connection, name, adapter.header.base)
     return _Stored(adapter, name, *put_adapter(home.store, adapter))
 
 
-def _add_row(home: Home, connection: sa.Connection, stored: _Stored, provenance: dict[str, Any]) -> Version:
-    check_binding(connection, stored.name, stored.manifest.header.base)
-    if known := index.find(connection, Reference(stored.name, digest=Digest(stored.digest))):
-        return known
-    _restore_if_taken(home, stored)
-    version = describe_version(
+def _add_rows(
+    home: Home, connection: sa.Connection, batch: Sequence[_Stored], provenance: dict[str, Any]
+) -> list[Version]:
+    """The versions of the batch, in its order: those that were there, and rows for the others."""
+    _check_bindings(connection, [(stored.name, stored.manifest.header.base) for stored in batch])
+    known = index.known_versions(connection, {(stored.name, stored.digest) for stored in batch})
+    numbers = index.next_numbers(connection, {stored.name for stored in batch})
+    versions, new = [], []
+    for stored in batch:
+        version = known.get((stored.name, stored.digest))
+        if version is None:
+            _restore_if_taken(home, stored)
+            number = numbers.get(stored.name, 1)
+            version = _describe(stored, number)
+            numbers[stored.name] = number + 1
+            known[stored.name, stored.digest] = version
+            new.append((version, stored.manifest, provenance))
+        versions.append(version)
+    if new:
+        changes.insert_versions(connection, new)
+        home.journal.note(
+            connection,
+            [Added(each.name, each.number, each.digest, each.created_at.isoformat(), provenance) for each, _, _ in new],
+        )
+    return versions
+
+
+def _describe(stored: _Stored, number: int) -> Version:
+    return describe_version(
         stored.manifest,
         stored.adapter.report,
         name=stored.name,
-        number=index.next_number(connection, stored.name),
+        number=number,
         digest=stored.digest,
         created_at=datetime.now(UTC),
     )
-    changes.insert_version(connection, version, stored.manifest, provenance)
-    created_at = version.created_at.isoformat()
-    home.journal.note(connection, [Added(version.name, version.number, version.digest, created_at, provenance)])
-    return version
 
 
 def _restore_if_taken(home: Home, stored: _Stored) -> None:

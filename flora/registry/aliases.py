@@ -1,5 +1,6 @@
 """Aliases: moved by compare-and-set, with a history."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -44,37 +45,46 @@ def set_alias(
                 fix=f"look at `flora show {name}`, then repeat the move if it is still right",
                 current=digest,
             )
-        point(home, connection, name, alias, version.digest, reason, force=force)
+        point(home, connection, alias, [(name, version.digest, reason)], force=force)
 
 
 def point(
     home: Home,
     connection: sa.Connection,
-    name: str,
     alias: str,
-    digest: str | None,
-    reason: str,
+    wanted: Sequence[tuple[str, str | None, str]],
     *,
     force: bool = False,
 ) -> None:
-    """Moves the alias to the version of that digest, or for None takes it away; nothing if it is there already.
+    """Moves the alias of each (name, digest, reason) to the version of that digest, or for None takes it away.
 
-    Raises UsageError if the alias is protected, unless `force`.
+    What is there already stays. Raises UsageError if one is protected, unless `force`.
     """
-    current = index.find(connection, Reference(name, alias=alias))
-    previous = current.digest if current else None
-    if previous == digest:
-        return
-    if not force and alias in index.protected_aliases(connection, name):
-        raise UsageError(
-            f"{name}:{alias} is protected, and stays at {current.ref if current else 'nothing'}",
-            fix="repeat it with --force and a --reason, or lift it: flora registry unprotect",
-            alias=alias,
-        )
-    move = AliasMove(name, alias, digest, previous, current_user(), reason, datetime.now(UTC))
-    changes.move_alias(connection, move, target=digest)
-    moved_at = move.moved_at.isoformat()
-    home.journal.note(connection, [Moved(name, alias, digest, previous, move.actor, reason, moved_at)])
+    among = {name for name, _, _ in wanted}
+    before = index.alias_ends(connection, alias, among)
+    protected = set() if force else index.names_that_protect(connection, alias, among)
+    now: dict[str, str | None] = {name: digest for name, (digest, _) in before.items()}
+    actor, moved_at = current_user(), datetime.now(UTC)
+    moves = []
+    for name, digest, reason in wanted:
+        previous = now.get(name)
+        if previous == digest:
+            continue
+        if name in protected:
+            raise UsageError(
+                f"{name}:{alias} is protected, and stays at {f'{name}@v{before[name][1]}' if previous else 'nothing'}",
+                fix="repeat it with --force and a --reason, or lift it: flora registry unprotect",
+                alias=alias,
+            )
+        moves.append(AliasMove(name, alias, digest, previous, actor, reason, moved_at))
+        now[name] = digest
+    if moves:
+        changes.move_aliases(connection, [(move, move.digest) for move in moves])
+        home.journal.note(connection, [_told(move) for move in moves])
+
+
+def _told(move: AliasMove) -> Moved:
+    return Moved(move.name, move.alias, move.digest, move.previous, move.actor, move.reason, move.moved_at.isoformat())
 
 
 def protect(home: Home, name: str, alias: str, is_protected: bool) -> None:

@@ -1,12 +1,16 @@
-"""Changes of the index, each one step inside a write transaction that its caller holds."""
+"""Changes of the index, each one step inside a write transaction that its caller holds.
+
+What a bulk import does a hundred thousand times takes many rows at once, as statements that are built once: to build
+one takes SQLAlchemy longer than SQLite takes to run it.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 
 from flora.registry.manifest import Manifest
 from flora.registry.records import AliasMove, Mismatch, Version
@@ -22,75 +26,99 @@ from flora.registry.tables import (
     versions,
 )
 
+_NAME_ID = select(names.c.id).where(names.c.name == bindparam("of_name")).scalar_subquery()
+_VERSION_ID = (
+    select(versions.c.id)
+    .where(versions.c.name_id == _NAME_ID, versions.c.digest == bindparam("of_digest"))
+    .scalar_subquery()
+)
+_RESERVE = sa.text(  # of one name the largest number counts; both databases know this upsert
+    "INSERT INTO names (name, next_number) VALUES (:name, :next_number) ON CONFLICT (name) DO UPDATE SET next_number ="
+    " CASE WHEN excluded.next_number > names.next_number THEN excluded.next_number ELSE names.next_number END"
+)
+_INSERT_VERSION = versions.insert().values(name_id=_NAME_ID)
+_INSERT_BLOB = version_blobs.insert().values(version_id=_VERSION_ID)
+_DELETE_ALIAS = aliases.delete().where(aliases.c.name_id == _NAME_ID, aliases.c.alias == bindparam("of_alias"))
+_INSERT_ALIAS = aliases.insert().values(name_id=_NAME_ID, version_id=_VERSION_ID)
+_INSERT_MOVE = alias_moves.insert()
 
-def reserve_number(connection: sa.Connection, name: str, number: int) -> None:
-    """Makes the name known if it is new, and sees to it that `number` is not given again."""
-    following = sa.case((names.c.next_number <= number, number + 1), else_=names.c.next_number)
-    changed = connection.execute(names.update().where(names.c.name == name).values(next_number=following))
-    if not changed.rowcount:
-        connection.execute(names.insert().values(name=name, next_number=number + 1))
+
+def reserve_numbers(connection: sa.Connection, numbers: Iterable[tuple[str, int]]) -> None:
+    """Makes the name of each (name, number) known if it is new, and sees to it that the number is not given again."""
+    connection.execute(_RESERVE, [{"name": name, "next_number": number + 1} for name, number in numbers])
 
 
-def insert_version(
-    connection: sa.Connection, version: Version, manifest: Manifest, provenance: Mapping[str, Any]
-) -> None:
-    """Adds `version`, whose number the caller took from `index.next_number` in the same transaction."""
-    reserve_number(connection, version.name, version.number)
-    row = versions.insert().values(
-        name_id=_name_id(version.name),
-        number=version.number,
-        digest=version.digest,
-        serving_digest=version.serving_digest,
-        created_at=version.created_at.isoformat(),
-        base_id=version.base_id,
-        base_name=version.base_name,
-        max_rank=version.max_rank,
-        num_modules=version.num_modules,
-        num_bytes=version.num_bytes,
-        kept_share=version.kept_share,
-        operation=version.operation,
-        parents=json.dumps(version.parents),
-        provenance=json.dumps(dict(provenance)),
-    )
-    version_id = connection.execute(row).inserted_primary_key[0]  # type: ignore[index]
-    sizes = {blob.digest: blob.size for blob in manifest.blobs}  # two extras may be the same bytes
+def insert_versions(connection: sa.Connection, items: Sequence[tuple[Version, Manifest, Mapping[str, Any]]]) -> None:
+    """Adds (version, manifest, provenance), at least one, with numbers that were free in the same transaction."""
+    reserve_numbers(connection, [(version.name, version.number) for version, _, _ in items])
     connection.execute(
-        version_blobs.insert(),
-        [{"version_id": version_id, "digest": digest, "size": size} for digest, size in sizes.items()],
+        _INSERT_VERSION, [_row(version) | {"provenance": json.dumps(dict(made))} for version, _, made in items]
     )
+    blobs = []
+    for version, manifest, _ in items:
+        sizes = {blob.digest: blob.size for blob in manifest.blobs}  # two extras may be the same bytes
+        owner = {"of_name": version.name, "of_digest": version.digest}
+        blobs += [owner | {"digest": digest, "size": size} for digest, size in sizes.items()]
+    connection.execute(_INSERT_BLOB, blobs)
+
+
+def _row(version: Version) -> dict[str, Any]:
+    return {
+        "of_name": version.name,
+        "number": version.number,
+        "digest": version.digest,
+        "serving_digest": version.serving_digest,
+        "created_at": version.created_at.isoformat(),
+        "base_id": version.base_id,
+        "base_name": version.base_name,
+        "max_rank": version.max_rank,
+        "num_modules": version.num_modules,
+        "num_bytes": version.num_bytes,
+        "kept_share": version.kept_share,
+        "operation": version.operation,
+        "parents": json.dumps(version.parents),
+    }
 
 
 def delete_version(connection: sa.Connection, version: Version) -> None:
     """Takes the version's rows out; no alias may point to it any more."""
-    connection.execute(versions.delete().where(versions.c.id == _version_id(version.name, version.digest)))
+    connection.execute(versions.delete().where(versions.c.id == _VERSION_ID), _owner(version))
 
 
-def move_alias(connection: sa.Connection, move: AliasMove, *, target: str | None) -> None:
-    """Points the alias to the version of digest `target`, or for None takes it away; and writes `move` as history."""
-    name_id = _name_id(move.name)
-    connection.execute(aliases.delete().where(aliases.c.name_id == name_id, aliases.c.alias == move.alias))
-    if target is not None:
-        version_id = _version_id(move.name, target)
-        connection.execute(aliases.insert().values(name_id=name_id, alias=move.alias, version_id=version_id))
-    connection.execute(
-        alias_moves.insert().values(
-            name=move.name,
-            alias=move.alias,
-            digest=move.digest,
-            previous=move.previous,
-            actor=move.actor,
-            reason=move.reason,
-            moved_at=move.moved_at.isoformat(),
-        )
-    )
+def move_aliases(connection: sa.Connection, moves: Sequence[tuple[AliasMove, str | None]]) -> None:
+    """Points each alias to the version of the digest beside its move, or for None takes it away; and writes history.
+
+    At least one move. They happen in their order: of several of one alias the last one holds.
+    """
+    ends = {(move.name, move.alias): target for move, target in moves}
+    connection.execute(_DELETE_ALIAS, [{"of_name": name, "of_alias": alias} for name, alias in ends])
+    pointed = [
+        {"of_name": name, "alias": alias, "of_digest": target} for (name, alias), target in ends.items() if target
+    ]
+    if pointed:
+        connection.execute(_INSERT_ALIAS, pointed)
+    connection.execute(_INSERT_MOVE, [_history(move) for move, _ in moves])
+
+
+def _history(move: AliasMove) -> dict[str, Any]:
+    return {
+        "name": move.name,
+        "alias": move.alias,
+        "digest": move.digest,
+        "previous": move.previous,
+        "actor": move.actor,
+        "reason": move.reason,
+        "moved_at": move.moved_at.isoformat(),
+    }
 
 
 def set_label(connection: sa.Connection, version: Version, key: str, value: str | None) -> None:
     """Gives the version that label, or for None takes it away."""
-    version_id = _version_id(version.name, version.digest)
-    connection.execute(labels.delete().where(labels.c.version_id == version_id, labels.c.key == key))
+    found = labels.c.version_id == _VERSION_ID, labels.c.key == bindparam("of_key")
+    connection.execute(labels.delete().where(*found), _owner(version) | {"of_key": key})
     if value is not None:
-        connection.execute(labels.insert().values(version_id=version_id, key=key, value=value))
+        row = _owner(version) | {"key": key, "value": value}
+        connection.execute(labels.insert().values(version_id=_VERSION_ID), row)
 
 
 def set_protection(connection: sa.Connection, name: str, alias: str, is_protected: bool) -> None:
@@ -102,14 +130,8 @@ def set_protection(connection: sa.Connection, name: str, alias: str, is_protecte
 
 def put_mismatch(connection: sa.Connection, version: Version, mismatch: Mismatch) -> None:
     """Notes that the version was served on that other base."""
-    connection.execute(
-        mismatches.insert().values(
-            version_id=_version_id(version.name, version.digest),
-            base_id=mismatch.base_id,
-            actor=mismatch.actor,
-            allowed_at=mismatch.allowed_at.isoformat(),
-        )
-    )
+    row = {"base_id": mismatch.base_id, "actor": mismatch.actor, "allowed_at": mismatch.allowed_at.isoformat()}
+    connection.execute(mismatches.insert().values(version_id=_VERSION_ID), _owner(version) | row)
 
 
 def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> None:
@@ -124,10 +146,5 @@ def clear(connection: sa.Connection) -> None:
         connection.execute(table.delete())
 
 
-def _name_id(name: str) -> sa.ScalarSelect[Any]:
-    return select(names.c.id).where(names.c.name == name).scalar_subquery()
-
-
-def _version_id(name: str, digest: str) -> sa.ScalarSelect[Any]:
-    query = select(versions.c.id).where(versions.c.name_id == _name_id(name), versions.c.digest == digest)
-    return query.scalar_subquery()
+def _owner(version: Version) -> dict[str, Any]:
+    return {"of_name": version.name, "of_digest": version.digest}

@@ -2,14 +2,14 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 
 from flora.names import Reference
 from flora.registry.records import AliasMove, BaseEntry, Entry, Mismatch, Search, Version
@@ -38,10 +38,26 @@ _NAMED = versions.join(names, names.c.id == versions.c.name_id)
 _POINTED = _NAMED.join(aliases, aliases.c.version_id == versions.c.id)
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite takes to answer it.
-_NAME = names.c.name == sa.bindparam("name")
-_BY_NUMBER = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.number == sa.bindparam("number"))
-_BY_DIGEST = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.digest == sa.bindparam("digest"))
-_BY_ALIAS = select(*_VERSION).select_from(_POINTED).where(_NAME, aliases.c.alias == sa.bindparam("alias"))
+_NAME = names.c.name == bindparam("name")
+_BY_NUMBER = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.number == bindparam("number"))
+_BY_DIGEST = select(*_VERSION).select_from(_NAMED).where(_NAME, versions.c.digest == bindparam("digest"))
+_BY_ALIAS = select(*_VERSION).select_from(_POINTED).where(_NAME, aliases.c.alias == bindparam("alias"))
+
+
+_NAMES = names.c.name.in_(bindparam("names", expanding=True))
+_KNOWN = (
+    select(*_VERSION).select_from(_NAMED).where(_NAMES, versions.c.digest.in_(bindparam("digests", expanding=True)))
+)
+_NEXT = select(names.c.name, names.c.next_number).where(_NAMES)
+_BASES = select(names.c.name, versions.c.base_id, versions.c.base_name).select_from(_NAMED).where(_NAMES).distinct()
+_ENDS = (
+    select(names.c.name, versions.c.digest, versions.c.number)
+    .select_from(_POINTED)
+    .where(_NAMES, aliases.c.alias == bindparam("alias"))
+)
+_PROTECTED = select(protections.c.name).where(
+    protections.c.name.in_(bindparam("names", expanding=True)), protections.c.alias == bindparam("alias")
+)
 
 
 def find(connection: sa.Connection, reference: Reference) -> Version | None:
@@ -183,15 +199,35 @@ def near_names(connection: sa.Connection, name: str) -> list[str]:
     return difflib.get_close_matches(name, [row.name for row in candidates], n=3)
 
 
-def next_number(connection: sa.Connection, name: str) -> int:
-    """The number that the next version of `name` gets."""
-    return connection.execute(select(names.c.next_number).where(names.c.name == name)).scalar() or 1
+def known_versions(connection: sa.Connection, wanted: Collection[tuple[str, str]]) -> dict[tuple[str, str], Version]:
+    """Those of the (name, digest) that are there."""
+    asked = {"names": sorted({name for name, _ in wanted}), "digests": sorted({digest for _, digest in wanted})}
+    found = [_version(row) for row in connection.execute(_KNOWN, asked)]
+    return {(version.name, version.digest): version for version in found if (version.name, version.digest) in wanted}
 
 
-def bases_of(connection: sa.Connection, name: str) -> list[tuple[str | None, str]]:
-    """(base id, base name) of the versions of `name`, each once."""
-    query = select(versions.c.base_id, versions.c.base_name).select_from(_NAMED).where(names.c.name == name)
-    return [(row[0], row[1]) for row in connection.execute(query.distinct())]
+def next_numbers(connection: sa.Connection, wanted: Collection[str]) -> dict[str, int]:
+    """The number that the next version gets, of each of the names that is known; of others it is 1."""
+    return {row.name: row.next_number for row in connection.execute(_NEXT, {"names": sorted(wanted)})}
+
+
+def bases_of(connection: sa.Connection, wanted: Collection[str]) -> dict[str, list[tuple[str | None, str]]]:
+    """(base id, base name) of the versions of each name, each once."""
+    found: dict[str, list[tuple[str | None, str]]] = {}
+    for name, base_id, base_name in connection.execute(_BASES, {"names": sorted(wanted)}):
+        found.setdefault(name, []).append((base_id, base_name))
+    return found
+
+
+def alias_ends(connection: sa.Connection, alias: str, wanted: Collection[str]) -> dict[str, tuple[str, int]]:
+    """(digest, number) of the version that the alias of each name points to, where it is there."""
+    rows = connection.execute(_ENDS, {"names": sorted(wanted), "alias": alias})
+    return {name: (digest, number) for name, digest, number in rows}
+
+
+def names_that_protect(connection: sa.Connection, alias: str, wanted: Collection[str]) -> set[str]:
+    """Those of the names whose alias is protected."""
+    return set(connection.execute(_PROTECTED, {"names": sorted(wanted), "alias": alias}).scalars())
 
 
 def base_entries(connection: sa.Connection) -> list[BaseEntry]:

@@ -35,14 +35,14 @@ def rebuild(connection: sa.Connection, store: BlobStore, journal: Journal) -> Re
             skipped.append(f"{added.name}@v{added.number}")
     for change in history:
         if isinstance(change, Added):
-            changes.reserve_number(connection, change.name, change.number)
+            changes.reserve_numbers(connection, [(change.name, change.number)])
         elif isinstance(change, Moved):
             moved_at = datetime.fromisoformat(change.moved_at)
             move = AliasMove(
                 change.name, change.alias, change.digest, change.previous, change.actor, change.reason, moved_at
             )
             target = change.digest if (change.name, change.digest) in found else None
-            changes.move_alias(connection, move, target=target)
+            changes.move_aliases(connection, [(move, target)])
         elif isinstance(change, Labeled):
             reference = Reference(change.name, version=change.number)
             if version := index.find(connection, reference):
@@ -68,4 +68,4 @@ def _insert(connection: sa.Connection, store: BlobStore, added: Added) -> None:
         digest=added.digest,
         created_at=datetime.fromisoformat(added.created_at),
     )
-    changes.insert_version(connection, version, manifest, added.provenance)
+    changes.insert_versions(connection, [(version, manifest, added.provenance)])

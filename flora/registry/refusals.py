@@ -1,5 +1,7 @@
 """What the registry says when a name does not lead to an adapter, or leads to another base."""
 
+from collections.abc import Iterable
+
 import sqlalchemy as sa
 
 from flora.adapter import BaseBinding
@@ -35,9 +37,9 @@ def not_found(connection: sa.Connection, reference: Reference) -> AdapterNotFoun
     )
 
 
-def check_binding(connection: sa.Connection, name: str, base: BaseBinding) -> None:
-    """Raises UsageError if versions of `name` belong to another base than `base`."""
-    for base_id, base_name in index.bases_of(connection, name):
+def check_binding(name: str, bases: Iterable[tuple[str | None, str]], base: BaseBinding) -> None:
+    """Raises UsageError if `name`, whose versions belong to `bases` (id, name), would get one of another base."""
+    for base_id, base_name in bases:
         both_known = base_id is not None and base.base_id is not None
         if (base_id != base.base_id) if both_known else (base_name != base.name):
             raise UsageError(

@@ -32,7 +32,7 @@ def remove(home: Home, reference: Reference, *, force: bool) -> list[Version]:
         left = [version for version in everything if version not in doomed]
         for alias in pointing:
             successor = left[-1].digest if left and alias == "latest" else None
-            point(home, connection, reference.name, alias, successor, reason="removal of its version", force=force)
+            point(home, connection, alias, [(reference.name, successor, "removal of its version")], force=force)
         home.journal.note(connection, [Removed(version.name, version.number) for version in doomed])
         for version in doomed:
             changes.delete_version(connection, version)

@@ -6,12 +6,14 @@ adapter itself keeps the checkpoint's, which every version of every library shar
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from flora.adapter import AdapterHeader, ExactTensor, Module
+from flora.forms import is_expert, split_expert
+from flora.tree import ModuleTree, module_tree
 
 _USUAL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+|model\.(embed_tokens|norm|layers\.\d+\.\w*norm)|lm_head")
 
@@ -45,30 +47,23 @@ def tree_paths(base: Path, header: AdapterHeader) -> dict[str, str]:
     }
     if all(_USUAL.fullmatch(module) for module in modules):
         return {}
-    try:
-        found = _ask_transformers(base, modules)
-    except Exception:  # whatever a config of any age makes a library raise: without it, names stay as they are
+    tree = module_tree(base)
+    if tree is None:
         return {}
+    found = {module: _path_of(module, tree) for module in modules}
     return {module: path for module, path in found.items() if path != module}
 
 
-def _ask_transformers(base: Path, modules: Iterable[str]) -> dict[str, str]:
-    import torch
-    import transformers
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-    with torch.device("meta"):
-        model = getattr(transformers, config.architectures[0])(config)
-    tree = model.state_dict()
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    found = {}
-    for module in modules:
-        key, _ = rename_source_key(f"{module}.weight", renamings, [], model.base_model_prefix, tree)
-        if key in tree:
-            found[module] = key.removesuffix(".weight")
-    return found
+def _path_of(module: str, tree: ModuleTree) -> str:
+    """The tree's path; of an expert that where it would be, were the tree's one parameter apart."""
+    key = tree.tensor_path(f"{module}.weight")
+    if key is not None:
+        return key.removesuffix(".weight")
+    if not is_expert(module):
+        return module
+    parent, index, leaf = split_expert(module)
+    key = tree.tensor_path(f"{parent}.experts.{leaf}")
+    return module if key is None else f"{key.removesuffix(leaf)}{index}.{leaf}"
 
 
 def _rename_module(module: Module, paths: Mapping[str, str]) -> Module:
