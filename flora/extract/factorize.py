@@ -85,21 +85,23 @@ def _krylov(
     """D's singular vectors within a block Krylov space, or None if that outgrows half of D's side.
 
     With Q the basis so far, ‖D - QᵀQD‖² = ‖D‖² - ‖QD‖² exactly: the sum of ‖Q_i D‖² over its blocks tells when an
-    energy is reached. The same blocks Q_i D make the next block of the space and, together, the small SVD.
+    energy is reached. The small SVD is that of QD, by its Gram matrix QD(QD)ᵀ = Q(Q D Dᵀ)ᵀ, of which the second form is
+    cheaper by large / small: but for the last block, Q_i D Dᵀ is what the next block of the space was made of.
     Source: block Krylov (Musco & Musco 2015); the indicator is that of randQB_EI (Yu, Gu, Li 2018).
     """
     small, large = D.shape
     most = small // 2
     limit = KRYLOV_DEPTH * _block(max_rank)
     block = min(_block(max_rank), ENERGY_BLOCK) if energy is not None else _block(max_rank)
-    Q, QD = D.new_empty(min(limit, most), small), empty_products(min(limit, most), D)
+    rows = min(limit, most)
+    Q, QDD, QD = D.new_empty(rows, small), D.new_empty(rows, small), empty_products(block, D)  # QD: the last block's
     k, held = 0, 0.0
     X = torch.randn(block, large, generator=generator).to(D.device) @ D.T
     while True:
         Q[k : k + block] = _orthonormal_rows(X, Q[:k])
-        has_next = k + 2 * block <= min(limit, most)  # most likely: then one walk through D makes both products
-        X = there_and_back(Q[k : k + block], D, QD[k : k + block], back=has_next)
-        held += float(torch.linalg.vector_norm(QD[k : k + block], dim=1).double().square().sum())
+        has_next = k + 2 * block <= rows  # most likely: then one walk through D makes both products
+        X = there_and_back(Q[k : k + block], D, QD, back=has_next)
+        held += float(torch.linalg.vector_norm(QD, dim=1).double().square().sum())
         k += block
         if energy is not None and held >= energy * norm_squared:
             limit, energy = min(limit, max(int(OVERSHOOT * k), k + block)), None
@@ -107,8 +109,19 @@ def _krylov(
             break
         if X is None:
             return None
-    W, values = _leading((QD[:k] @ QD[:k].T).double())
+        QDD[k - block : k] = X
+    W, values = _leading(_gram_of_products(Q[:k], QDD[: k - block], QD))
     return W[:max_rank] @ Q[:k], values[:max_rank]
+
+
+def _gram_of_products(Q: Tensor, QDD: Tensor, last_QD: Tensor) -> Tensor:
+    """QD(QD)ᵀ, float64 [k, k], from Q [k, small], the rows of Q D Dᵀ but the last block's, and the last block of QD."""
+    first = len(QDD)
+    gram = torch.empty(len(Q), len(Q), dtype=torch.float64, device=Q.device)
+    gram[:first] = QDD @ Q.T
+    gram[first:, :first] = gram[:first, first:].T
+    gram[first:, first:] = last_QD @ last_QD.T
+    return gram  # eigh reads its lower half
 
 
 def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:

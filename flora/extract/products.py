@@ -20,7 +20,7 @@ def empty_products(num_rows: int, D: Tensor) -> Tensor:
 def there_and_back(Q: Tensor, D: Tensor, QD: Tensor, *, back: bool) -> Tensor | None:
     """Writes Q @ D to QD; returns QD @ D.T, [rows, small], if `back`.
 
-    Q [rows, small], D [small, large], QD [rows, large], a part of what empty_products made
+    Q [rows, small], D [small, large], QD [rows, large], made by empty_products
     """
     if not back:
         torch.matmul(Q, D, out=QD)

@@ -132,11 +132,11 @@ def test_products_in_pieces_are_the_products(monkeypatch, is_stored_by_columns, 
     D = torch.randn(20, 50, generator=generator, dtype=torch.float64)
     D = D.T.contiguous().T if is_stored_by_columns else D
     Q = torch.randn(6, 20, generator=generator, dtype=torch.float64)
-    QD = empty_products(9, D)
+    QD = empty_products(6, D)
 
-    returned = there_and_back(Q, D, QD[3:], back=back)
+    returned = there_and_back(Q, D, QD, back=back)
 
-    torch.testing.assert_close(QD[3:], Q @ D)
+    torch.testing.assert_close(QD, Q @ D)
     if back:
         torch.testing.assert_close(returned, Q @ D @ D.T)
     else:
