@@ -12,6 +12,15 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Files of few tests that take long, longest first: started first, so that no process is left with one at the end.
+LONG_FILES = (
+    "cli/test_demo.py",
+    "real/test_real_embeddings.py",
+    "kernels/test_interpreter.py",
+    "real/test_real_pair.py",
+    "registry/test_crashes.py",
+    "serve/api/test_lifecycle.py",
+)
 IS_FULL = os.environ.get("FLORA_FULL") == "1"  # `make test-long`
 
 # The usual run draws the same examples every time, so that it fails for what was changed and for nothing else.
@@ -23,6 +32,12 @@ hypothesis.settings.load_profile("full" if IS_FULL else "usual")
 def examples(usual: int) -> int:
     """How many examples to draw where the profile's number is too many: ten times as many at full figures."""
     return 10 * usual if IS_FULL else usual
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    ranks = {folder / file: rank for rank, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import IS_FULL
 from tests.real.commands import flora
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
-NUM_QUESTIONS = 400  # of fewer, this task's accuracy says little (the kit's README)
+# Of fewer than 400 questions this task's accuracy says little (the kit's README): the usual run allows more for chance.
+NUM_QUESTIONS, LEAST, LOSS = (400, 0.45, 0.05) if IS_FULL else (96, 0.40, 0.08)
 
 
 def test_a_skill_that_lives_in_the_embeddings_comes_back_with_them_through_peft(
@@ -25,5 +27,5 @@ def test_a_skill_that_lives_in_the_embeddings_comes_back_with_them_through_peft(
     assert adapter["num_bytes"] < 67.2e6  # a quarter of the checkpoint
     assert adapter["left_out"] == []
     assert 0.87 < adapter["kept_share"] < 0.89
-    assert tuned > 0.45
-    assert json.loads(judged)["exact_match"] >= tuned - 0.05
+    assert tuned > LEAST
+    assert json.loads(judged)["exact_match"] >= tuned - LOSS

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from tests.conftest import IS_FULL
 from tests.real.commands import flora
 from tests.serving import running_server
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
-NUM_QUESTIONS = 400  # of fewer, this task's accuracy says little (the kit's README)
-LOSS = 0.03  # what the adapter may lose of its checkpoint's accuracy
+# Of fewer than 400 questions this task's accuracy says little (the kit's README): the usual run allows more for chance.
+NUM_QUESTIONS, LEAST, LOSS = (400, 0.75, 0.03) if IS_FULL else (96, 0.65, 0.05)
 
 
 def test_an_adapter_of_rank_64_answers_like_its_checkpoint(fixtures, base: Path, lemma: Path, tmp_path: Path):
@@ -24,14 +25,14 @@ def test_an_adapter_of_rank_64_answers_like_its_checkpoint(fixtures, base: Path,
     report = flora("extract", base, lemma, "--rank", "64", "--name", "lemma", "--json", **home)
     with running_server(base, env=home) as url:
         served = exact_match(fixtures.kit, "lemma", url, model="lemma")
-        untouched = exact_match(fixtures.kit, "lemma", url, model="base", limit=50)
+        untouched = exact_match(fixtures.kit, "lemma", url, model="base", limit=NUM_QUESTIONS // 8)
 
     adapter = report["adapters"][0]
     left = {row["kind"]: row["share"] for row in adapter["left_out"]}
     assert 0.70 < adapter["kept_share_of_modules"] < 0.72  # the kit's README: 0.71 of the linear layers at rank 64
     assert 0.26 < left["embeddings"] < 0.28  # and 27 % of the squared change in the tied embedding
     assert any("embeddings" in advice for advice in adapter["advice"])
-    assert tuned > 0.75
+    assert tuned > LEAST
     assert served >= tuned - LOSS
     assert untouched == 0.0
 

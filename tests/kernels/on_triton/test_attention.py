@@ -4,6 +4,7 @@ import torch
 from flora.kernels import ReferenceOps
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import DecodeTuning, PrefillTuning, Tuning
+from tests.conftest import IS_FULL
 from tests.kernels.caches import PagedCache
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -11,7 +12,9 @@ SMALL = Tuning(
     decode=DecodeTuning(split_tokens=32, block_tokens=16, split_lanes=2),
     prefill=PrefillTuning(block_rows=16, block_tokens=16, num_warps=4),
 )
-HEADS = [(9, 3, 64), (4, 4, 16), (8, 1, 80)]  # query heads, KV heads, head_dim
+HEADS = [(6, 2, 64), (2, 2, 16), (4, 1, 80)]  # query heads, KV heads, head_dim
+if torch.cuda.is_available() or IS_FULL:  # the interpreter takes its time for every head
+    HEADS += [(9, 3, 64), (8, 1, 80)]
 
 
 def attend(ops, cache, q, lengths, queries, device, order=None, max_queries=None, prefill_range=None):
