@@ -12,6 +12,7 @@ from flora.extract.agreement import check_complete, check_dtypes, check_shapes
 from flora.extract.aliases import named_as
 from flora.extract.experts import expert_of
 from flora.extract.kinds import DEFAULT_WISH, Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
+from flora.extract.layers import conv_refusals
 from flora.extract.pair import TensorPair
 
 
@@ -78,7 +79,14 @@ def _pair(
 def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list[TensorPair]:
     names = {pair.name for pair in pairs}
     model_type = str(base.config.get("model_type"))
-    return [_classified(pair, names, model_type, base, wish) for pair in pairs]
+    found = [_classified(pair, names, model_type, base, wish) for pair in pairs]
+    refusals = conv_refusals(base, (pair.base.name for pair in found if pair.kind == "conv" and pair.base))
+    return [_refused(pair, refusals) for pair in found]
+
+
+def _refused(pair: TensorPair, refusals: Mapping[str, str]) -> TensorPair:
+    reason = refusals.get(pair.base.name) if pair.base else None
+    return pair if reason is None else replace(pair, status="not_extractable", reason=reason)
 
 
 def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkpoint, wish: Wish) -> TensorPair:

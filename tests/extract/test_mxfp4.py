@@ -101,5 +101,5 @@ def test_mxfp4_of_an_architecture_that_is_not_known_is_refused_as_quantized(base
     config = json.loads((base.path / "config.json").read_text()) | {"model_type": "gpt_next"}
     (base.path / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(CheckpointError, match="_blocks .* is stored as U8, a quantized weight"):
+    with pytest.raises(CheckpointError, match=r"_blocks .* is stored as U8, a quantized weight"):
         plan_extraction(open_checkpoint(base.path), save(tune(model()), tmp_path / "tuned"), RANK_8)
