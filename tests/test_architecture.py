@@ -26,7 +26,7 @@ ALLOWED = {  # room -> the rooms it may import; "core" is every file directly un
 FRONT_END = ("serve/api", "serve/frontend", "serve/launch.py", "serve/request.py", "serve/messages.py")
 ASKS_TRANSFORMERS = (
     "algebra/likeness.py",  # `flora verify --prompts`, with the extra `hf`
-    "registry/formats/paths.py",  # `flora extract --out` of a model whose tree transformers renames, where it is there
+    "tree.py",  # of models whose tree transformers renames, and of convolutions: asked where it is there
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
 
