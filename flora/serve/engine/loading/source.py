@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.errors import AdapterInvalid, OutOfPages, StoreError
+from flora.errors import AdapterInvalid, AdapterNotFound, OutOfPages, StoreError
 from flora.identity import BaseRecord
 from flora.registry import Registry, Version
 from flora.registry.leases import Lease
@@ -18,6 +18,8 @@ from flora.serve.engine.model.config import ModelConfig
 from flora.serve.request import AdapterTarget
 
 logger = logging.getLogger(__name__)
+
+_MAX_FOUND = 10_000  # versions remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class RegistrySource:
         self._registry_url = registry
         self._opened: Registry | None = None
         self._lease: Lease | None = None
+        self._found: dict[str, Version] = {}  # the latest, by digest
         self._config = config
         self._base = base
         self._allow_base_mismatch = allow_base_mismatch
@@ -67,8 +70,7 @@ class RegistrySource:
 
         Raises AdapterNotFound, StoreError, BaseMismatch, Unsupported, ShapeMismatch, OutOfPages.
         """
-        version = self._registry.by_digest(target.version_digest)
-        self._keep(version.digest)
+        version = self._version(target.version_digest)
         if version.serving_digest != target.serving_digest:
             raise AdapterInvalid(
                 f"{target.label} resolved to serving digest {target.serving_digest[:19]}…, and the registry holds "
@@ -94,6 +96,23 @@ class RegistrySource:
         """
         with self._registry.loading(found.version) as adapter:
             pack_cells(adapter, found.layout, cells)
+
+    def _version(self, digest: str) -> Version:
+        """The version of that digest; one that was found before, also after its removal: our lease keeps its blobs.
+
+        A name that is gone leads no new request here, but a stream that was preempted comes back for its adapter.
+        """
+        try:
+            version = self._registry.by_digest(digest)
+        except AdapterNotFound:
+            if digest not in self._found:
+                raise
+            return self._found[digest]
+        self._keep(digest)
+        if len(self._found) >= _MAX_FOUND:
+            self._found.pop(next(iter(self._found)))
+        self._found[digest] = version
+        return version
 
     def _keep(self, version_digest: str) -> None:
         """What is served stays readable until this process ends, though it be removed and collected."""
