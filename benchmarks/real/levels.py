@@ -30,8 +30,8 @@ class Level:
     at: float | None = None
 
 
-def levels(quick: bool = False) -> Iterator[Level]:
-    """All of them; `quick` leaves out what the page can do without."""
+def levels() -> Iterator[Level]:
+    """All of them."""
     yield Level("tuned")
     yield Level("base")
     yield Level("uncut", "linear")
@@ -46,6 +46,5 @@ def levels(quick: bool = False) -> Iterator[Level]:
         yield Level("module energy", "all", rank)
     for rank in RANKS:
         yield Level("rank", "linear", rank)
-    if not quick:
-        for energy in ENERGIES:
-            yield Level("energy", "linear", energy)
+    for energy in ENERGIES:
+        yield Level("energy", "linear", energy)

@@ -4,10 +4,10 @@
     python benchmarks/real/study.py --pair TASK BASE TUNED --questions 400 --out ROWS.jsonl
 
 Each row is one adapter, extracted by Flora as `flora extract` does it and merged by hand onto one base in memory, which
-answers the test side's questions in float32. Greedy answers are told by little more than one forward pass (judge.py)
-and not decoded token by token. A row's `right` has one bit a question, so that any two rows can
-be compared question by question; `lost` and `gained` count that against the fine-tune. Rows that --out holds already
-are not measured again. The rows are read by study_page.py.
+answers the test side's questions in float32. Greedy answers are told by little more than one forward pass (judge.py),
+not decoded token by token. A row's `right` has one bit a question, so that any two rows can be compared question by
+question; `lost` and `gained` count that against the fine-tune. Rows that --out holds already are not measured again.
+study_page.py reads the rows.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 import flora
 from flora.adapter import Adapter
 from flora.checkpoint import open_checkpoint
-from flora.extract import ExtractConfig, Wish, extract
+from flora.extract import ExtractConfig, Wish, extract, plan_extraction
 from flora.lowrank import LowRank, component_energies
 from flora.prune import prune
 from flora.rank import RankRule, rank_for_energy
@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="the first so many; default: the whole test side")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--quick", action="store_true", help="leave out what the page can do without")
     parser.add_argument("--work", type=Path, help="keep checkpoints here, and use those that are there")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -62,7 +61,7 @@ def main() -> None:
             pairs = (kit_pair(task, work, args.questions) for task in args.tasks.split(","))
         for pair in pairs:
             study = Study(pair, args.device, args.out, work / "hashes")
-            for level in levels(args.quick):
+            for level in levels():
                 study.measure(level)
 
 
@@ -113,7 +112,8 @@ class Study:
             with self._canvas.with_tensors(self._tuned, self._base.tensors) as model:
                 yield model, {}
         elif level.how == "uncut":
-            names = [f"{module.name}.weight" for module in self._extract("linear", RankRule(max_rank=1)).header.modules]
+            plan = plan_extraction(self._base, self._tuned, ExtractConfig(RankRule(max_rank=1)))
+            names = [pair.name for pair in plan.extractable]
             with self._canvas.with_tensors(self._tuned, names) as model:
                 yield model, {}
         else:

@@ -29,7 +29,15 @@ _X = "kept energy of the whole change, %"
 _Y = "exact match, %"
 _BY_RANK = Plot("Exact match against rank", "at", "rank", (), _Y, is_x_log=True, y_scale=100.0)
 _BY_ENERGY = Plot("Exact match against kept energy", "kept", _X, (), _Y, y_scale=100.0)
-_BY_BYTES = Plot("Exact match against bytes", "bytes", "MB of factors in bf16", (), _Y, is_x_log=True, y_scale=100.0)
+_BY_BYTES = Plot(
+    "Exact match against bytes, spent in three ways",
+    "bytes",
+    "MB of factors in bf16",
+    (),
+    _Y,
+    is_x_log=True,
+    y_scale=100.0,
+)
 
 Row = dict[str, Any]
 
@@ -67,6 +75,9 @@ class Results:
     def row(self, task: str, how: str, scope: str | None = None, at: float | None = None) -> Row:
         return self._rows[task, how, scope, at]
 
+    def rows(self) -> Iterable[Row]:
+        return self._rows.values()
+
     def some(self, task: str, how: str, scope: str, at: Sequence[float]) -> list[Row]:
         """Those of these rows that were measured."""
         keys = [(task, how, scope, level) for level in at]
@@ -102,28 +113,32 @@ def tables(results: Results) -> dict[str, str]:
 
 
 def drawings(results: Results) -> dict[str, str]:
-    by_rank, by_energy, by_bytes = [], [], []
+    by_rank, by_energy, by_bytes = list[Curve](), list[Curve](), list[Curve]()
     for task in TASKS:
         for scope, word in (("linear", "linear layers"), ("all", "embeddings and norms too")):
             ranks = results.some(task, "rank", scope, RANKS)
             by_rank.append(_curve(f"{task}: {word}", [(row["at"], row) for row in ranks]))
             if scope == "linear":
-                by_energy.append(_curve(f"{task}: uniform ranks, {word}", [(_kept(row), row) for row in ranks]))
+                by_energy.append(_curve(f"{task}: uniform ranks, {word}", _by_energy(ranks)))
         energies = results.some(task, "energy", "all", ENERGIES)
-        by_energy.append(_curve(f"{task}: per-module energy, {word}", [(_kept(row), row) for row in energies]))
+        by_energy.append(_curve(f"{task}: per-module energy, {word}", _by_energy(energies)))
         by_rank.append(_level(results, task, RANKS[0], RANKS[-1]))
-        for how, word in (
-            ("rank", "uniform rank"),
-            ("module energy", "one energy for each module"),
-            ("budget", "budget"),
-        ):
+        for how, word in SPENDERS:
             rows = results.some(task, how, "all", SIZES)
             by_bytes.append(_curve(f"{task}: {word}", [(row["bytes"] / 1e6, row) for row in rows]))
     return {
-        "study_rank.svg": draw_plot(_BY_RANK, by_rank),
-        "study_energy.svg": draw_plot(_BY_ENERGY, by_energy),
-        "study_bytes.svg": draw_plot(_BY_BYTES, by_bytes, "Exact match at equal bytes, three ways to spend them"),
+        "study_rank.svg": draw_plot(_BY_RANK, _drawn(by_rank)),
+        "study_energy.svg": draw_plot(_BY_ENERGY, _drawn(by_energy)),
+        "study_bytes.svg": draw_plot(_BY_BYTES, _drawn(by_bytes)),
     }
+
+
+def _drawn(curves: Iterable[Curve]) -> list[Curve]:
+    return [curve for curve in curves if curve.points]
+
+
+def _by_energy(rows: Iterable[Row]) -> Iterable[tuple[float, Row]]:
+    return [(100 * row["kept_share"], row) for row in rows]
 
 
 def _curve(name: str, rows: Iterable[tuple[float, Row]]) -> Curve:
@@ -135,8 +150,8 @@ def _level(results: Results, task: str, low: float, high: float) -> Curve:
     return Curve(f"{task}: the fine-tune itself", ((low, share), (high, share)))
 
 
-def _kept(row: Row) -> float:
-    return 100 * row["kept_share"]
+def _kept(row: Row) -> str:
+    return f"{row['kept_share']:.2f}"
 
 
 def _checkpoints(results: Results) -> str:
@@ -149,7 +164,7 @@ def _checkpoints(results: Results) -> str:
         ):
             row = results.row(task, how, scope)
             rows.append([task, word, _match(row), _points(row) if how == "uncut" else "", _nll(row)])
-    return _table(["task", "model", "exact match", "points lost", "nats a token"], rows, "ll")
+    return _table(["task", "model", "exact match", "lost", "nats"], rows, "ll")
 
 
 def _ranks(results: Results, task: str) -> str:
@@ -157,24 +172,21 @@ def _ranks(results: Results, task: str) -> str:
     for rank in RANKS:
         cells = [str(rank)]
         for scope in ("linear", "all"):
-            row = results.row(task, "rank", scope, rank)
-            cells += [_megabytes(row), f"{row['kept_share']:.2f}", _match(row), _points(row), _nll(row)]
+            found = results.some(task, "rank", scope, [rank])
+            cells += [cell for row in found for cell in (_megabytes(row), _kept(row), *_answers(row))] or [""] * 5
         rows.append(cells)
-    heads = [
-        f"{word}{what}" for word in ("linear: ", "all: ") for what in ("MB", "kept", "exact match", "lost", "nats")
-    ]
-    return _table(["rank", *heads], rows)
+    heads = ["MB", "kept", "exact match", "lost", "nats"]
+    return _table(["rank", *(f"{scope}: {head}" for scope in ("linear", "all") for head in heads)], rows)
 
 
 def _energies(results: Results, task: str) -> str:
     rows = []
     for energy in ENERGIES:
-        row = results.row(task, "energy", "all", energy)
-        cells = [f"{energy:g}", _megabytes(row), "{} to {}".format(*row["ranks"]), _match(row), _points(row), _nll(row)]
-        for pruned in results.some(task, "prune", "all", [energy]):
-            equal = f"{100 * pruned['equal_ranks']:.0f} %"
-            cells += [_match(pruned), _points(pruned), _nll(pruned), equal, f"{pruned['distance']:.1e}"]
-        rows.append(cells + [""] * (11 - len(cells)))
+        for row in results.some(task, "energy", "all", [energy]):
+            cells = [f"{energy:g}", _megabytes(row), "{} to {}".format(*row["ranks"]), *_answers(row)]
+            for pruned in results.some(task, "prune", "all", [energy]):
+                cells += [*_answers(pruned), f"{100 * pruned['equal_ranks']:.0f} %", f"{pruned['distance']:.1e}"]
+            rows.append(cells + [""] * (11 - len(cells)))
     extracted = ["energy", "MB", "ranks", "exact match", "lost", "nats"]
     return _table([*extracted, "pruned: exact match", "lost", "nats", "equal ranks", "distance"], rows)
 
@@ -183,11 +195,15 @@ def _bytes(results: Results, task: str) -> str:
     rows = []
     for size in SIZES:
         for how, word in SPENDERS:
-            row = results.row(task, how, "all", size)
-            low, high = row["ranks"]
-            cells = [word, f"{low} to {high}", _megabytes(row), f"{row['kept_share']:.3f}"]
-            rows.append([*cells, _match(row), _points(row), _nll(row)])
-    return _table(["spent by", "ranks", "MB", "kept", "exact match", "points lost", "nats a token"], rows, "l")
+            for row in results.some(task, how, "all", [size]):
+                ranks = "{} to {}".format(*row["ranks"])
+                rows.append([word, ranks, _megabytes(row), f"{row['kept_share']:.3f}", *_answers(row)])
+    return _table(["spent by", "ranks", "MB", "kept", "exact match", "lost", "nats"], rows, "l")
+
+
+def _answers(row: Row) -> tuple[str, str, str]:
+    """Exact match, points lost against the fine-tune, nats a token."""
+    return _match(row), _points(row), _nll(row)
 
 
 def _megabytes(row: Row) -> str:
