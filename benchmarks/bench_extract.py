@@ -120,13 +120,17 @@ def make_pair(folder: Path, shape: Shape, kind: str, seed: int) -> None:
 
 
 def run_flora(base: Path, tuned: Path, out: Path, rank: int) -> None:
-    from safetensors.torch import save_file
-
     from flora.checkpoint import open_checkpoint
-    from flora.extract import ExtractConfig, extract
-    from flora.rank import RankRule
+    from flora.identity import records_beside
 
-    result = extract(open_checkpoint(base), open_checkpoint(tuned), ExtractConfig(RankRule(max_rank=rank)))
+    pair = open_checkpoint(base), open_checkpoint(tuned)
+    with records_beside(pair, None) as records:  # as `flora extract` does: hashed beside the import of torch
+        from safetensors.torch import save_file
+
+        from flora.extract import ExtractConfig, extract
+        from flora.rank import RankRule
+
+        result = extract(*pair, ExtractConfig(RankRule(max_rank=rank)), records=records)
     _save(out, {module: (factors.A, factors.B) for module, factors in result.adapter.factors.items()}, save_file)
     print(json.dumps({stage: round(seconds, 3) for stage, seconds in result.timings.items()}))
 

@@ -8,10 +8,12 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 
 import msgspec
 
@@ -42,20 +44,19 @@ class BaseRecord(msgspec.Struct, frozen=True):
 
 
 def base_record(
-    checkpoint: Checkpoint, cache_dir: Path | None = None, progress: Callable[[int], None] | None = None
+    checkpoint: Checkpoint, cache_dir: Path | None = None, check: Callable[[], None] | None = None
 ) -> BaseRecord:
-    """The record of an open checkpoint; `progress` is told the bytes of each file as it is done.
+    """The record of an open checkpoint.
 
     cache_dir  holds the hashes of files seen before; None reads everything afresh
+    check      called before each tensor is read; what it raises ends the work
     """
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
         by_file.setdefault(info.file, []).append(info)
     hashes: dict[str, str] = {}
     for file, infos in by_file.items():
-        hashes |= _file_hashes(file, infos, cache_dir)
-        if progress:
-            progress(sum(info.num_bytes for info in infos))
+        hashes |= _file_hashes(file, infos, cache_dir, check)
     return BaseRecord(
         tuple(
             TensorRecord(info.name, info.dtype, info.shape, hashes[info.name]) for info in checkpoint.tensors.values()
@@ -63,7 +64,31 @@ def base_record(
     )
 
 
-def _file_hashes(file: Path, infos: list[TensorInfo], cache_dir: Path | None) -> dict[str, str]:
+@contextmanager
+def records_beside(
+    checkpoints: Sequence[Checkpoint], cache_dir: Path | None
+) -> Iterator[Callable[[], list[BaseRecord]]]:
+    """Makes their records in a thread, beside whatever else is done; calling what this yields waits for them.
+
+    Leaving the block stops it at the next tensor.
+    """
+    stop = Event()
+
+    def check() -> None:
+        if stop.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(lambda: [base_record(one, cache_dir, check) for one in checkpoints])
+        try:
+            yield future.result
+        finally:
+            stop.set()
+
+
+def _file_hashes(
+    file: Path, infos: list[TensorInfo], cache_dir: Path | None, check: Callable[[], None] | None
+) -> dict[str, str]:
     stat = file.stat()
     path = str(file.resolve())
     key = {"path": path, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
@@ -72,17 +97,19 @@ def _file_hashes(file: Path, infos: list[TensorInfo], cache_dir: Path | None) ->
         known = _read_cache(cached)
         if known.get("key") == key and set(known.get("sha256", ())) == {info.name for info in infos}:
             return known["sha256"]
-    hashes = _hash_tensors(file, infos)
+    hashes = _hash_tensors(file, infos, check)
     if cached:
         _write_atomically(cached, json.dumps({"key": key, "sha256": hashes}).encode())
     return hashes
 
 
-def _hash_tensors(file: Path, infos: Iterable[TensorInfo]) -> dict[str, str]:
+def _hash_tensors(file: Path, infos: Iterable[TensorInfo], check: Callable[[], None] | None) -> dict[str, str]:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
         whole = memoryview(view)
 
         def hash_one(info: TensorInfo) -> tuple[str, str]:
+            if check:
+                check()
             with whole[info.start : info.end] as piece:
                 return info.name, sha256(piece).hexdigest()
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from flora.adapter import Adapter
     from flora.checkpoint import Checkpoint
-    from flora.extract import ExtractConfig, ExtractionPlan, ExtractProgress, ExtractResult
+    from flora.extract import ExtractConfig, ExtractProgress, ExtractResult
+    from flora.identity import BaseRecord
     from flora.registry import Registry, Version
 
 
@@ -123,40 +124,40 @@ def extract_one(
     allow_pickle: bool = False,
 ) -> Outcome:
     """Extracts one pair and stores the adapter where `target` says. What can be refused early is."""
-    (found,) = extract_all(base_source, [target], config, registry_url, is_quiet=is_quiet, allow_pickle=allow_pickle)
+    with readable([base_source, target.source], allow_pickle=allow_pickle) as (base, tuned):
+        (found,) = extract_all(base, [tuned], [target], config, registry_url, is_quiet=is_quiet)
     if isinstance(found, FloraError):
         raise found
     return found
 
 
 def extract_all(
-    base_source: str,
+    base: Checkpoint,
+    tuned: Sequence[Checkpoint],
     targets: Sequence[Target],
     config: ExtractConfig,
     registry_url: str | None,
     *,
+    records: Callable[[], Sequence[BaseRecord]] | None = None,
     is_quiet: bool = False,
-    allow_pickle: bool = False,
 ) -> list[Outcome | FloraError]:
     """Extracts several fine-tunes of one base, which is read once, and stores each adapter where its target says.
 
     What is wrong with one fine-tune's weights stands in its place. What headers and names can show is raised before
     any weight is read.
 
-    allow_pickle  convert pickled weights first, into a temporary folder
+    records  see extract_many
     """
     from flora.extract import extract_many
 
-    sources = [base_source, *(target.source for target in targets)]
-    with _readable(sources, allow_pickle=allow_pickle) as (base, *tuned):
-        registries = [_open_target(target, base, config, registry_url) for target in targets]
-        title = f"extracting {tuned[0].path.name}" + (f" and {len(tuned) - 1} more" if len(tuned) > 1 else "")
-        with progress(title, is_quiet=is_quiet) as report:
-            found = extract_many(base, tuned, config, _telling(report))
-        return [
-            result if isinstance(result, FloraError) else _store(result, base, one, target, registry)
-            for result, one, target, registry in zip(found, tuned, targets, registries, strict=True)
-        ]
+    registries = [_open_target(target, base, config, registry_url) for target in targets]
+    title = f"extracting {tuned[0].path.name}" + (f" and {len(tuned) - 1} more" if len(tuned) > 1 else "")
+    with progress(title, is_quiet=is_quiet) as report:
+        found = extract_many(base, tuned, config, _telling(report), records)
+    return [
+        result if isinstance(result, FloraError) else _store(result, base, one, target, registry)
+        for result, one, target, registry in zip(found, tuned, targets, registries, strict=True)
+    ]
 
 
 def _store(
@@ -177,17 +178,8 @@ def _store(
     return Outcome(result, version, target.out, tuned.num_bytes)
 
 
-def plan_one(
-    base_source: str, target: Target, config: ExtractConfig, *, allow_pickle: bool = False
-) -> tuple[Target, ExtractionPlan]:
-    from flora.extract import plan_extraction
-
-    with _readable([base_source, target.source], allow_pickle=allow_pickle) as (base, tuned):
-        return target, plan_extraction(base, tuned, config)
-
-
 @contextmanager
-def _readable(sources: Sequence[str], *, allow_pickle: bool) -> Iterator[list[Checkpoint]]:
+def readable(sources: Sequence[str], *, allow_pickle: bool) -> Iterator[list[Checkpoint]]:
     """The checkpoints, open; pickled ones as temporary copies, if they may be."""
     from flora.checkpoint import locate_checkpoint, open_checkpoint
     from flora.errors import PickleRefused

@@ -100,16 +100,16 @@ def _krylov(
     while True:
         Q[k : k + block] = _orthonormal_rows(X, Q[:k])
         has_next = k + 2 * block <= rows  # most likely: then one walk through D makes both products
-        X = there_and_back(Q[k : k + block], D, QD, back=has_next)
+        returned = there_and_back(Q[k : k + block], D, QD, back=has_next)
         held += float(torch.linalg.vector_norm(QD, dim=1).double().square().sum())
         k += block
         if energy is not None and held >= energy * norm_squared:
             limit, energy = min(limit, max(int(OVERSHOOT * k), k + block)), None
         if k + block > limit or held >= (1 - EXHAUSTED) * norm_squared:
             break
-        if X is None:
+        if returned is None:
             return None
-        QDD[k - block : k] = X
+        X = QDD[k - block : k] = returned
     W, values = _leading(_gram_of_products(Q[:k], QDD[: k - block], QD))
     return W[:max_rank] @ Q[:k], values[:max_rank]
 

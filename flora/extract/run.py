@@ -2,11 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
-from threading import Event
 
 import torch
 
@@ -22,7 +19,7 @@ from flora.extract.plan import ExtractionPlan, plan_extraction
 from flora.extract.report import check_report, make_report
 from flora.extract.sidecars import changed_extras
 from flora.forms import Form
-from flora.identity import BaseRecord, base_record
+from flora.identity import BaseRecord, records_beside
 from flora.rank import ranks_for_budget
 
 
@@ -41,6 +38,7 @@ def extract(
     tuned: Checkpoint,
     config: ExtractConfig,
     progress: Callable[[ExtractProgress], None] | None = None,
+    records: Callable[[], Sequence[BaseRecord]] | None = None,
 ) -> ExtractResult:
     """The adapter that turns `base` into `tuned`, as nearly as the rule allows. Reads both once.
 
@@ -48,7 +46,7 @@ def extract(
     Raises what `plan_extraction` does, NotFinite, CheckpointError (nothing to extract has changed), and with
     `config.strict` CheckFailed when a module keeps less than the asked energy.
     """
-    (found,) = extract_many(base, [tuned], config, progress)
+    (found,) = extract_many(base, [tuned], config, progress, records)
     if isinstance(found, FloraError):
         raise found
     return found
@@ -59,16 +57,20 @@ def extract_many(
     tuned: Sequence[Checkpoint],
     config: ExtractConfig,
     progress: Callable[[ExtractProgress], None] | None = None,
+    records: Callable[[], Sequence[BaseRecord]] | None = None,
 ) -> list[ExtractResult | FloraError]:
     """One adapter for each tuned checkpoint, in their order; each tensor of the base is at hand for all in turn.
 
     What is wrong with one checkpoint's weights stands in its place and stops no other. Raises what `plan_extraction`
     does for any of them, before any weight is read.
+
+    records  of the base and of each tuned checkpoint, where somebody makes them already: see identity.records_beside
     """
     start = time.perf_counter()
     plans = [plan_extraction(base, one, config) for one in tuned]
     jobs = [Job(base, one, plan, config) for one, plan in zip(tuned, plans, strict=True)]
-    with _hashing([base, *tuned], config.cache_dir) as records, _full_float32():
+    beside = nullcontext(records) if records else records_beside([base, *tuned], config.cache_dir)
+    with beside as records, _full_float32():
         found = work_through(jobs, progress)
         if all(isinstance(one, FloraError) for one in found):
             return [one for one in found if isinstance(one, FloraError)]
@@ -104,23 +106,6 @@ def _finish(
         first_rows={change.pair.name: change.pair.shape[0] for change in changes if change.pair.num_new_rows},
     )
     return ExtractResult(adapter, base_is, tuned_is, job.plan, _timings(changes, seconds), job.journal)
-
-
-@contextmanager
-def _hashing(checkpoints: Sequence[Checkpoint], cache_dir: Path | None) -> Iterator[Callable[[], list[BaseRecord]]]:
-    """Their records, made in a thread while the matrices are worked on; an error outside stops it at the next file."""
-    stop = Event()
-
-    def check(_: int) -> None:
-        if stop.is_set():
-            raise CancelledError
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: [base_record(one, cache_dir, check) for one in checkpoints])
-        try:
-            yield future.result
-        finally:
-            stop.set()
 
 
 @contextmanager

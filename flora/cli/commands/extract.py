@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.extraction import Outcome, Target, extract_all, hash_cache_dir, journal_dir, plan_one
+from flora.cli.extraction import Outcome, Target, extract_all, hash_cache_dir, journal_dir, readable
 from flora.cli.options import AsJson, Budget, Device, DryRun, Energy, IdsOnly, MaxRank, RegistryUrl, rank_rule
 from flora.cli.output import Format, choose_format, note, percent, print_json, print_record
 from flora.cli.sizes import show_bytes
 from flora.errors import CheckFailed, FloraError, NothingChanged, UsageError
+from flora.identity import records_beside
 
 if TYPE_CHECKING:
     from flora.extract import ExtractConfig, ExtractionPlan
@@ -82,32 +85,44 @@ def extract(
 
       flora extract ./base ./tuned --embeddings --vectors --dtype float8 --out ./adapter
     """
-    from flora.extract import ExtractConfig, Wish
-
     form = choose_format(as_json=as_json, ids_only=quiet)
-    rule = rank_rule(rank, energy, budget)
     if len(tuned) > 1 and (name or out):
         raise UsageError("--name and --out are for one TUNED", fix="leave them out, or extract one at a time")
-    config = ExtractConfig(
-        rule=rank_rule(DEFAULT_RANK, None, None) if rule.is_empty else rule,
-        factor_dtype="float8_e4m3fn" if dtype == "float8" else dtype,
-        wish=Wish(embeddings=embeddings, vectors=vectors),
-        exact=exact,
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        seed=seed,
-        strict=strict,
-        device=device,
-        cache_dir=hash_cache_dir(),
-        journal_dir=journal_dir(),
-        resume=resume,
-    )
     targets = [Target.of(source, name, out) for source in tuned]
-    if dry_run:
-        plans = [plan_one(base, target, config, allow_pickle=allow_pickle) for target in targets]
-        _print_plans(form, plans, config)
-        return
-    found = extract_all(base, targets, config, registry, is_quiet=form is Format.IDS, allow_pickle=allow_pickle)
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(readable([base, *tuned], allow_pickle=allow_pickle))
+        # the files are hashed beside all that follows: for a second that is the import of torch, on one core
+        records = None if dry_run else stack.enter_context(records_beside(checkpoints, hash_cache_dir()))
+        from flora.extract import ExtractConfig, Wish, plan_extraction
+
+        rule = rank_rule(rank, energy, budget)
+        config = ExtractConfig(
+            rule=rank_rule(DEFAULT_RANK, None, None) if rule.is_empty else rule,
+            factor_dtype="float8_e4m3fn" if dtype == "float8" else dtype,
+            wish=Wish(embeddings=embeddings, vectors=vectors),
+            exact=exact,
+            include=tuple(include or ()),
+            exclude=tuple(exclude or ()),
+            seed=seed,
+            strict=strict,
+            device=device,
+            cache_dir=hash_cache_dir(),
+            journal_dir=journal_dir(),
+            resume=resume,
+        )
+        if dry_run:
+            plans = [plan_extraction(checkpoints[0], one, config) for one in checkpoints[1:]]
+            _print_plans(form, list(zip(targets, plans, strict=True)), config)
+            return
+        is_quiet = form is Format.IDS
+        found = extract_all(
+            checkpoints[0], checkpoints[1:], targets, config, registry, records=records, is_quiet=is_quiet
+        )
+    _tell(form, targets, found, is_strict=strict)
+
+
+def _tell(form: Format, targets: list[Target], found: list[Outcome | FloraError], *, is_strict: bool) -> None:
+    """Prints what became of each fine-tune. Raises the last of the errors among them."""
     outcomes = [outcome for outcome in found if isinstance(outcome, Outcome)]
     for outcome in outcomes:
         if form is not Format.JSON:
@@ -116,7 +131,7 @@ def extract(
     if not outcomes and failed:
         raise failed[0]
     unchanged = [
-        _tell_unchanged(target, error, is_strict=strict)
+        _tell_unchanged(target, error, is_strict=is_strict)
         for target, error in zip(targets, found, strict=True)
         if isinstance(error, NothingChanged)
     ]
@@ -170,6 +185,8 @@ def _print_outcome(form: Format, outcome: Outcome) -> None:
     note(f"verdict: {verdict(report)}")
     for line in advice(report):
         note(f"note: {line}")
+    if outcome.adapter_bytes >= outcome.tuned_bytes:
+        note("note: the adapter has more bytes than the checkpoint; a smaller --rank, or a --budget, is what saves any")
     for line in _next_commands(outcome):
         note(f"next: {line}")
 
@@ -194,16 +211,25 @@ def _print_plans(form: Format, plans: list[tuple[Target, ExtractionPlan]], confi
             ("writes", f"up to {show_bytes(plan.factor_bytes)}"),
             ("memory", f"about {show_bytes(plan.memory_bytes)} beside the mapped files"),
             ("time", _show_seconds(record["seconds"])),
-            ("would go to", ", ".join(str(place) for place in (target.name, target.out) if place)),
+            ("would go to", " and ".join(_places(target))),
         ]
         print_record(form, record, id_key="source", facts=facts, title=f"plan for {target.source}")
         for line in plan.notes:
             note(f"note: {line}")
 
 
+def _places(target: Target) -> Iterator[str]:
+    if target.name:
+        yield f"the registry, as {target.name}"
+    if target.out:
+        yield f"the folder {target.out}"
+
+
 def _show_seconds(seconds: float | None) -> str:
     if seconds is None:
         return "not predicted for this device"
+    if seconds < 1:
+        return "less than a second of work on this machine"
     shown = (
         f"{seconds:.0f} s"
         if seconds < 90
