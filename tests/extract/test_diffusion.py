@@ -13,6 +13,12 @@ from diffusers import (
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
+from diffusers.loaders import (
+    FluxLoraLoaderMixin,
+    SD3LoraLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
+    WanLoraLoaderMixin,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -20,6 +26,7 @@ from flora.adapter import Adapter
 from flora.checkpoint import open_checkpoint
 from flora.errors import CheckpointError
 from flora.extract import Wish
+from flora.registry.formats.image import save_diffusers, save_kohya
 from tests.extract.peft_judge import distance, extracted, with_deltas
 
 ROUNDING = 3e-4  # float32, in units of the change
@@ -30,6 +37,7 @@ class Component:
     make: Callable[[], nn.Module]
     forward: Callable[[nn.Module], Tensor]
     prefix: str | None = None  # what a pipeline calls it, where diffusers loads LoRA into it
+    loader: type | None = None  # the part of its pipeline that does
 
 
 def noise(*shape: int) -> Tensor:
@@ -93,10 +101,10 @@ def filmed(model: nn.Module) -> Tensor:
 
 
 COMPONENTS = {
-    "unet": Component(unet, denoised, "unet"),
-    "flux": Component(flux, painted, "transformer"),
-    "sd3": Component(sd3, diffused, "transformer"),
-    "wan": Component(wan, filmed, "transformer"),
+    "unet": Component(unet, denoised, "unet", StableDiffusionLoraLoaderMixin),
+    "flux": Component(flux, painted, "transformer", FluxLoraLoaderMixin),
+    "sd3": Component(sd3, diffused, "transformer", SD3LoraLoaderMixin),
+    "wan": Component(wan, filmed, "transformer", WanLoraLoaderMixin),
     "vae": Component(autoencoder, lambda model: model(noise(1, 3, 16, 16)).sample),
 }
 
@@ -133,6 +141,32 @@ def test_diffusers_loads_the_factors_as_a_pipelines_lora(done):
 
     named = {name.replace("base_model.model", component.prefix): tensor for name, tensor in tensors.items()}
     model.load_lora_adapter(named, prefix=component.prefix)
+
+    with torch.no_grad():
+        got = component.forward(model)
+    assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
+
+
+@pytest.mark.parametrize("file", ["diffusers", "kohya"])
+def test_a_pipelines_own_loader_takes_the_exported_file(done, file, tmp_path):
+    """What `pipeline.load_lora_weights(folder)` does, without the pipeline's other models."""
+    component, _, adapter, folder = done
+    if component.loader is None or (file == "kohya" and component.prefix != "unet"):
+        pytest.skip("diffusers has no such loader for this component")
+    model = component.make().from_pretrained(folder / "base").eval()
+    with torch.no_grad():
+        before, wanted = component.forward(model), component.forward(with_deltas(model, adapter))
+
+    save = save_kohya if file == "kohya" else save_diffusers
+    save(adapter, tmp_path / "pytorch_lora_weights.safetensors", component.prefix)
+    options = {"unet_config": model.config} if component.prefix == "unet" else {}
+    if component.prefix == "unet" or component.loader is FluxLoraLoaderMixin:
+        state, alphas = component.loader.lora_state_dict(tmp_path, **options, return_alphas=True)[:2]
+        into = {"network_alphas": alphas}
+    else:
+        state, into = component.loader.lora_state_dict(tmp_path), {}
+    load = getattr(component.loader, f"load_lora_into_{component.prefix}")
+    load(state, **{component.prefix: model}, **into)
 
     with torch.no_grad():
         got = component.forward(model)
