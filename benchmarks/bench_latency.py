@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,14 +19,16 @@ from pathlib import Path
 import torch
 import triton
 
+import flora
 from flora.bench.registering import register_random_adapters
+from flora.bench.row import commit_of_this_code
 from flora.bench.shapes import SHAPES, write_config
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
 from flora.serve.messages import StepEvents, Submit
 from flora.serve.request import AdapterTarget, SamplingParams
 
-PROMPT_TOKENS, REPEATS = 64, 9
+PROMPT_TOKENS, ANSWER_TOKENS, REPEATS = 64, 256, 9
 
 
 def main() -> None:
@@ -43,6 +44,8 @@ def main() -> None:
         row = {
             "system": "flora",
             "bench": "latency",
+            "label": "latency",
+            "version": flora.__version__,
             "shape": args.shape,
             "modules": args.modules,
             "rank": args.rank,
@@ -54,10 +57,10 @@ def main() -> None:
             "ttft_resident_ms": summary([ask(engine, targets[0], 1)[0] for _ in range(REPEATS)]),
             "ttft_file_ms": summary([ask(engine, targets[i], 1)[0] for i in range(1, REPEATS + 1)]),
             "ttft_host_ms": summary([ask(engine, evicted(engine, targets[i]), 1)[0] for i in range(1, REPEATS + 1)]),
-            "gpu": torch.cuda.get_device_properties(0).name,
+            "gpu": torch.cuda.get_device_name() if args.device != "cpu" else None,
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "commit": args.commit or commit(),
+            "commit": args.commit or os.environ.get("FLORA_COMMIT") or commit_of_this_code(),
         }
         engine.close()
     print(json.dumps(row), flush=True)
@@ -74,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, default=40.0)
     parser.add_argument("--host-gib", type=float, default=8.0)
     parser.add_argument("--loaders", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no git")
     return parser.parse_args()
@@ -84,8 +88,8 @@ def engine_config(args: argparse.Namespace, base: Path, folder: Path) -> EngineC
         base=base,
         registry=str(folder / "registry"),
         cache_dir=folder / "cache",
-        device="cuda",
-        dtype="bfloat16",
+        device=args.device,
+        dtype="float32" if args.device == "cpu" else "bfloat16",
         dummy_weights=True,
         pool_bytes=int(args.pool_gib * 2**30),
         max_context=2048,
@@ -111,7 +115,7 @@ def ask(engine: Engine, adapter: AdapterTarget | None, num_tokens: int) -> list[
 
 
 def tpot_ms(engine: Engine, adapter: AdapterTarget | None) -> dict[str, float]:
-    return summary(ask(engine, adapter, 256)[1:])
+    return summary(ask(engine, adapter, ANSWER_TOKENS)[1:])
 
 
 def evicted(engine: Engine, adapter: AdapterTarget) -> AdapterTarget:
@@ -125,12 +129,6 @@ def summary(values_ms: list[float]) -> dict[str, float]:
     ordered = sorted(values_ms)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return {"p50": round(statistics.median(ordered), 3), "p99": round(p99, 3), "min": round(ordered[0], 3)}
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

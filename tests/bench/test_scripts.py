@@ -1,0 +1,106 @@
+"""The benchmarks that stand beside the command, on shapes so small that a CPU runs them: rows that claims can read."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from flora.bench.claims import CLAIMS, findings_of
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(
+    module: ModuleType, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """The exit status of a script's main, and the rows that it wrote."""
+    out = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--device", "cpu", "--commit", "abc", "--out", str(out), *words])
+    code = module.main()
+    return code, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_peft_serves_the_trace_in_both_of_its_ways(tmp_path, monkeypatch):
+    words = ["--shape", "tiny", "--dtype", "float32", "--requests", "10", "--lengths", "4,9", "--adapters", "5",
+             "--ranks", "8,4", "--ways", "switch,mixed"]  # fmt: skip
+
+    _, rows = run(script("bench_peft"), words, tmp_path, monkeypatch)
+
+    switch, mixed = rows
+    assert (switch["label"], mixed["label"]) == ("peft/5", "peft/5/mixed")
+    assert switch["completed"] == mixed["completed"] == 10
+    assert (switch["batches"], mixed["batches"]) == (switch["distinct"], 1)
+    assert (switch["in_tok"], switch["out_tok"]) == (mixed["in_tok"], mixed["out_tok"])
+    assert {"torch", "transformers", "version", "commit", "seed", "alpha", "ranks", "gpu"} <= set(switch)
+
+
+def test_no_batch_begins_after_the_time_is_up(tmp_path, monkeypatch):
+    words = ["--shape", "tiny", "--dtype", "float32", "--requests", "10", "--lengths", "4,9", "--adapters", "5",
+             "--ranks", "4", "--seconds", "0"]  # fmt: skip
+
+    _, [row] = run(script("bench_peft"), words, tmp_path, monkeypatch)
+
+    assert row["batches"] == 1
+    assert 0 < row["completed"] < 10
+
+
+GATE = ["--shape", "tiny", "--layers", "1", "--tokens", "2", "--pool-gib", "0.05"]
+
+
+def test_the_gate_holds_the_engine_against_peft(tmp_path, monkeypatch):
+    """In float32 its error is rounding, so the bf16 of PEFT beside it is a hundred times as large."""
+    code, [row] = run(script("bench_gate"), [*GATE, "--dtype", "float32"], tmp_path, monkeypatch)
+
+    assert code == 0
+    assert row["error_flora"] < 1e-4 < 1e-3 < row["error_peft"]
+    assert row["greedy_equal_flora"] == row["cases"] == 15
+    assert row["rows"] == 15 * 2
+    [found] = findings_of([row], [claim for claim in CLAIMS if claim.of == "gate"])
+    assert found.holds
+
+
+def test_the_gate_shuts_where_the_engine_errs(tmp_path, monkeypatch):
+    """Its logits are off by a hundredth of their spread: too little to be seen in an answer."""
+    gate = script("bench_gate")
+    told_of = gate.told_of
+
+    def wrong(*arguments: Any) -> list[tuple[list[int], torch.Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        return [(tokens, row + 0.02 * row.std() * torch.randn(row.shape, generator=generator))
+                for tokens, row in told_of(*arguments)]  # fmt: skip
+
+    monkeypatch.setattr(gate, "told_of", wrong)
+
+    code, [row] = run(gate, [*GATE, "--dtype", "float32"], tmp_path, monkeypatch)
+
+    assert code == 1
+    assert row["error_ratio"] > 2
+    assert [found.holds for found in findings_of([row], CLAIMS)] == [False]
+
+
+def test_latency_is_of_one_stream_and_of_adapters_wherever_they_lie(tmp_path, monkeypatch):
+    latency = script("bench_latency")
+    monkeypatch.setattr(latency, "REPEATS", 2)
+    monkeypatch.setattr(latency, "ANSWER_TOKENS", 4)
+    words = ["--shape", "tiny", "--rank", "4", "--pool-gib", "0.05", "--host-gib", "0.1", "--loaders", "0"]
+
+    _, [row] = run(latency, words, tmp_path, monkeypatch)
+
+    assert row["label"] == "latency"
+    assert {found.claim.of for found in findings_of([row], CLAIMS)} == {"latency"}
+    assert all(row[f"ttft_{place}_ms"]["p50"] > 0 for place in ("base", "resident", "file", "host"))
