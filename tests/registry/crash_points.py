@@ -1,11 +1,12 @@
 """Runs each change of a registry once for every point at which it can be cut off, and checks what is left.
 
-    python -m tests.registry.crash_points kill|full|broken FOLDER [CHANGE…]
+    python -m tests.registry.crash_points kill|full|broken FOLDER STRIDE [CHANGE…]
 
 A point is a call that touches the disk: opening, writing out, renaming, making or deleting a file; a statement to the
-index; before and after a commit. For every point a child process is forked that is killed there (kill), or that gets
-ENOSPC or EIO from that call (full, broken). Then the registry must be sound, stand as before the change or as after it,
-and a repetition must bring it to where the uninterrupted change does. Prints one JSON line for each change.
+index; before and after a commit. For every point, or every STRIDE-th, a child process is forked that is killed there
+(kill), or that gets ENOSPC or EIO from that call (full, broken). Then the registry must be sound, stand as before the
+change or as after it, and a repetition must bring it to where the uninterrupted change does. Prints one JSON line for
+each change.
 """
 
 import errno
@@ -146,7 +147,9 @@ def check_point(folder: Path, change: Callable[[Registry], Any], before: Any, af
     return wrong
 
 
-def run_change(template: Path, folder: Path, change: Callable[[Registry], Any], fault: str) -> dict[str, Any]:
+def run_change(
+    template: Path, folder: Path, change: Callable[[Registry], Any], fault: str, stride: int
+) -> dict[str, Any]:
     with Registry.open(template) as registry:
         before = state(registry)
     shutil.copytree(template, folder)
@@ -155,7 +158,7 @@ def run_change(template: Path, folder: Path, change: Callable[[Registry], Any], 
         after = state(registry)
     endings: dict[str, int] = {}
     violations = []
-    for point in range(1, 10_000):
+    for point in range(1, 10_000, stride):
         shutil.rmtree(folder)
         shutil.copytree(template, folder)
         ending = run_child(folder, change, point, fault)
@@ -167,13 +170,13 @@ def run_change(template: Path, folder: Path, change: Callable[[Registry], Any], 
     return {"endings": endings, "violations": violations}
 
 
-def main(fault: str, root: Path, *names: str) -> None:
+def main(fault: str, root: Path, stride: int, *names: str) -> None:
     torch.set_num_threads(1)
     prepare(root / "template")
     for name in names or CHANGES:
-        result = run_change(root / "template", root / "work", CHANGES[name], fault)
+        result = run_change(root / "template", root / "work", CHANGES[name], fault, stride)
         print(json.dumps({"change": name, **result}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
