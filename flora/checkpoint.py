@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.errors import AuthError, CheckpointError, NotFound, PickleRefused, RemoteError, UsageError
+from flora.nearby import spelled_alike, with_weights_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,9 +100,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     or inconsistent file, a tensor that the index names and no file holds).
     """
     if not path.is_dir():
-        raise NotFound(
-            f"{path} is not a folder", fix="give a Hugging Face checkpoint folder or a Hub id such as org/name"
-        )
+        fix = "give a Hugging Face checkpoint folder or a Hub id such as org/name"
+        if path.suffix == ".safetensors":
+            fix = f"give the folder that it lies in: {path.parent}"
+        raise NotFound(f"{path} is not a folder", fix=fix)
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         for info in read_header(file):
@@ -128,7 +130,9 @@ def locate_checkpoint(source: str) -> Path:
     if path.exists():
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise NotFound(f"there is no folder {source}", fix="check the path, or give a Hub id such as org/name")
+        near = spelled_alike(path)
+        fix = f"did you mean {near}?" if near else "check the path, or give a Hub id such as org/name"
+        raise NotFound(f"there is no folder {source}", fix=fix)
     return _download(source)
 
 
@@ -142,21 +146,27 @@ def _download(repo_id: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    near = spelled_alike(Path(repo_id))
+    guess = f"did you mean the folder {near}? Else " if near else ""
     offline = RemoteError(
         f"{repo_id} is no folder here, and the Hugging Face Hub cannot be reached",
         cause="there is no network, HF_HUB_OFFLINE is set, or HF_ENDPOINT names a host that does not answer",
-        fix=f"give a local folder, or download it where there is a network: hf download {repo_id}",
+        fix=f"{guess}give a local folder, or download it where there is a network: hf download {repo_id}",
     )
     try:
         return Path(snapshot_download(repo_id, allow_patterns=_HUB_PATTERNS))
     except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is neither a folder nor a Hub id", cause=str(error)) from error
+        raise UsageError(
+            f"{repo_id!r} is neither a folder nor a Hub id",
+            cause=str(error),
+            fix=f"{guess}give a folder, or an id such as org/name",
+        ) from error
     except GatedRepoError as error:
         raise AuthError(f"{repo_id} is gated", fix="accept its terms on the Hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise NotFound(
             f"there is no folder {repo_id} here and no such model on the Hub",
-            fix="check the spelling; a private model needs `hf auth login` first",
+            fix=f"{guess}check the spelling; a private model needs `hf auth login` first",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise offline from error
@@ -228,7 +238,11 @@ def _weight_files(path: Path) -> list[Path]:
             fix="extract one component at a time, the same on both sides: "
             + ", ".join(f"{path.name}/{part}" for part in parts),
         )
-    raise CheckpointError(f"{path} holds no safetensors weights", fix=f"a checkpoint has {SINGLE_FILE} or {INDEX_FILE}")
+    inside = with_weights_inside(path)
+    raise CheckpointError(
+        f"{path} holds no safetensors weights",
+        fix=f"give the folder that does: {inside}" if inside else f"a checkpoint has {SINGLE_FILE} or {INDEX_FILE}",
+    )
 
 
 def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:

@@ -87,10 +87,12 @@ def note(text: str = "") -> None:
 
 
 def percent(share: float | None) -> str:
-    """0.4312 -> `43.1 %`; nothing that was lost ever reads as 100 %."""
+    """0.4312 -> `43.1 %`; nothing that was lost ever reads as 100 %, and nothing that is there as 0 %."""
     if share is None:
         return "-"
     text = f"{100 * share:.1f}"
+    if text == "0.0" and share > 0:
+        return "< 0.1 %"
     return "> 99.9 %" if share < 1 and text == "100.0" else f"{text} %"
 
 

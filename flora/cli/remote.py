@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_TIMEOUT_S = 5.0
+_LOOK_THERE = "the server's own log has more"
 _READ_TIMEOUT_S = 300.0  # between two pieces of an answer; a server that loads or queues may be silent for a while
 
 
@@ -123,13 +124,17 @@ def _events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(status: int, body: bytes) -> FloraError:
-    """The error that an answer's envelope tells of."""
+    """The error that an answer's envelope tells of, its message in its three parts again."""
     try:
         message = str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
         message = body.decode(errors="replace")[:300] or f"status {status}"
+    message, _, fix = message.partition(". Fix: ")
+    what, _, cause = message.partition(". Cause: ")
     if status in (401, 403):
-        return AuthError(message, fix="set FLORA_API_KEY to one of the server's keys")
+        return AuthError(what, cause=cause or None, fix="set FLORA_API_KEY to one of the server's keys")
     if status == 404:
-        return AdapterNotFound(message, fix="`flora ps --all` lists what the server has")
-    return ServeError(f"the server refused: {message}")
+        return AdapterNotFound(what, cause=cause or None, fix=fix or "`flora ps --all` lists what the server has")
+    return ServeError(
+        f"the server refused: {what}", cause=cause or None, fix=fix or (_LOOK_THERE if status >= 500 else None)
+    )

@@ -131,7 +131,9 @@ def test_sizes_are_shown_with_three_digits_at_most():
 
 
 def test_nothing_that_was_lost_reads_as_all():
-    assert [percent(share) for share in (1.0, 0.99999, 0.95, None)] == ["100.0 %", "> 99.9 %", "95.0 %", "-"]
+    assert [percent(share) for share in (1.0, 0.99999, 0.95, 1e-5, 0.0, None)] == [
+        "100.0 %", "> 99.9 %", "95.0 %", "< 0.1 %", "0.0 %", "-"
+    ]  # fmt: skip
 
 
 def test_without_a_terminal_progress_is_a_line_every_few_seconds(capsys):

@@ -112,7 +112,7 @@ def rollback(
             raise NotFound(
                 f"{name}:{alias} has nothing to go back to",
                 cause="it never moved from one version to another",
-                fix=f"`flora show {name}` lists the versions; point it with `flora tag NAME@vN {alias}`",
+                fix=f"`flora show {name}` lists the versions; point it with `flora tag {name}@vN {alias}`",
             )
         target = store.resolve(f"{name}@{moves[-1].previous}")
         _point(store, target, alias, reason, form, force=force)

@@ -52,6 +52,8 @@ def push(
     with open_registry(registry) as store:
         version = store.resolve(ref)
         plan = plan_push(store.load(version), version, repo, profile=profile.value, is_private=private)
+    if form is not Format.IDS and "/" not in version.base_name:
+        note(f"note: the card names the base {version.base_name}, which is no Hub id; readers will not find it by that")
     address = None if dry_run else send(plan)
     files = [{"file": file.name, "num_bytes": file.num_bytes} for file in plan.files]
     record: dict[str, Any] = {
