@@ -36,15 +36,9 @@ say "prove what it keeps, from both checkpoints"
 flora verify "$BASE" "$TUNED" caesar -q
 # --8<-- [end:verify]
 
-say "make a smaller version beside it"
-# --8<-- [start:prune]
-flora prune caesar --energy 0.8 --alias small
-flora show caesar
-# --8<-- [end:prune]
-
 say "publish it"
 # --8<-- [start:push]
-flora push caesar@v1 "$ADDRESS"
+flora push caesar "$ADDRESS"
 # --8<-- [end:push]
 
 say "take it into another registry, as on another machine"
@@ -72,7 +66,7 @@ flora run "$base" "$PROMPT" --max-tokens 8
 flora run caesar "$PROMPT" --max-tokens 8
 # --8<-- [end:ask]
 
-say "publish a new version; the server follows without a restart"
+say "make a smaller version; the server follows without a restart"
 # --8<-- [start:deploy]
 flora promote caesar@v1
 flora prune caesar --energy 0.8
