@@ -59,6 +59,11 @@ def granite() -> nn.Module:
     return hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
 
 
+def jetmoe() -> nn.Module:
+    """Its experts are fused in layers of their own, in its attention too."""
+    return hf.JetMoeForCausalLM(hf.JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
+
+
 SEPARATE: Mapping[str, Callable[[], nn.Module]] = {  # each expert's matrices in tensors of their own
     "mixtral": mixtral,
     "qwen3": qwen3,

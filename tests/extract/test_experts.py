@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, JetMoeConfig, JetMoeForCausalLM
+from transformers import AutoModelForCausalLM
 
 from flora.adapter import Adapter
 from flora.algebra.changes import checkpoint_changes
@@ -23,7 +23,7 @@ from flora.registry.binding import bind
 from flora.registry.formats.paths import tree_paths
 from flora.registry.formats.peft import load_peft, save_peft
 from tests.extract.models import rewrite, save, tune
-from tests.extract.moe import FUSED, SEPARATE, SIZES
+from tests.extract.moe import FUSED, SEPARATE, jetmoe
 from tests.extract.peft_judge import extracted
 
 TOKENS = torch.arange(20)[None]
@@ -126,8 +126,7 @@ def test_biases_of_fused_experts_are_named_with_their_share(tmp_path):
 
 def test_experts_of_an_unknown_layout_are_named_with_their_share(tmp_path):
     torch.manual_seed(0)
-    config = JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8)
-    _, _, adapter = extracted(JetMoeForCausalLM(config).eval(), tmp_path, rank=6, wish=Wish())
+    _, _, adapter = extracted(jetmoe().eval(), tmp_path, rank=6, wish=Wish())
 
     fused = [change for change in adapter.report.tensors if len(change.shape) == 3]
     assert len(fused) == 2 * 4
