@@ -72,13 +72,13 @@ class Study:
         self._pair, self._device, self._out, self._cache_dir = pair, device, out, cache_dir
         self._base, self._tuned = open_checkpoint(pair.base), open_checkpoint(pair.tuned)
         self._facts = {"task": pair.task, "questions": len(pair.examples), "device": device, "dtype": "float32"}
-        self._rows = {_key(row): row for row in _read(out)}
+        self._rows = {key_of(row): row for row in _read(out)}
         self._extracted: tuple[tuple[Any, ...], Adapter] | None = None
 
     def measure(self, level: Level) -> dict[str, Any]:
         """The level's row: read, or measured, printed and written."""
         named = {"how": level.how, "scope": level.scope, "at": level.at}
-        if (row := self._rows.get(_key(self._facts | named))) is not None:
+        if (row := self._rows.get(key_of(self._facts | named))) is not None:
             return row
         start = time.perf_counter()
         with self._model(level) as (model, kept):
@@ -92,16 +92,16 @@ class Study:
         if self._out:
             with self._out.open("a") as out:
                 out.write(json.dumps(row) + "\n")
-        self._rows[_key(row)] = row
+        self._rows[key_of(row)] = row
         return row
 
     def _figures(self, level: Level, verdict: Verdict) -> dict[str, Any]:
         figures = {"exact_match": verdict.exact_match, "stderr": verdict.stderr, "nll": verdict.nll}
         if level.how != "tuned":
-            tuned = _bits(self.measure(Level("tuned"))["right"], len(verdict.right))
+            tuned = bits_of(self.measure(Level("tuned"))["right"], len(verdict.right))
             pairs = list(zip(tuned, verdict.right, strict=True))
             figures |= {"lost": pairs.count((True, False)), "gained": pairs.count((False, True))}
-        return figures | {"right": _hex(verdict.right)}
+        return figures | {"right": digits_of(verdict.right)}
 
     @contextmanager
     def _model(self, level: Level) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
@@ -215,7 +215,7 @@ def _energy_for_bytes(adapter: Adapter, num_bytes: int) -> float:
     return round(low, 4)
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in ("task", "questions", "device", "dtype", "how", "scope", "at"))
 
 
@@ -223,14 +223,14 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
-def _hex(bits: tuple[bool, ...]) -> str:
-    """One digit for each four bits, the first of them the highest."""
+def digits_of(bits: tuple[bool, ...]) -> str:
+    """Hexadecimal, one digit for each four bits, the first of them the highest."""
     nibbles = ("".join("01"[bit] for bit in bits[i : i + 4]).ljust(4, "0") for i in range(0, len(bits), 4))
     return "".join(f"{int(nibble, 2):x}" for nibble in nibbles)
 
 
-def _bits(text: str, count: int) -> list[bool]:
-    """The first `count` bits of hexadecimal digits, the first digit's highest bit first."""
+def bits_of(text: str, count: int) -> list[bool]:
+    """The first `count` bits of such digits."""
     return [digit == "1" for nibble in text for digit in f"{int(nibble, 16):04b}"][:count]
 
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flora.checkpoint import open_checkpoint
+from flora.extract import ExtractConfig, Wish, extract
+from flora.rank import RankRule
 from tests.real import tiny
 from tests.real.scripts import script
 
-study = script("study")
+study, Canvas = script("study"), script("canvas").Canvas
 Training, fine_tune = script("finetune").Training, script("finetune").fine_tune
 TASKS, spelled = script("made_tasks").TASKS, script("made_tasks").spelled
 Level, own_pair = script("levels").Level, script("pairs").own_pair
@@ -81,21 +84,28 @@ def test_the_study_takes_the_pair_and_measures_no_row_twice(base: Path, tuned: P
     assert rows["budget"]["kept_share"] >= rows["module energy"]["kept_share"] - 0.02
 
 
-def test_a_merged_adapter_leaves_the_base_as_it_was(base: Path, tuned: Path, tmp_path: Path):
-    measured = study.Study(own_pair("sort", base, tuned, 20), "cpu", None, tmp_path / "hashes")
-    before = measured.measure(Level("base"))
-    measured.measure(Level("rank", "all", 8))
+def test_a_merged_adapter_is_added_exactly_and_leaves_the_base_as_it_was(base: Path, tuned: Path):
+    config = ExtractConfig(RankRule(max_rank=8), wish=Wish(embeddings=True, vectors=True))
+    adapter = extract(open_checkpoint(base), open_checkpoint(tuned), config).adapter
+    canvas = Canvas(base, "cpu")
+    before = {name: tensor.clone() for name, tensor in canvas.model.named_parameters()}
 
-    del measured._rows[study._key(before)]
+    with torch.no_grad(), canvas.with_adapter(adapter) as model:
+        during = {name: tensor.clone() for name, tensor in model.named_parameters()}
 
-    assert measured.measure(Level("base"))["nll"] == before["nll"]
+    assert during.keys() == before.keys()
+    for name, factors in adapter.factors.items():
+        torch.testing.assert_close(during[f"{name}.weight"], before[f"{name}.weight"] + factors.delta())
+    for name, tensor in adapter.exact.items():
+        assert torch.equal(during[name], tensor.float())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in canvas.model.named_parameters())
 
 
 def test_bits_survive_their_digits():
     bits = (True, False, False, True, True, False)
 
-    assert study._hex(bits) == "98"
-    assert study._bits("98", 6) == list(bits)
+    assert study.digits_of(bits) == "98"
+    assert study.bits_of("98", 6) == list(bits)
 
 
 def test_numbers_are_spelled():
