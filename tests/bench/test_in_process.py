@@ -116,7 +116,7 @@ def test_each_number_of_adapters_and_each_seed_make_a_row(tmp_path):
     cold, warm = rows[2:]
     assert (cold.loads, warm.loads) == (cold.distinct, 0)
     assert set(cold.kernels or {}) >= {"lora_shrink", "lora_expand", "paged_attention"}
-    assert cold.req_s == pytest.approx(cold.completed / cold.elapsed_s, rel=0.1)
+    assert cold.completed / cold.req_s == pytest.approx(cold.elapsed_s, abs=0.006)  # which is rounded to 10 ms
     assert not list(tmp_path.iterdir()), "no folder is left behind"
 
 

@@ -18,7 +18,7 @@ from flora.registry.remotes.remote import Outgoing
 from flora.registry.remotes.transfer import Limits
 from tests.registry.adapters import random_adapter
 
-QUICK = Limits(stall_s=5, num_attempts=2, first_wait_s=0.01)
+USUAL = Limits(num_attempts=2, first_wait_s=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_what_is_pushed_to_s3_comes_back_with_its_digests(registry, s3, tmp_path
     address = f"s3://models/{tmp_path.name}/sql"
 
     where = push(plan_push(random_adapter(), pushed, address))
-    pulled = pull(address, tmp_path / "staging", limits=QUICK)
+    pulled = pull(address, tmp_path / "staging", limits=USUAL)
 
     assert where == f"{address}@v1"
     assert pulled.revision == "v1"

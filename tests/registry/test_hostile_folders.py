@@ -43,7 +43,7 @@ def load_with(folder: Path, **changed: bytes) -> None:
     shutil.rmtree(copy)
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.sampled_from(FILES),
     st.booleans(),
@@ -59,7 +59,7 @@ def test_any_bytes_may_change_in_any_file(folder, name, is_import, edits):
     load_with(folder, **changed, **{name: data or b"\0"})
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.sampled_from([FILES[0], FILES[2]]), st.data())
 def test_any_value_may_stand_for_any_other(folder, name, data):
     document = json.loads((folder / name).read_bytes())
