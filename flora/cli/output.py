@@ -101,6 +101,8 @@ def short_digest(digest: str) -> str:
 
 
 def _plain(value: Any) -> str:
+    if type(value) is str and value.isprintable():  # nearly all of a long listing
+        return value
     if value is None:
         return ""
     if isinstance(value, bool):

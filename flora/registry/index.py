@@ -167,9 +167,12 @@ def search(connection: sa.Connection, wanted: Search, limit: int | None) -> list
     return [_version(row) for row in connection.execute(query)]
 
 
-def entries(connection: sa.Connection, prefix: str, limit: int | None, offset: int) -> list[Entry]:
-    """One entry per name that has versions, in the order of names: two queries, however many names there are."""
-    page = _listed(prefix).limit(limit).offset(offset).subquery("page")
+def entries(connection: sa.Connection, prefix: str, limit: int | None, after: str) -> list[Entry]:
+    """One entry per name that has versions, in the order of names: two queries, however many names there are.
+
+    after  only names behind this one: a page costs the same wherever it begins
+    """
+    page = _listed(prefix).where(names.c.name > after).limit(limit).subquery("page")
 
     def pointed(alias: str) -> sa.ScalarSelect[Any]:
         query = select(aliases.c.version_id).where(aliases.c.name_id == page.c.id, aliases.c.alias == alias)

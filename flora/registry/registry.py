@@ -130,10 +130,10 @@ class Registry:
             raise AdapterNotFound(f"no version here has the digest {digest}", fix="`flora ls` lists what is here")
         return version
 
-    def names(self, *, prefix: str = "", limit: int | None = None, offset: int = 0) -> list[Entry]:
-        """One entry per name, in the order of names."""
+    def names(self, *, prefix: str = "", limit: int | None = None, after: str = "") -> list[Entry]:
+        """One entry per name, in the order of names; the next page begins after the last name of the one before."""
         with self._home.reading() as connection:
-            return index.entries(connection, prefix, limit, offset)
+            return index.entries(connection, prefix, limit, after)
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `name`, oldest first. Raises AdapterNotFound."""

@@ -145,7 +145,7 @@ def test_a_listing_comes_in_pages_and_by_prefix(registry):
     registry.add_many((random_adapter(), name) for name in ("b", "a/x", "a/y", "ab", "A"))
 
     assert [entry.name for entry in registry.names()] == ["A", "a/x", "a/y", "ab", "b"]
-    assert [entry.name for entry in registry.names(limit=2, offset=1)] == ["a/x", "a/y"]
-    assert [entry.name for entry in registry.names(offset=3)] == ["ab", "b"]
+    assert [entry.name for entry in registry.names(limit=2, after="A")] == ["a/x", "a/y"]
+    assert [entry.name for entry in registry.names(after="a/y")] == ["ab", "b"]
     assert [entry.name for entry in registry.names(prefix="a/")] == ["a/x", "a/y"]
     assert [entry.name for entry in registry.names(prefix="%")] == []

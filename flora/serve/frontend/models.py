@@ -205,32 +205,15 @@ class Models:
             )
 
     def _page(self, after: str | None, limit: int) -> tuple[list[Entry], bool]:
-        offset = self._offset_after(after) if after else 0
         found: list[Entry] = []
+        last = after or ""
         while len(found) <= limit:
-            entries = self._registry.names(limit=limit + 1, offset=offset)
+            entries = self._registry.names(limit=limit + 1, after=last)
             found += [entry for entry in entries if entry.version.base_id in (None, self.base_id)]
-            offset += len(entries)
             if len(entries) <= limit:
                 break
+            last = entries[-1].name
         return found[:limit], len(found) > limit
-
-    def _offset_after(self, name: str) -> int:
-        """How many names come before or are `name`, by bisection: the listing is in the order of names."""
-        low, high = 0, 1
-        while self._is_before_end(high - 1, name):
-            low, high = high, high * 2
-        while low < high:
-            middle = (low + high) // 2
-            if self._is_before_end(middle, name):
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    def _is_before_end(self, offset: int, name: str) -> bool:
-        entries = self._registry.names(limit=1, offset=offset)
-        return bool(entries) and entries[0].name <= name
 
 
 def _is_reference(text: str) -> bool:
