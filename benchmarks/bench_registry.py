@@ -6,8 +6,8 @@ The adapters go in through one `Registry.add_many`, each under a name of its own
 its own: three files each, synced. Measured: that import; a whole `flora ls` process, with --limit 50 and without (wall
 time, and the CPU time that a busy machine does not stretch as much); inside a process that has the registry open
 `resolve`, a page from the middle of the listing, one addition, and loading one adapter. Beside it the plain way: a
-folder of PEFT folders, whose adapter_config.json a bare Python process opens one by one. Results are checked before they
-are timed.
+folder of PEFT folders, whose adapter_config.json a bare Python process opens one by one. Results are checked before
+they are timed.
 """
 
 import argparse
