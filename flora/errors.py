@@ -28,7 +28,8 @@
         │   └── DeadlineMissed       1   FL-SLO          the first token cannot come in the time that was promised
         └── EngineDead               1   FL-ENGINE       the engine process ended
 
-A message has three parts: what happened, and where (file, tensor or field); the cause; the fix. Values that a program
+A message has three parts: what happened, and where (file, tensor or field); the cause; the fix. Where a site gives no
+fix, some classes have one that is always true of them. Values that a program
 may want are attributes: `raise ShapeMismatch("...", tensor=name)` gives `error.tensor`.
 """
 
@@ -40,12 +41,13 @@ class FloraError(Exception):
 
     code = "FL-ERROR"
     exit_code = 1
+    usual_fix: str | None = None  # where a site has no better one
 
     def __init__(self, what: str, *, cause: str | None = None, fix: str | None = None, **values: Any) -> None:
         super().__init__(what)
         self.what = what
         self.cause = cause
-        self.fix = fix
+        self.fix = fix or self.usual_fix
         self.values = values
         for name, value in values.items():
             setattr(self, name, value)
@@ -85,14 +87,17 @@ class AdapterNotFound(NotFound):
 
 class CheckpointError(FloraError):
     code = "FL-CHECKPOINT"
+    usual_fix = "fetch that checkpoint again, or save it again with the tool that wrote it"
 
 
 class ShapeMismatch(CheckpointError):
     code = "FL-SHAPE"
+    usual_fix = "use the checkpoint that it belongs to; its config.json or its card names that"
 
 
 class NotFinite(CheckpointError):
     code = "FL-NOTFINITE"
+    usual_fix = "its training diverged, or the file is damaged: use an earlier checkpoint, or fetch it again"
 
 
 class NothingChanged(CheckpointError):
@@ -105,10 +110,12 @@ class PickleRefused(CheckpointError):
 
 class AdapterInvalid(FloraError):
     code = "FL-INVALID"
+    usual_fix = "fetch the adapter's files again; if they are so where they come from, only their maker can mend them"
 
 
 class Unsupported(AdapterInvalid):
     code = "FL-UNSUPPORTED"
+    usual_fix = "merge it into its base with the tool that made it, and extract the result: flora extract BASE MERGED"
 
 
 class BaseMismatch(FloraError):
@@ -130,10 +137,12 @@ class AliasConflict(RegistryError):
 
 class StoreError(RegistryError):
     code = "FL-STORE"
+    usual_fix = "is the disk full, or the folder someone else's? `flora fsck` finds damaged blobs"
 
 
 class RemoteError(FloraError):
     code = "FL-REMOTE"
+    usual_fix = "check the address; if it is right, what lies there is damaged, or nothing that Flora reads"
 
 
 class ServeError(FloraError):

@@ -223,7 +223,7 @@ def _missing_module(error: ModuleNotFoundError) -> FloraError:
 
 def _unexpected(error: Exception) -> FloraError:
     if isinstance(error, OSError) and error.filename is not None:
-        return FloraError(f"{error.filename}: {error.strerror}")
+        return FloraError(f"{error.filename}: {error.strerror}", fix="check that path, its permissions and its disk")
     found = FloraError(
         f"{type(error).__name__}: {error}",
         cause="Flora did not expect this: it is a bug of Flora's, or something of this machine",

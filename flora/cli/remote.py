@@ -95,7 +95,7 @@ class Server:
                 raise _refusal(response.status_code, response.read())
             for chunk in _events(response):
                 if "error" in chunk:
-                    raise ServeError(str(chunk["error"].get("message", "the server gave up")))
+                    raise _refusal(500, json.dumps(chunk).encode())
                 choices = chunk.get("choices") or [{}]
                 yield choices[0], chunk.get("usage")
 

@@ -55,7 +55,11 @@ class _LogReader:
         except queue.Empty:
             url = None
         if url is None:
-            raise ServeError("`flora serve` did not come up", cause="\n".join(self._last) or "it said nothing")
+            raise ServeError(
+                "`flora serve` did not come up",
+                cause="\n".join(self._last) or "it said nothing",
+                fix="start it alone to see all that it says; `flora doctor` checks this machine",
+            )
         return url
 
     def _read(self) -> None:

@@ -53,7 +53,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the key file {path} cannot be read", cause=str(error)) from error
+        raise UsageError(
+            f"the key file {path} cannot be read", cause=str(error), fix="give a text file with one key a line"
+        ) from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
     if not keys:
         raise UsageError(f"the key file {path} holds no key", fix="write one key a line")

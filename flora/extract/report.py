@@ -94,6 +94,7 @@ def check_report(report: ChangeReport, base: Checkpoint, tuned: Checkpoint, conf
             f"nothing that can be extracted differs between {base.path} and {tuned.path}",
             cause=f"the change lies in other tensors; {changed.name} holds {report.share(changed):.0%} of it "
             f"({changed.reason})",
+            fix="take it too with --embeddings and --vectors, or widen --include and --exclude, if you gave them",
         )
     if not any(tensor.rank for tensor in extracted):
         raise UsageError(

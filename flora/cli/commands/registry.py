@@ -141,7 +141,11 @@ def conformance(
     )
     print_table(form, "promises", columns, rows, id_key="promise")
     if broken := [each for each in results if each.failure is not None]:
-        raise CheckFailed(f"{len(broken)} of {len(results)} promises are not kept", cause=broken[0].failure)
+        raise CheckFailed(
+            f"{len(broken)} of {len(results)} promises are not kept",
+            cause=broken[0].failure,
+            fix="keep no adapters there until they are; the backend's own log may say why",
+        )
 
 
 VERBS: dict[str, Callable[..., None]] = {

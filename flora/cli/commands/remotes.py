@@ -217,7 +217,11 @@ def _pull_all(store: Registry, source: Path, alias: str, limits: Limits, watch: 
         if watch is None:
             print_table(form, "adapters", columns, rows, id_key="ref")
             if refused:
-                raise FloraError(f"{len(refused)} of {len(rows) + len(refused)} adapters under {source} were refused")
+                raise FloraError(
+                    f"{len(refused)} of {len(rows) + len(refused)} adapters under {source} were refused",
+                    cause=refused[0].what,
+                    fix="what is wrong with each stands above; the others were pulled",
+                )
             return
         for row in rows:
             print_table(form, "adapters", columns, [row], id_key="ref")

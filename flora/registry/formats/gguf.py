@@ -55,7 +55,11 @@ def save_gguf(adapter: Adapter, path: Path, base_config: Path) -> None:
     for module, factors in sorted(pad_factors(fold_scales(adapter)).items()):
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name is None:
-            raise Unsupported(f"{module} has no name in GGUF's {architecture.name}", tensor=module)
+            raise Unsupported(
+                f"{module} has no name in GGUF's {architecture.name}",
+                fix=f"extract again without it: --exclude '{module}'",
+                tensor=module,
+            )
         B = factors.B
         if _ARCHITECTURES[kind] == "LLAMA" and module.endswith((".q_proj", ".k_proj")):
             B = _reorder(B, _heads(config, module))
