@@ -7,7 +7,6 @@ import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from flora.errors import FloraError
 from flora.serve.api.errors import envelope, log_failure
 from flora.serve.api.shapes import Shape, usage_object
 from flora.serve.frontend.answer import Piece
@@ -15,6 +14,8 @@ from flora.serve.frontend.run import Run
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+
+_MOST_AT_ONCE = 256  # events in one write
 
 
 def event(value: dict[str, Any]) -> bytes:
@@ -30,7 +31,11 @@ async def stream_events(
     includes_usage: bool,
     continues_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """The body of a streamed answer. `found`: what was taken from the run already; None: nothing came for a while."""
+    """The body of a streamed answer. `found`: what was taken from the run already; None: nothing came for a while.
+
+    What has come meanwhile goes out in one write: where tokens come faster than writes can be made, a write costs more
+    than the events in it.
+    """
 
     def written(chunks: list[dict[str, Any]]) -> bytes:
         if continues_usage:
@@ -40,30 +45,32 @@ async def stream_events(
         return b"".join(map(event, chunks))
 
     opened: set[int] = set()
+    ready: list[bytes] = []  # to be sent next
     try:
         while True:
             if found is None:
-                yield KEEP_ALIVE
-            else:
+                ready.append(KEEP_ALIVE)
+            while found is not None:
                 index, piece = found
                 if index not in opened:
                     opened.add(index)
-                    yield written(shape.opening(index))
+                    ready.append(written(shape.opening(index)))
                 if not piece.is_empty:
-                    yield written(shape.chunks(index, piece))
+                    ready.append(written(shape.chunks(index, piece)))
+                found = None if run.is_finished or len(ready) >= _MOST_AT_ONCE else run.take()
             if run.is_finished:
                 break
+            if body := b"".join(ready):
+                yield body
+            ready.clear()
             found = await run.next(keepalive_s)
-    except FloraError as error:  # the status line is gone: the error is the last thing in the stream
+    except Exception as error:  # the status line is gone: the error is the last thing in the stream
         log_failure(error)
-        yield event(envelope(error))
-    except Exception as error:
-        log_failure(error)
-        yield event(envelope(error))
+        ready.append(event(envelope(error)))
     else:
         if includes_usage:
-            yield event(shape.closing(run.usage))
-    yield DONE
+            ready.append(event(shape.closing(run.usage)))
+    yield b"".join([*ready, DONE])
 
 
 class EventStream(StreamingResponse):

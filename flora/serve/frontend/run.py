@@ -72,6 +72,15 @@ class Run:
             self.has_failed = True
             raise
 
+    def take(self) -> tuple[int, Piece] | None:
+        """The next piece, if it is there already. Raises a choice's error."""
+        try:
+            mail = self._generation.take()
+            return None if mail is None else (mail[0], self._take(*mail))
+        except FloraError:
+            self.has_failed = True
+            raise
+
     def _take(self, index: int, event: TokenEvent) -> Piece:
         choice = self.choices[index]
         if choice.finish_reason is not None:
