@@ -38,6 +38,11 @@ class ModuleTree:
         path = self.tensor_path(name)
         return None if path is None else self.model.get_submodule(path.rpartition(".")[0])
 
+    def parents_of(self, name: str) -> "list[nn.Module]":
+        """The modules around that one, the innermost last."""
+        parts = (self.tensor_path(name) or "").split(".")[:-2]
+        return [self.model.get_submodule(".".join(parts[: depth + 1])) for depth in range(len(parts))]
+
 
 def module_tree(folder: Path) -> ModuleTree | None:
     """The tree of the checkpoint in `folder`; None where no library is there that knows it."""

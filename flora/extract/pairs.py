@@ -11,8 +11,17 @@ from flora.errors import UsageError
 from flora.extract.agreement import check_complete, check_dtypes, check_shapes
 from flora.extract.aliases import named_as
 from flora.extract.experts import expert_of
-from flora.extract.kinds import DEFAULT_WISH, Wish, classify, is_embedding, is_head, reason_not_wished, tied_heads
-from flora.extract.layers import conv_refusals
+from flora.extract.kinds import (
+    DEFAULT_WISH,
+    Finding,
+    Wish,
+    classify,
+    is_embedding,
+    is_head,
+    reason_not_wished,
+    tied_heads,
+)
+from flora.extract.layers import classes_say
 from flora.extract.pair import TensorPair
 
 
@@ -80,13 +89,16 @@ def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list
     names = {pair.name for pair in pairs}
     model_type = str(base.config.get("model_type"))
     found = [_classified(pair, names, model_type, base, wish) for pair in pairs]
-    refusals = conv_refusals(base, (pair.base.name for pair in found if pair.kind == "conv" and pair.base))
-    return [_refused(pair, refusals) for pair in found]
+    findings = classes_say(base, found)
+    return [_corrected(pair, findings[pair.name], names, wish) if pair.name in findings else pair for pair in found]
 
 
-def _refused(pair: TensorPair, refusals: Mapping[str, str]) -> TensorPair:
-    reason = refusals.get(pair.base.name) if pair.base else None
-    return pair if reason is None else replace(pair, status="not_extractable", reason=reason)
+def _corrected(pair: TensorPair, finding: Finding, names: set[str], wish: Wish) -> TensorPair:
+    """The pair as what its module's class says it is."""
+    reason = finding.reason if finding.kind is None else reason_not_wished(pair.name, finding.kind, names, wish)
+    if reason is not None or finding.kind is None:
+        return replace(pair, status="not_extractable", reason=reason)
+    return replace(pair, kind=finding.kind)
 
 
 def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkpoint, wish: Wish) -> TensorPair:

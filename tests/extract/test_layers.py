@@ -1,4 +1,4 @@
-"""Convolutions that no pair of factors fits: named with their reason, and the rest is what PEFT computes."""
+"""Layers that no pair of factors fits: named with their reason, and the rest is what PEFT computes."""
 
 from collections.abc import Mapping
 
@@ -43,6 +43,12 @@ def wav2vec2() -> nn.Module:
     return hf.Wav2Vec2ForCTC(config)
 
 
+def siglip() -> nn.Module:
+    """It ends in torch's own attention, which takes its weights by hand."""
+    config = hf.SiglipVisionConfig(image_size=32, patch_size=8, **ENCODER)
+    return hf.SiglipVisionModel(config)
+
+
 def seen(model: nn.Module) -> Tensor:
     return model(pixel_values=IMAGE).logits
 
@@ -62,6 +68,11 @@ REFUSED: Mapping[str, tuple[Kind, str, str]] = {  # the model, a tensor of it, a
         Kind(dpt, hf.DPTForDepthEstimation, lambda model: model(pixel_values=IMAGE).predicted_depth),
         "neck.reassemble_stage.layers.0.resize.weight",
         "a transposed convolution: PEFT has no LoRA layer for it",
+    ),
+    "torch's attention": (
+        Kind(siglip, hf.SiglipVisionModel, lambda model: model(pixel_values=IMAGE).pooler_output),
+        "head.attention.out_proj.weight",
+        "a part of torch's MultiheadAttention, whose code reads the weight past its layer",
     ),
     "weight norm": (
         Kind(wav2vec2, hf.Wav2Vec2ForCTC, lambda model: model(input_values=SOUND).logits),

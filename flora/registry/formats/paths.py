@@ -15,7 +15,9 @@ from flora.adapter import AdapterHeader, ExactTensor, Module
 from flora.forms import is_expert, split_expert
 from flora.tree import ModuleTree, module_tree
 
-_USUAL = re.compile(r"model\.layers\.\d+\.(self_attn|mlp)\.\w+|model\.(embed_tokens|norm|layers\.\d+\.\w*norm)|lm_head")
+_USUAL = re.compile(
+    r"model\.layers\.\d+\.(self_attn|mlp|mlp\.experts\.\d+)\.\w+|model\.(embed_tokens|norm|layers\.\d+\.\w*norm)|lm_head"
+)
 
 
 def rename(header: AdapterHeader, paths: Mapping[str, str]) -> AdapterHeader:
