@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,10 +20,18 @@ from typing import Any
 TOKEN = "hf_" + "t" * 34
 
 
+@dataclass(frozen=True)
+class InXet:
+    """A file whose bytes went to Xet storage: the Hub is told its sha256 and size in the commit."""
+
+    sha256: str
+    size: int
+
+
 @dataclass
 class Repo:
     is_private: bool = False
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)  # bytes, or InXet
     commits: list[str] = field(default_factory=lambda: ["0" * 40])
     messages: list[str] = field(default_factory=list)
     snapshots: dict[str, dict[str, bytes]] = field(default_factory=dict)  # by commit, branch or tag
@@ -46,6 +55,7 @@ class Hub:
     address: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS, by sha256
+    xet: str = ""  # where this Hub's Xet storage is; to hf_xet a folder is local://FOLDER
     requests: list[tuple[str, str]] = field(default_factory=list)
     before_commit: Callable[[Repo], None] = lambda repo: None  # what someone else does meanwhile
     broken: dict[str, int] = field(default_factory=dict)  # status to answer with, by a pattern in the path
@@ -131,9 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [self._sibling(name, data) for name, data in sorted(files.items())]
         return self._answer(200, {"id": repo, "sha": commit, "siblings": siblings, "tags": []})
 
-    def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
+    def _sibling(self, name: str, data: bytes | InXet) -> dict[str, Any]:
         if "blobs=" not in self.path:
             return {"rfilename": name}
+        if isinstance(data, InXet):
+            lfs = {"sha256": data.sha256, "size": data.size, "pointerSize": 135}
+            return {"rfilename": name, "size": data.size, "blobId": "0" * 40, "lfs": lfs}
         git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": git}
         if name.endswith(".safetensors"):
@@ -199,6 +212,9 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self._answer(200, {"files": files})
 
+    def xet_token(self, body: bytes, repo: str) -> None:
+        self._answer(200, {"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": self.hub.xet})
+
     def batch(self, body: bytes, repo: str) -> None:
         objects = []
         for wanted in json.loads(body)["objects"]:
@@ -226,7 +242,8 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 target.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                target.files[value["path"]] = self.hub.objects[value["oid"]]
+                stored = self.hub.objects.get(value["oid"])
+                target.files[value["path"]] = InXet(value["oid"], value["size"]) if stored is None else stored
             elif line["key"] == "deletedFile":
                 del target.files[value["path"]]
             else:
@@ -249,6 +266,7 @@ _ROUTES = [
     (("GET", f"/{_REPO}/resolve/(?P<revision>[\\w.\\-]+)/(?P<name>[\\w.\\-]+)"), _Handler.resolve),
     (("GET", f"/cdn/{_REPO}/(?P<revision>[\\w.\\-]+)/(?P<name>[\\w.\\-]+)"), _Handler.cdn),
     (("POST", f"/api/models/{_REPO}/preupload/main"), _Handler.preupload),
+    (("GET", f"/api/models/{_REPO}/xet-write-token/main"), _Handler.xet_token),
     (("POST", f"/{_REPO}\\.git/info/lfs/objects/batch"), _Handler.batch),
     (("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"), _Handler.upload),
     (("POST", f"/api/models/{_REPO}/commit/main"), _Handler.commit),

@@ -3,6 +3,7 @@
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -251,3 +252,42 @@ def test_the_card_of_an_import_claims_no_extraction(registry):
     text = card(with_report(recipe=Recipe(operation="import", method="peft")), registry)
 
     assert "extracted" not in yaml.safe_load(text.split("---\n", 2)[1])["tags"]
+
+
+# Xet
+
+
+@pytest.fixture
+def xet(hub: Hub, monkeypatch, tmp_path) -> Path:
+    """A Hub as it is today, with Xet storage: a folder, which hf_xet's own client writes to."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "cache"))
+    hub.xet = f"local://{tmp_path / 'xet'}"
+    return tmp_path / "xet"
+
+
+def test_where_the_hub_has_xet_the_weights_go_there_and_their_sha256_is_checked_all_the_same(registry, hub, xet):
+    planned = plan(registry)
+
+    push(planned)
+
+    weights = hub.repos["ann/sql-lora"].files["adapter_model.safetensors"]
+    sizes = {file.name: file.num_bytes for file in planned.files}
+    assert weights.size == sizes["adapter_model.safetensors"]
+    assert hub.objects == {}  # nothing went as an LFS object
+    stored = [path for path in xet.rglob("default.*") if path.suffix != ".tagset"]
+    assert len(stored) == 1  # one file's chunks
+    assert ("GET", "/api/models/ann/sql-lora/xet-write-token/main") in hub.requests
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "fix"), [(403, AuthError, "HF_TOKEN"), (404, RemoteError, "HF_HUB_DISABLE_XET=1")]
+)
+def test_xet_storage_that_refuses_is_an_error_with_a_fix(registry, hub, xet, status, error, fix):
+    """hf_xet has one word for all of it: ConnectionError."""
+    hub.broken = {"xet-write-token": status}
+
+    with pytest.raises(error) as refused:
+        push(plan(registry))
+    assert fix in refused.value.fix
+    assert str(status) in refused.value.cause

@@ -1,5 +1,6 @@
 """The Hugging Face Hub: an adapter as a model repository there."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,10 +183,23 @@ def _writing(repo: str) -> Iterator[None]:
                 cause=f"there is no network, HF_HUB_OFFLINE is set, or HF_ENDPOINT does not answer ({error})",
                 fix="try again where there is a network; `flora export` writes the same files to a folder",
             ) from error
+        if isinstance(error, ConnectionError):  # Xet's client has no other word, whatever it was told
+            raise _not_in_xet(repo, str(error)) from error
         if isinstance(error, (ValueError, RuntimeError)):  # an answer that the client cannot use, a broken upload
             cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
             raise RemoteError(f"the push to {repo} failed", cause=cause, fix="repeat it: that is safe") from error
         raise
+
+
+def _not_in_xet(repo: str, text: str) -> FloraError:
+    """The large files go to the Hub's Xet storage first, where hf_xet is installed and not switched off."""
+    if re.search(r"\b40[13]\b", text):
+        return AuthError(f"the Hub's storage takes no files for {repo} from you", cause=text, fix=_WRITE_LOGIN)
+    return RemoteError(
+        f"the weights for {repo} did not reach the Hub's Xet storage",
+        cause=text,
+        fix="repeat it: that is safe; with HF_HUB_DISABLE_XET=1 they go over plain HTTP instead",
+    )
 
 
 def _not_written(repo: str, status: int, text: str) -> FloraError:
