@@ -24,7 +24,7 @@ DISTRIBUTION = "flora-adapters"
 _SERVE_MODULES = ("fastapi", "uvicorn", "zmq", "tokenizers", "jinja2", "prometheus_client", "httpx2")
 _EXTRAS = {"hf": "transformers", "s3": "obstore", "oci": "oras", "postgres": "psycopg", "gguf": "gguf"}
 _VARIABLES = ("FLORA_HOME", "FLORA_REGISTRY_URL", "FLORA_DEBUG", "FLORA_SERVER_URL", "FLORA_API_KEY")
-_TEST_VARIABLES = ("FLORA_FULL", "FLORA_FIXTURES")  # of Flora's own tests
+_OWN_VARIABLES = ("FLORA_COMMIT", "FLORA_FULL", "FLORA_FIXTURES")  # of Flora's own benchmarks and tests
 _LOW_DISK_BYTES = 5 << 30
 _LOW_MEMORY_BYTES = 1 << 30
 _MIN_TORCH = (2, 11)
@@ -86,7 +86,7 @@ def _is_installed(distribution: str) -> bool:
 def _settings() -> Iterator[Finding]:
     from flora.config import PROJECT_FILE, USER_FILE, settings, unknown_keys
 
-    strange = [name for name in os.environ if name.startswith("FLORA_") and name not in _VARIABLES + _TEST_VARIABLES]
+    strange = [name for name in os.environ if name.startswith("FLORA_") and name not in _VARIABLES + _OWN_VARIABLES]
     for name in sorted(strange):
         near = get_close_matches(name, _VARIABLES, 1)
         fix = f"it may be meant as {near[0]}" if near else f"Flora reads {', '.join(_VARIABLES)}"

@@ -1,5 +1,6 @@
 """`flora doctor` on machines where something is not well: what it says, and what to do about it."""
 
+import re
 import shutil
 import socket
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from flora.cli import health
 from flora.cli.machine import Gpu
-from flora.config import settings
+from flora.config import Settings, settings
 from tests.cli.models import make_base, make_tuned
 
 
@@ -34,6 +35,15 @@ def test_a_misspelt_variable_is_pointed_out(flora, monkeypatch):
     monkeypatch.setenv("FLORA_HOEM", "/data")
 
     assert "FLORA_HOEM | it may be meant as FLORA_HOME" in findings(flora)["settings"][1]
+
+
+def test_no_variable_that_the_code_reads_is_called_strange():
+    package = Path(health.__file__).parents[1]
+    read = {name for file in package.rglob("*.py") for name in re.findall(r"""["'`](FLORA_\w+)""", file.read_text())}
+    read |= {f"FLORA_{field.upper()}" for field in Settings.model_fields}
+
+    assert len(read) >= 5
+    assert read <= set(health._VARIABLES + health._OWN_VARIABLES)
 
 
 def test_settings_that_do_not_fit_are_a_finding_and_no_end_of_the_check(flora, monkeypatch):
