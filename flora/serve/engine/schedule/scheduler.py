@@ -2,9 +2,7 @@
 
     plan      running sequences first: a row for each that decodes, then chunks of prompts, oldest first, within
               `max_batch_tokens`; then admissions, in the order that waiting.py gives
-    admit     a sequence whose adapter is, or now becomes, resident, and whose tokens fit the pages that can be had with
-              one left in hand for each running sequence. Others are passed over: a request waits for its own adapter,
-              never for a neighbour's. One that finds no room for `max_wait_s` closes the door behind it until it is in.
+    admit     whoever fits, see admission.py
     share     full pages of a prompt are in the prefix cache from the step on that computes them; whoever is admitted
               after, in that very step too, starts behind them. (A step's rows all store their keys before any attends.)
     preempt   when a running sequence needs a page and there is none, what is idle goes first, then the youngest running
@@ -14,16 +12,14 @@ The oldest running sequence can always finish: all others can be preempted, thei
 adapter plus one whole sequence exceeds the pool is refused when it arrives.
 """
 
-from bisect import insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import Enum
 from itertools import islice
 
 import msgspec
 
 from flora.errors import Overloaded
-from flora.serve.engine.schedule.early_abort import EarlyAbort
+from flora.serve.engine.schedule.admission import Admission
 from flora.serve.engine.schedule.eviction import Eviction
 from flora.serve.engine.schedule.pages import PagePool, Use
 from flora.serve.engine.schedule.policy import Policy
@@ -31,7 +27,7 @@ from flora.serve.engine.schedule.prefix import PrefixCache
 from flora.serve.engine.schedule.residency import Residency, Resident
 from flora.serve.engine.schedule.room import Room
 from flora.serve.engine.schedule.sequence import PENDING, Key, Sequence, State
-from flora.serve.engine.schedule.service import ANSWER_PRICE, PROMPT_PRICE, Service
+from flora.serve.engine.schedule.service import ANSWER_PRICE, Service
 from flora.serve.engine.schedule.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
@@ -63,12 +59,6 @@ class Plan:
     placed: tuple[Resident, ...]  # adapters that became resident: to be written before the step runs
 
 
-class _Admission(Enum):
-    ADMITTED = "admitted"
-    NOT_READY = "its adapter is not in host memory yet"
-    NO_ROOM = "no pages or no slot"
-
-
 class Scheduler:
     """The queue, the running sequences, and every decision about pages."""
 
@@ -87,17 +77,26 @@ class Scheduler:
         self.policy = policy
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self.num_prompt_tokens = 0  # of admitted prompts, and those that the prefix cache had
-        self.num_cached_tokens = 0
         self.eviction = Eviction(pages)
         self.residency = Residency(pages, self.eviction, num_slots)
         self.prefixes = PrefixCache(pages, self.eviction, limits.page_tokens)
         self.room = Room(pages, self.residency, packed_pages, limits.page_tokens)
         self._pages = pages
-        self._packed_pages = packed_pages
         self._service = Service()
         self._waiting = Waiting(policy, self._service, self.residency, packed_pages)
-        self._early_abort = EarlyAbort(policy.slo_ttft_s) if policy.slo_ttft_s is not None else None
+        self._admission = Admission(
+            policy,
+            limits.max_sequences,
+            limits.page_tokens,
+            pages,
+            self.eviction,
+            self.residency,
+            self.prefixes,
+            self.room,
+            self._service,
+            self._waiting,
+            packed_pages,
+        )
         self._by_key: dict[Key, Sequence] = {}
 
     # --- what there is ---
@@ -105,6 +104,16 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return self._waiting.num_sequences
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts that were admitted."""
+        return self._admission.num_prompt_tokens
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Those of them that the prefix cache had."""
+        return self._admission.num_cached_tokens
 
     @property
     def is_empty(self) -> bool:
@@ -130,7 +139,7 @@ class Scheduler:
         if self.policy.prefetch:
             return self._waiting.lacking()
         places = self.limits.max_sequences - len(self.running) - self._waiting.num_ready
-        return islice(self._waiting.lacking(), 0 if self._is_full else max(0, places))
+        return islice(self._waiting.lacking(), 0 if self._admission.is_full(len(self.running)) else max(0, places))
 
     def waiting_by_adapter(self) -> dict[str, int]:
         """Serving digest -> number of waiting sequences."""
@@ -151,8 +160,8 @@ class Scheduler:
         self.room.check_sequence(sequence, self.room.for_adapter(sequence.digest) or 0)
         self._by_key[sequence.key] = sequence
         self._enqueue(sequence)
-        if self._early_abort:
-            self._early_abort.note_arrival(sequence)
+        if self._admission.early_abort:
+            self._admission.early_abort.note_arrival(sequence)
 
     def finish(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Takes the sequence out, in whatever state, with all it holds.
@@ -170,7 +179,7 @@ class Scheduler:
 
     def late(self, now_s: float) -> list[Sequence]:
         """Waiting sequences that can no longer have their first token in time: to be refused."""
-        return self._early_abort.late(now_s) if self._early_abort else []
+        return self._admission.early_abort.late(now_s) if self._admission.early_abort else []
 
     def adapter_arrived(self, digest: str) -> None:
         """The adapter is packed in host memory now."""
@@ -203,8 +212,12 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= chunks[-1].count
         placed: list[Resident] = []
-        if self.num_preemptions == preemptions:  # pages that were just taken away are not given to a newcomer
-            self._admit_waiting(now_s, budget, chunks, placed)
+        if budget and self.num_preemptions == preemptions:  # pages that were just taken away are not for a newcomer
+            for sequence in self._admission.admit(now_s, self.running, placed):
+                chunks.append(self._chunk(sequence, budget))
+                budget -= chunks[-1].count
+                if not budget:
+                    break
         return Plan(tuple(chunks), tuple(placed))
 
     def commit(self, plan: Plan) -> None:
@@ -243,76 +256,6 @@ class Scheduler:
         self.num_preemptions += 1
         self._enqueue(sequence)
 
-    # --- admission ---
-
-    @property
-    def _is_full(self) -> bool:
-        """Not a page to give beside those that running sequences may need next."""
-        return self.eviction.reclaimable <= len(self.running)
-
-    def _admit_waiting(self, now_s: float, budget: int, chunks: list[Chunk], placed: list[Resident]) -> None:
-        if not (budget and self.num_waiting) or len(self.running) >= self.limits.max_sequences or self._is_full:
-            return  # spares the look at everyone who waits
-        newest_first = self._early_abort is not None and self._early_abort.newest_first
-        turns = self._waiting.turns(now_s, newest_first=newest_first)
-        while budget and len(self.running) < self.limits.max_sequences and not self._is_full:
-            sequence = turns.next()
-            if sequence is None:
-                return
-            admission = self._admit(sequence, now_s, placed)
-            if admission is _Admission.ADMITTED:
-                turns.admitted()
-                chunks.append(self._chunk(sequence, budget))
-                budget -= chunks[-1].count
-            elif admission is _Admission.NO_ROOM:
-                if now_s - sequence.arrived_s >= self.policy.max_wait_s and not self._early_abort:
-                    return
-                turns.passed()
-            else:
-                self._waiting.lost(sequence.digest)
-
-    def _admit(self, sequence: Sequence, now_s: float, placed: list[Resident]) -> _Admission:
-        residency, digest, adapter = self.residency, sequence.digest, sequence.adapter
-        resident = residency.get(digest) if digest else None
-        new_pages = self._packed_pages(digest) if digest and resident is None else 0  # of the adapter
-        if new_pages is None:
-            return _Admission.NOT_READY
-        found = self.prefixes.find(digest, sequence.tokens) if self.policy.prefix_cache else []
-        kv_pages = self.room.for_tokens(len(sequence.tokens)) - len(found)
-        own_idle = len(resident.pages) if resident and not resident.running and not resident.pinned else 0
-        own_idle += sum(not page.holders for page in found)
-        if kv_pages + new_pages + len(self.running) > self.eviction.reclaimable - own_idle:
-            return _Admission.NO_ROOM
-        if adapter and resident is None and not residency.can_place(new_pages):
-            return _Admission.NO_ROOM
-        self.prefixes.hold(found)
-        if adapter and resident is None:
-            resident = residency.place(adapter, new_pages)
-            placed.append(resident)
-        if resident:
-            residency.acquire(resident.digest)
-        self.eviction.reclaim(kv_pages)
-        self._waiting.remove(sequence)
-        sequence.slot = resident.slot if resident else None
-        sequence.prefix = found
-        sequence.pages = [page.page for page in found] + self._pages.allocate(kv_pages, Use.KV)
-        sequence.num_computed = len(found) * self.limits.page_tokens
-        sequence.state = State.RUNNING
-        insort(self.running, sequence, key=_age)
-        if sequence.admitted_s is None:
-            self._note_first_admission(sequence, now_s)
-        return _Admission.ADMITTED
-
-    def _note_first_admission(self, sequence: Sequence, now_s: float) -> None:
-        sequence.admitted_s = now_s
-        sequence.num_cached = sequence.num_computed
-        self.num_prompt_tokens += sequence.num_prompt
-        self.num_cached_tokens += sequence.num_cached
-        if self.policy.fairness:
-            self._service.charge(sequence.digest, PROMPT_PRICE * (sequence.num_prompt - sequence.num_cached))
-        if self._early_abort:
-            self._early_abort.note_admission(sequence)
-
     # --- what a sequence holds ---
 
     def _stop(self, sequence: Sequence, *, keeps: bool) -> None:
@@ -341,7 +284,3 @@ class Scheduler:
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.state = State.WAITING
         self._waiting.add(sequence)
-
-
-def _age(sequence: Sequence) -> int:
-    return sequence.order
