@@ -15,6 +15,7 @@ import os
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+from peer_kernels import NoVllm, VllmLora, expected, slotted_module
 from torch import Tensor
 
 from flora.kernels import (
@@ -254,6 +256,43 @@ def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: lis
             seconds = bench.seconds(step)
             bench.record(op=name, group=group.name, adapters=n, us=seconds / layers * 1e6, tb_s=read / seconds / 1e12)
     padded_baseline(bench, n, max(ranks))
+
+
+def bench_vllm(bench: Bench, ranks: list[int], layers: int) -> None:
+    """vLLM's own kernels, distinct adapters as in bench_lora; a row says why where there are none."""
+    n, model, slots = len(ranks), bench.model, list(range(len(ranks)))
+    try:
+        vllm = VllmLora(slots, n, bench.device)
+    except NoVllm as error:
+        bench.record(op="vllm lora", skipped=str(error)[:200])
+        return
+    data = lora_inputs(bench, n, ALL)
+    for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
+        modules = [
+            [(g, slotted_module(ranks, model.inputs[g.value[0]], model.outs(g)[1], bench.dtype, bench.device))
+             for g in groups]
+            for _ in range(layers)
+        ]  # fmt: skip
+        buffers = {g: torch.zeros(len(g.value), n, max(ranks), device=bench.device) for g in groups}
+        for group, module in modules[0]:
+            x, y = data[group]
+            result = y.clone()
+            vllm.add(result, x, module, buffers[group])
+            bench.check(
+                check="vllm lora", group=group.name, error=relative(result.float(), expected(y, x, module, slots))
+            )
+
+        def step(modules: list = modules, buffers: dict = buffers) -> None:
+            for layer in modules:
+                for group, module in layer:
+                    x, y = data[group]
+                    vllm.add(y, x, module, buffers[group])
+
+        seconds, read = bench.seconds(step), sum(lora_bytes(model, ranks, groups, layers))
+        bench.record(
+            op="vllm lora", modules=name, adapters=n, version=vllm.version, us_per_layer=seconds / layers * 1e6,
+            tb_s=read / seconds / 1e12,
+        )  # fmt: skip
 
 
 def padded_baseline(bench: Bench, n: int, rank: int) -> None:
@@ -490,6 +529,7 @@ def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
         "bench": "kernels",
+        "label": "kernels",
         "device": name,
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -509,6 +549,7 @@ def main() -> None:
     parser.add_argument("--parts", default="lora,wide_lora,decode,prefill", help="with --sweep: only these tilings")
     parser.add_argument("--shard", default="0/1", help="with --sweep: only each N-th tiling from the I-th on, as I/N")
     parser.add_argument("--adapters", type=int, default=128)
+    parser.add_argument("--vllm", type=Path, metavar="FOLDER", help="where vLLM is installed: its kernels beside ours")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on this machine's CPU, under TRITON_INTERPRET=1")
     args = parser.parse_args()
     torch.manual_seed(SEED)
@@ -532,6 +573,11 @@ def main() -> None:
         bench_cases(bench, ops, weights, ranks)
         if not args.dry:
             bench_attention(bench, ops)
+        if args.vllm:
+            layers = weights.modules.shape[1]
+            del weights  # slots of the highest rank take twice as much
+            sys.path.append(str(args.vllm))  # last: its own pydantic and the like stay behind ours
+            bench_vllm(bench, ranks, layers)
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps(environment(bench, ops) | {"rows": bench.rows}) + "\n")

@@ -110,7 +110,10 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Append 
 Scratch = Annotated[
     Path | None, typer.Option("--scratch", metavar="DIR", help="For config, registry and adapters meanwhile.")
 ]
-Commit = Annotated[str | None, typer.Option("--commit", metavar="NAME", help="Of this code, where there is no git.")]
+Commit = Annotated[
+    str | None,
+    typer.Option("--commit", metavar="NAME", envvar="FLORA_COMMIT", help="Of this code, where there is no git."),
+]
 
 
 def make_setting(
