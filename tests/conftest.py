@@ -5,6 +5,7 @@ import os
 # Before torch is imported: threads that spin while they wait starve the other test process on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,16 @@ def _home_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         settings.cache_clear()
         yield home
     settings.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_are_built_once() -> Iterator[None]:
+    """Typer builds all commands anew from their signatures whenever one is run: most of the time of a short one."""
+    import typer.main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture(autouse=True)
