@@ -49,7 +49,7 @@ def _section(name: str, command: Any) -> str:
     parts = [f"## flora {name}\n", f"    {_usage(name, command)}\n", _plain(text).strip() + "\n"]
     parts += ["Examples:\n", "```bash", *lines, "```\n"] if lines else []
     for title, options in _panels_of(command).items():
-        parts += [f"**{title}**\n", "| | |", "| --- | --- |", *map(_row, options), ""]
+        parts += [f"| {title} | |", "| --- | --- |", *map(_row, options), ""]
     return "\n".join(parts)
 
 

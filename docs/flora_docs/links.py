@@ -37,4 +37,4 @@ def relink(markdown: str, page: str, root: Path) -> str:
 def title_of(file: Path) -> str:
     """A page's first heading."""
     heading = re.search(r"^# (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-    return heading[1] if heading else file.stem
+    return heading[1].replace("`", "") if heading else file.stem
