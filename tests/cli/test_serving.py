@@ -1,15 +1,19 @@
 """`flora serve` started by its command, and asked by the official client and by Flora's own verbs."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 from openai import AuthenticationError, NotFoundError, OpenAI
 from transformers import AutoModelForCausalLM
 
+from flora.cli import main
+from flora.config import settings
 from flora.demo.alphabet import START, decode, encode
 from flora.demo.folders import load_model
 from tests.cli.models import SHAPE, make_tuned
@@ -31,13 +35,17 @@ def world(base, tuned, tmp_path_factory):
 
 
 def flora(home, *words, code=0):
-    """Stdout of one command, in a process of its own."""
-    command = [sys.executable, "-m", "flora", *map(str, words)]
-    done = subprocess.run(command, env=os.environ | {"FLORA_HOME": str(home)}, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    """Stdout of one command, in this process."""
+    line, out, err = [str(word) for word in words], io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("FLORA_HOME", str(home))
+        settings.cache_clear()
+        ended = main(line)
+    settings.cache_clear()
+    assert ended == code, err.getvalue()
     if "--json" in words:
-        check_answer([str(word) for word in words], json.loads(done.stdout), closed=True)
-    return done.stdout
+        check_answer(line, json.loads(out.getvalue()), closed=True)
+    return out.getvalue()
 
 
 def greedy(model: str, url: str, **options) -> str:
@@ -142,7 +150,9 @@ def test_a_preloaded_adapter_is_in_memory_before_the_first_request(world, base):
 
 
 def test_the_server_refuses_a_preload_that_is_not_there(home_with_an_adapter, base):
-    flora(home_with_an_adapter, "serve", base, "--port", 0, "--preload", "nobody", *POOL, code=5)
+    command = [sys.executable, "-m", "flora", "serve", str(base), "--port", "0", "--preload", "nobody", *POOL]
+
+    assert subprocess.run(command, env=os.environ | {"FLORA_HOME": str(home_with_an_adapter)}).returncode == 5
 
 
 def test_the_demos_model_is_the_llama_that_transformers_knows(tuned):
