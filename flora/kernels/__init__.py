@@ -6,7 +6,7 @@ use, so that a machine without Triton can import this room.
 
 from typing import Any
 
-from flora.kernels.linear import PackedLinear, linear
+from flora.kernels.linear import MIN_ROWS, PackedLinear, linear
 from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, padded, row_alignment
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
@@ -21,6 +21,7 @@ __all__ = [
     "ATTENTION_GROUPS",
     "CHUNK",
     "FEW_ROWS",
+    "MIN_ROWS",
     "MODULES",
     "AdapterWeights",
     "Group",

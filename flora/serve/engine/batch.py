@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import ALL_GROUPS, Group, WorkList, split_segments
+from flora.kernels import ALL_GROUPS, MIN_ROWS, Group, WorkList, split_segments
 from flora.serve.engine.schedule.pages import NULL_PAGE
 from flora.serve.engine.schedule.scheduler import Chunk
 
@@ -17,7 +17,10 @@ PREFILL_BLOCK_ROWS = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Rows of base sequences first, then those of each adapter together. S sequences, n rows, m of them sampled."""
+    """Rows of base sequences first, then those of each adapter together. S sequences, n rows, m of them sampled.
+
+    Rows past those of the sequences compute nothing that anyone reads.
+    """
 
     chunks: tuple[Chunk, ...]  # in the order of their rows
     token_ids: Tensor  # int64 [n]
@@ -52,6 +55,8 @@ def build_batch(
 
     adapter_slots  of each chunk: its adapter's row in the kernels' tables, None for the base
     max_rank       of the resident adapters' modules
+
+    There are at least as many rows as a product on a CPU needs, so that none of a layer's four has to be padded.
     """
     order = sorted(range(len(chunks)), key=lambda i: -1 if (slot := adapter_slots[i]) is None else slot)
     chunks = tuple(chunks[i] for i in order)
@@ -68,6 +73,10 @@ def build_batch(
     owners = np.repeat(np.arange(len(chunks)), counts)  # each row's sequence
     positions = np.arange(starts[-1]) - (starts[:-1] - first_positions)[owners]
     kv_slots = table[owners, positions // page_tokens].astype(np.int64) * page_tokens + positions % page_tokens
+    spare = max(0, MIN_ROWS - int(starts[-1]))
+    token_ids += [0] * spare
+    positions = np.pad(positions, (0, spare))
+    kv_slots = np.pad(kv_slots, (0, spare), constant_values=-1)
     logits_rows = [end - 1 for end, chunk in zip(starts[1:], chunks, strict=True) if chunk.samples]
 
     max_queries = int(counts.max())
