@@ -22,6 +22,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "And by bytes, with embeddings and norms?",
         ("task", "recipe", "bytes", "kept_share", "exact_match", "questions", "device"),
     ),
+    "real_study": (
+        "And by energy, pruned, and at equal bytes?",
+        ("task", "how", "scope", "at", "bytes", "kept_share", "exact_match", "stderr", "nll", "questions", "device"),
+    ),
     "serve_cpu": (
         "How fast is a CPU?",
         ("workload", "system", "median_s", "out_tok_s", "flora_speedup", "answers_equal", "load"),

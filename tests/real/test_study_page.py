@@ -1,0 +1,98 @@
+"""docs/study.md says what the rows of the study say: its tables, its drawings, and each claim that holds a number."""
+
+import json
+
+import pytest
+
+from tests.real.scripts import script
+
+page = script("study_page")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return page.Results(json.loads(line) for line in page.ROWS.read_text().splitlines())
+
+
+def test_the_tables_are_made_of_the_rows(results):
+    text = page.PAGE.read_text()
+
+    assert page.fill(text, page.tables(results)) == text
+
+
+def test_the_drawings_are_made_of_the_rows(results):
+    for name, drawing in page.drawings(results).items():
+        assert (page.PAGE.parent / name).read_text() == drawing, name
+
+
+def test_a_share_is_counted_from_the_answers_themselves(results):
+    study = script("study")
+    for row in results.rows():
+        right = study.bits_of(row["right"], row["questions"])
+        tuned = study.bits_of(results.row(row["task"], "tuned")["right"], row["questions"])
+        assert sum(right) / len(right) == row["exact_match"]
+        if row["how"] != "tuned":
+            pairs = list(zip(tuned, right, strict=True))
+            assert (pairs.count((True, False)), pairs.count((False, True))) == (row["lost"], row["gained"])
+
+
+def lost(results, *key) -> float:
+    return page.points(results.row(*key))[0]
+
+
+def test_lemma_keeps_its_skill_from_rank_16_on_and_not_below(results):
+    for rank in (16, 32, 64, 128, 256):
+        mean, error = page.points(results.row("lemma", "rank", "all", rank))
+        assert mean < 2 * error
+    for key in (("lemma", "rank", "all", 64), ("lemma", "uncut", "linear")):
+        mean, error = page.points(results.row(*key))
+        assert mean < -2 * error  # better than the fine-tune
+    assert 7 < lost(results, "lemma", "rank", "all", 8) < 9
+    assert 23 < lost(results, "lemma", "rank", "all", 4) < 26
+    assert results.row("lemma", "rank", "all", 16)["bytes"] < 0.0451 * 269e6
+    assert 0.5 < results.row("lemma", "rank", "all", 16)["kept_share"] < 0.55
+
+
+def test_g2p_lives_in_its_embeddings_and_keeps_its_skill_late(results):
+    assert 17 < lost(results, "g2p", "uncut", "linear") < 20
+    assert 9 < lost(results, "g2p", "rank", "all", 64) < 12
+    assert 4 < lost(results, "g2p", "rank", "all", 128) < 6
+    assert lost(results, "g2p", "energy", "all", 0.9) < 2
+    assert 0.58 < results.row("g2p", "energy", "all", 0.9)["bytes"] / 269e6 < 0.62
+
+
+def test_pruning_equals_extracting(results):
+    pruned = [row for row in results.rows() if row["how"] == "prune"]
+
+    assert {row["task"] for row in pruned} == {"lemma", "g2p"}
+    for row in pruned:
+        extracted = results.row(row["task"], "energy", "all", row["at"])
+        assert row["equal_ranks"] == 1.0
+        assert row["distance"] < 2e-3
+        assert row["right"] == extracted["right"]
+
+
+def test_kept_energy_does_not_compare_pairs(results):
+    """lemma loses less with less of its change."""
+    lemma, g2p = results.row("lemma", "rank", "all", 8), results.row("g2p", "rank", "all", 64)
+
+    assert lemma["kept_share"] < g2p["kept_share"] - 0.2
+    assert page.points(lemma)[0] < page.points(g2p)[0]
+
+
+def test_the_way_to_spend_bytes_that_keeps_the_most_energy_is_best_on_one_pair_and_worst_on_the_other(results):
+    for task, size in (("lemma", 8), ("g2p", 32)):
+        rows = {how: results.row(task, how, "all", size) for how in ("rank", "budget", "module energy")}
+        assert max(rows, key=lambda how: rows[how]["kept_share"]) == "budget"
+        assert (max if task == "g2p" else min)(rows, key=lambda how: rows[how]["exact_match"]) == "budget"
+    assert only(results, ("g2p", 32), "budget", "module energy") == (24, 4)
+    assert only(results, ("lemma", 8), "module energy", "budget") == (23, 6)
+
+
+def only(results, pair, one: str, other: str) -> tuple[int, int]:
+    """How many questions one way alone answers right, and how many the other."""
+    study, (task, size) = script("study"), pair
+    rows = [results.row(task, how, "all", size) for how in (one, other)]
+    ways = [study.bits_of(row["right"], row["questions"]) for row in rows]
+    pairs = list(zip(*ways, strict=True))
+    return pairs.count((True, False)), pairs.count((False, True))
