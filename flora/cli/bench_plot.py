@@ -52,12 +52,12 @@ def draw_plot(plot: Plot, curves: Sequence[Curve], title: str | None = None) -> 
     for i, curve in enumerate(legend):
         at = _HEAD + _CHART_HEIGHT + _LINE * i + 8
         parts.append(f'<line class="curve s{i % NUM_SERIES}" x1="68" x2="92" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="label" x="100" y="{at + 4}">{escape(_legend(curve))}</text>')
+        parts.append(f'<text class="label" x="100" y="{at + 4}">{escape(_legend(plot, curve))}</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _legend(curve: Curve) -> str:
-    base = f"dashed: the base alone, {_short(curve.base)}" if curve.base is not None else ""
+def _legend(plot: Plot, curve: Curve) -> str:
+    base = f"dashed: {plot.level}, {_short(curve.base)}" if curve.base is not None else ""
     return "; ".join(filter(None, (curve.name, base)))
 
 

@@ -11,7 +11,7 @@ import typer
 
 from flora.cli import bench_options as flag
 from flora.cli.bench_tables import print_rows, print_storms
-from flora.cli.commands.bench_suite import claims, suite
+from flora.cli.commands.bench_suite import claims, figures, suite
 from flora.cli.options import AsJson
 from flora.cli.output import choose_format, note
 from flora.cli.sizing import resolve_device
@@ -185,7 +185,7 @@ def plot(
     files: Annotated[list[Path], typer.Argument(metavar="ROWS…", help="What --out wrote: JSON lines.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The SVG to write.")],
     show: Annotated[
-        str, typer.Option("--show", metavar="WHAT", help="throughput, tokens, latency, pace, slo or burst.")
+        str, typer.Option("--show", metavar="WHAT", help="throughput, tokens, latency, pace, slo, burst, slots, …")
     ] = "throughput",
     title: Annotated[str | None, typer.Option("--title", metavar="WORDS", help="Above the plot.")] = None,
 ) -> None:
@@ -209,7 +209,13 @@ def plot(
     note(f"{len(curves)} curves in {out}")
 
 
-VERBS: dict[str, Callable[..., None]] = {"serve": serve, "suite": suite, "claims": claims, "plot": plot}
+VERBS: dict[str, Callable[..., None]] = {
+    "serve": serve,
+    "suite": suite,
+    "claims": claims,
+    "plot": plot,
+    "figures": figures,
+}
 
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}

@@ -1,4 +1,4 @@
-"""`flora bench suite` and `flora bench claims`: all that is claimed, measured in one go and held against its bounds."""
+"""`flora bench suite`, `claims` and `figures`: all that is claimed, measured in one go, held against bounds, drawn."""
 
 from __future__ import annotations
 
@@ -110,6 +110,26 @@ def claims(
     missed = [finding for finding in found if not finding.holds]
     if strict and missed:
         raise CheckFailed(f"{len(missed)} of {len(found)} bounds do not hold")
+
+
+def figures(
+    files: Annotated[list[Path], typer.Argument(metavar="ROWS…", help="JSON lines with labels, of any benchmark.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder that SVGs go to.")],
+) -> None:
+    """Draw every figure of the claims that these rows have points for, one SVG each.
+
+    [bold]Examples[/bold]
+
+      flora bench figures suite.jsonl cost.jsonl --out docs
+    """
+    from flora.bench.figures import drawable
+    from flora.bench.row import read_rows
+    from flora.cli.bench_plot import draw_plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    for figure, plot, curves in drawable([row for file in files for row in read_rows(file)]):
+        (out / f"{figure.name}.svg").write_text(draw_plot(plot, curves, figure.title), encoding="utf-8")
+        note(f"{figure.name}.svg: {len(curves)} curves")
 
 
 def _findings(files: list[Path]) -> list[Finding]:

@@ -1,0 +1,71 @@
+"""Which rows become which figure, and that a figure without rows is not drawn."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from flora.bench.figures import FIGURES, drawable
+from flora.bench.plots import PLOTS, Curve, curves_of
+from flora.bench.suites import FULL, SUITES, entries_of
+from flora.cli import main
+from flora.serve.config import EngineConfig
+
+
+def row(label: str, **fields: Any) -> dict[str, Any]:
+    return {"label": label, "commit": "a", "system": "flora", "adapters": 200, "fixed_slots": None, **fields}
+
+
+SLOTS = [
+    row("S2/200", req_s=30.0, pool_gib=54.0),
+    row("S2/200/slots-64", req_s=20.0, pool_gib=54.0, fixed_slots=64, switches={"max_adapters": 64}),
+    row("S2/200/slots-128", req_s=24.0, pool_gib=54.0, fixed_slots=128, switches={"max_adapters": 128}),
+    row("S2/200/capped", req_s=9.0, pool_gib=7.1),
+    row("S2/200/capped/slots-8", req_s=5.0, pool_gib=7.1, fixed_slots=8),
+    row("S2/200/capped/slots-16", req_s=6.0, pool_gib=7.1, fixed_slots=16),
+]
+
+
+def test_slots_are_curves_and_the_unified_pool_is_their_level():
+    assert curves_of(PLOTS["slots"], SLOTS) == [
+        Curve("pool gib 54.0", ((64.0, 20.0), (128.0, 24.0)), base=30.0),
+        Curve("pool gib 7.1", ((8.0, 5.0), (16.0, 6.0)), base=9.0),
+    ]
+
+
+def test_a_plot_over_a_switch_finds_it_among_the_switches():
+    rows = [row(f"S2/32/{n}", req_s=1.0 + (n or 0), switches={"cluster": n, "fairness": False}) for n in (None, 2, 8)]
+
+    assert curves_of(PLOTS["clusters"], rows) == [Curve("", ((2.0, 3.0), (8.0, 9.0)), base=1.0)]
+
+
+def test_every_figure_has_measurements_whose_rows_it_is_drawn_from():
+    engine = EngineConfig(base=Path(), registry="", cache_dir=Path())
+    labels = [entry.label for entry in entries_of(list(SUITES), engine, FULL)]
+    labels += ["cost/adapters/20", "cost/checkpoints/20"]
+    rows = [
+        row(label, **dict.fromkeys(("req_s", "slo_attainment", "gpu_s_per_m_tok"), 1.0), adapters=1 + i, cv=1 + i,
+            fine_tunes=1 + i, fixed_slots=2 + i, switches={"cluster": 2 + i})
+        for i, label in enumerate(labels)
+    ]  # fmt: skip
+
+    assert [figure.name for figure, _, _ in drawable(rows)] == [figure.name for figure in FIGURES]
+
+
+def test_what_has_no_points_is_not_drawn(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(r) + "\n" for r in [*SLOTS, row("table/5", req_s=3.0)]))
+
+    assert main(["bench", "figures", str(rows), "--out", str(tmp_path / "drawn")]) == 0
+
+    assert [file.name for file in (tmp_path / "drawn").iterdir()] == ["slots.svg"]
+    drawn = ElementTree.parse(tmp_path / "drawn" / "slots.svg").getroot()
+    texts = [text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "pool gib 7.1; dashed: a unified pool of true ranks, 9" in texts
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+def test_every_figure_has_a_plot(figure):
+    assert figure.plot in PLOTS
