@@ -17,9 +17,15 @@ _MAX_COMPLETIONS = 200
 
 
 def complete_reference(context: typer.Context, incomplete: str) -> list[str]:
-    """Names that start like what was typed; behind a `:` that name's aliases, behind an `@` its versions."""
+    """Names that start like what was typed; behind a `:` that name's aliases, behind an `@` its versions.
+
+    Of a list with commas the last one is completed.
+    """
     from flora.errors import FloraError
 
+    before, comma, last = incomplete.rpartition(",")
+    if comma:
+        return [f"{before},{found}" for found in complete_reference(context, last)]
     try:
         with open_registry(context.params.get("registry")) as store:
             for mark in (":", "@"):

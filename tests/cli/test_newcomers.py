@@ -1,6 +1,9 @@
 """What someone does in a first hour with Flora, and is told: mistakes that lead somewhere, and what is next."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,24 @@ def test_what_a_server_refuses_keeps_its_three_parts():
     assert (error.what, error.cause, error.fix) == ("no adapter is named sqll", "it is not here", "did you mean sql?")
     assert isinstance(_refusal(503, b"busy"), ServeError)
     assert _refusal(503, b"busy").fix
+
+
+@pytest.mark.parametrize(
+    ("shell", "typed", "offered"),
+    [
+        ("bash", {"COMP_WORDS": "flora merge ./base sq", "COMP_CWORD": "3"}, "sql"),
+        (
+            "fish",
+            {"_TYPER_COMPLETE_ARGS": "flora serve --preload sql,s", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+            "sql,sql",
+        ),
+    ],
+)
+def test_the_command_itself_completes_adapters_in_a_shell(stored, shell, typed, offered):
+    env = os.environ | {"_FLORA_COMPLETE": f"complete_{shell}"} | typed
+    done = subprocess.run([sys.executable, "-m", "flora"], capture_output=True, text=True, env=env)
+
+    assert (done.returncode, done.stdout.split()) == (0, [offered])
 
 
 def test_folders_that_are_near_are_found_and_none_is_made_up(tmp_path):

@@ -4,6 +4,8 @@ Traffic ─► Access ─► BodyLimits ─► routes
 id, count   host, key   size, type, time
 """
 
+from http import HTTPStatus
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -22,6 +24,7 @@ from flora.serve.api.state import ServerState
 from flora.serve.api.traffic import Traffic
 
 _CLIENT_LEFT = 499  # nginx's status for it; it is counted, and nobody reads it
+_NO_ROUTE = "there is no such route: v1/models lists what this server has, v1/chat/completions asks it"
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "body_too_large"}
 
 
@@ -50,7 +53,8 @@ async def _on_http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "http_error")
     headers = dict(error.headers or {})
-    return plain_response(error.status_code, error.detail, code=code, headers=headers)
+    is_unknown = error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase
+    return plain_response(error.status_code, _NO_ROUTE if is_unknown else error.detail, code=code, headers=headers)
 
 
 async def _on_bad_query(_: Request, error: Exception) -> Response:

@@ -214,3 +214,7 @@ def test_metrics_stay_small_whatever_was_asked(server: Server):
 
     assert len(server.get("/metrics").text) < before + 2000
     assert "nobody" not in server.get("/metrics").text
+
+
+def test_an_unknown_route_is_told_of_those_that_are_there(server: Server):
+    assert "v1/models" in error_of(server.get("/"))["message"]
