@@ -17,7 +17,7 @@ def _header(*modules: Module, exact: tuple[ExactTensor, ...] = ()) -> AdapterHea
 
 
 def _both(**more: object) -> tuple[Module, Module]:
-    return _module("model.layers.0.mlp.up_proj", 16, **more), _module("model.layers.1.mlp.up_proj", 16, **more)
+    return _module("model.layers.0.mlp.gate_proj", 16, **more), _module("model.layers.1.mlp.gate_proj", 16, **more)
 
 
 def kinds() -> dict[str, AdapterHeader]:

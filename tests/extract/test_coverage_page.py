@@ -97,9 +97,11 @@ def test_the_page_has_a_line_for_every_kind_of_factors():
 
 
 def header(module: str, kind: str) -> AdapterHeader:
-    """An adapter of one such tensor, beside a linear layer."""
+    """An adapter of one such tensor, beside linear layers: those among them that an engine joins with it."""
     exact = (ExactTensor(name=f"{module}.weight", shape=(8,), dtype="bfloat16", sha256=""),) if kind == "whole" else ()
-    kinds = {"model.layers.0.up_proj": "linear"} | ({} if exact else {module: plain(kind)})
+    parent = module.rpartition(".")[0]
+    beside = ("model.layers.0.o_proj", *(f"{parent}.{leaf}" for leaf in ("q_proj", "v_proj", "gate_proj")))
+    kinds = dict.fromkeys(beside, "linear") | ({} if exact else {module: plain(kind)})
     facts = {"in_features": 8, "out_features": 8, "rank": 4, "alpha": 4.0, "dtype": "bfloat16"}
     modules = [Module(name=n, a_sha256="", b_sha256="", kind=k, **facts) for n, k in kinds.items()]
     base = BaseBinding(name="base", base_id=None)

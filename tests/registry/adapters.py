@@ -16,6 +16,7 @@ SHAPES = {
     for module, shape in {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
         "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
+        "self_attn.o_proj": (HIDDEN, HIDDEN),
         "mlp.up_proj": (MLP, HIDDEN),
         "mlp.down_proj": (HIDDEN, MLP),
     }.items()

@@ -188,13 +188,13 @@ def answers(adapter: Adapter) -> dict[str, str]:
 
 
 def test_one_rank_everywhere_is_taken_by_every_engine_as_it_is():
-    both = {f"model.layers.{layer}.self_attn.q_proj": 4 for layer in range(2)}
+    both = {f"model.layers.{layer}.self_attn.o_proj": 4 for layer in range(2)}
 
     assert set(answers(random_adapter(ranks=both)).values()) == {"yes"}
 
 
 def test_ranks_of_their_own_want_the_portable_profile_where_patterns_are_not_read():
-    found = answers(random_adapter(ranks={Q_PROJ: 4, UP_PROJ: 2}))
+    found = answers(random_adapter(ranks={"model.layers.0.self_attn.o_proj": 4, "model.layers.1.mlp.down_proj": 2}))
 
     assert {engine for engine, answer in found.items() if answer == "yes"} == {
         "PEFT 0.21",
@@ -206,7 +206,8 @@ def test_ranks_of_their_own_want_the_portable_profile_where_patterns_are_not_rea
 
 
 def test_a_layer_that_lacks_a_module_is_told_for_lorax():
-    ranks = {"model.layers.0.self_attn.q_proj": 4, "model.layers.0.mlp.up_proj": 4, "model.layers.1.mlp.up_proj": 4}
+    ranks = dict.fromkeys(("0.self_attn.o_proj", "0.mlp.down_proj", "1.mlp.down_proj"), 4)
+    ranks = {f"model.layers.{name}": rank for name, rank in ranks.items()}
 
     verdicts = {verdict.engine: verdict for verdict in judge(random_adapter(ranks=ranks).header)}
 

@@ -37,6 +37,8 @@ class _Facts:
     architecture: str
     leaves: frozenset[str]
     is_fp8: bool
+    parted_in_layers: frozenset[str]  # leaves that some layer lacks beside others of one joined matrix
+    parted: frozenset[str]  # those that every layer lacks, so that no padding brings them
 
 
 _WORDS = {
@@ -78,6 +80,8 @@ def _remedy(reasons: Iterable[str]) -> str:
     text = " ".join(reasons)
     if "rank" in text:
         return "flora prune REF --rank N"
+    if "joins" in text:
+        return "serve it with vLLM or Flora"
     return "extract again with --exclude, or serve it with Flora"
 
 
@@ -90,6 +94,23 @@ def _ranks(facts: _Facts) -> str | None:
 
 def _layers(facts: _Facts) -> str | None:
     return "it drops a kind of module that one layer lacks" if facts.misses_layers else None
+
+
+def _parted_in_layers(facts: _Facts) -> str | None:
+    return _missing(facts.parted_in_layers)
+
+
+def _parted(facts: _Facts) -> str | None:
+    return _missing(facts.parted)
+
+
+def _missing(leaves: Set[str]) -> str | None:
+    return f"it joins q, k, v and gate, up, and {', '.join(sorted(leaves))} is not adapted" if leaves else None
+
+
+def _expert_names(facts: _Facts) -> str | None:
+    found = sorted(facts.leaves & {"w1", "w2", "w3"})
+    return f"it knows no target modules {', '.join(found)}" if found else None
 
 
 def _fp8(facts: _Facts) -> str | None:
@@ -161,8 +182,8 @@ _ENGINES = (
     _Engine(
         "SGLang",
         "0.5",
-        (_ranks, _fp8),
-        (_exact, _only_linear),
+        (_ranks, _parted_in_layers, _fp8),
+        (_exact, _parted, _expert_names, _only_linear),
         _PORTABLE,
         lambda facts: f"; sglang --max-lora-rank {facts.rank}",
     ),
@@ -223,4 +244,23 @@ def _facts(header: AdapterHeader) -> _Facts:
         leaves=frozenset(kind_of(name).rpartition(".")[2] for name in names)
         | frozenset(tied.rpartition(".")[2] for module in modules for tied in module.tied),
         is_fp8=any(module.dtype == "float8_e4m3fn" for module in modules),
+        parted_in_layers=_lacking(names),
+        parted=_lacking({kind_of(name) for name in names}),
     )
+
+
+def _lacking(names: Iterable[str]) -> frozenset[str]:
+    """Leaves without which the others of their parent cannot be joined: a missing k or up counts as zeros."""
+    leaves: dict[str, set[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        leaves.setdefault(parent, set()).add(leaf)
+    lacking = set()
+    for found in leaves.values():
+        if "q_proj" in found and "v_proj" not in found:
+            lacking.add("v_proj")
+        if found & {"k_proj", "v_proj"} and "q_proj" not in found:
+            lacking.add("q_proj")
+        if "up_proj" in found and "gate_proj" not in found:
+            lacking.add("gate_proj")
+    return frozenset(lacking)
