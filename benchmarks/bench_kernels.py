@@ -523,6 +523,21 @@ def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
     return found
 
 
+def headline(bench: Bench, ops: TritonOps) -> dict[str, float | None]:
+    """What is claimed: shrink and expand of q, k, v, o, and of all seven; decode attention where it is slowest."""
+    lora = {
+        str(row["modules"]): row["tb_s"]
+        for row in bench.rows
+        if row.get("op") == "lora" and row.get("overlap") == ops.overlap and "tb_s" in row
+    }
+    decode = [row["tb_s"] for row in bench.rows if row.get("op") == "decode attention"]
+    return {
+        "lora_tb_s": lora.get("q,k,v,o"),
+        "lora_all_tb_s": lora.get("all seven"),
+        "decode_tb_s": min(decode, default=None),
+    }
+
+
 def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -531,6 +546,8 @@ def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
         "bench": "kernels",
         "label": "kernels",
         "device": name,
+        "gpu": name if bench.device.type == "cuda" else None,
+        **headline(bench, ops),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": os.environ.get("FLORA_COMMIT") or commit or "unknown",

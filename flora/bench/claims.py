@@ -44,10 +44,16 @@ CLAIMS = (
     _at_least("requests/s, 100 adapters, cold", 28, "table/100"),
     _at_least("requests/s, 1,000 adapters, cold", 22, "table/1000"),
     _at_least("2,000 adapters over 1,000", 0.90, "table/2000", "table/1000"),
+    _at_least("over vLLM, no adapters", 1.0, "table/0", "vllm/0"),
+    _at_least("over vLLM, 5 adapters", 1.0, "table/5", "vllm/5"),
+    _at_least("over vLLM, 100 adapters, cold", 1.0, "table/100", "vllm/100"),
+    _at_least("over vLLM, 1,000 adapters, cold", 1.0, "table/1000", "vllm/1000"),
     _at_least("256 clients over HTTP, over the engine itself", 0.90, "http/100", "table/100"),
     Claim("base rows beside adapters, step over a server's without", "step_ms_p50", "base/beside", ("base/alone",),
           at_most=1.01),
     Claim("50 loads a second: p99 gap over before", "gap_p99_ratio", "storm/50", at_most=1.2),
+    _at_least("shrink and expand, 128 adapters, TB/s of true bytes", 2.2, "kernels", field="lora_tb_s"),
+    _at_least("paged decode attention, TB/s", 2.4, "kernels", field="decode_tb_s"),
     Claim("pages held after 10,000 requests", "kv_pages_left", "leak", at_most=0),
     Claim("ms a token, one stream, rank 64 on all seven", "tpot_adapter_ms.p50", "latency", at_most=6.5),
     Claim("ms to the first token, adapter in host memory, over the base's", "ttft_host_ms.p50", "latency", ("latency",),
@@ -75,7 +81,7 @@ CLAIMS = (
 def findings_of(rows: Rows, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
     """The claims that these rows bear on, each GPU by itself: one kind's rows say nothing about another's."""
     found = []
-    for gpu in dict.fromkeys(row.get("gpu") for row in rows if row.get("label")):
+    for gpu in dict.fromkeys(row.get("gpu") for row in rows if label_of(row)):
         of_gpu = [row for row in rows if row.get("gpu") == gpu]
         for claim in claims:
             value = _value(claim, of_gpu)
@@ -88,10 +94,18 @@ def findings_of(rows: Rows, claims: Sequence[Claim] = CLAIMS) -> list[Finding]:
 
 def measured(rows: Rows, label: str, field: str) -> float | None:
     """The field of the rows of this label: the latest commit's, of its passes the median. None: not measured."""
-    usable = [row for row in rows if row.get("label") == label and _get(row, field) is not None]
+    usable = [row for row in rows if label_of(row) == label and _get(row, field) is not None]
     latest = usable[-1].get("commit") if usable else None
     values = [float(_get(row, field)) for row in usable if row.get("commit") == latest]
     return median(values) if values else None
+
+
+def label_of(row: Mapping[str, Any]) -> str | None:
+    """A row's label; of a cold row of vLLM on the table's workload, which has none, `vllm/ADAPTERS`."""
+    workload = (row.get("shape"), row.get("modules"), row.get("rate"), row.get("warm"))
+    if row.get("system") == "vllm" and workload == ("llama3-8b", "attention", 0, False):
+        return f"vllm/{row.get('adapters')}"
+    return row.get("label")
 
 
 def _value(claim: Claim, rows: Rows) -> float | None:

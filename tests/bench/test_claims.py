@@ -11,7 +11,8 @@ from flora.bench.suites import SUITES, entries_of
 from flora.cli import main
 from flora.serve.config import EngineConfig
 
-SCRIPTS = {"latency", "gate", "peft/100", "cost/adapters/20", "cost/checkpoints/20"}  # labels of benchmarks/*.py
+VLLM = {f"vllm/{adapters}" for adapters in (0, 5, 100, 1000)}
+SCRIPTS = {"latency", "gate", "kernels", "peft/100", "cost/adapters/20", "cost/checkpoints/20"}  # of benchmarks/*.py
 
 
 def row(label: str, gpu: str | None = "H100", commit: str = "a", **fields: Any) -> dict[str, Any]:
@@ -20,7 +21,7 @@ def row(label: str, gpu: str | None = "H100", commit: str = "a", **fields: Any) 
 
 def test_every_claim_is_measured_by_something():
     engine = EngineConfig(base=Path(), registry="", cache_dir=Path())
-    labels = SCRIPTS | {entry.label for entry in entries_of(list(SUITES), engine)}
+    labels = SCRIPTS | VLLM | {entry.label for entry in entries_of(list(SUITES), engine)}
 
     assert {label for claim in CLAIMS for label in (claim.of, *claim.against)} <= labels
     assert {label for claim in CLAIMS for label in (claim.of, *claim.against)} >= SCRIPTS
@@ -53,6 +54,27 @@ def test_the_latest_commit_counts_and_of_its_passes_the_median():
     assert measured(rows, "x", "req_s") == 2.0
     assert measured(rows, "y", "req_s") is None
     assert measured([*rows, row("x", commit="new", req_s=None)], "x", "req_s") == 2.0
+
+
+def test_a_cold_row_of_vllm_on_the_same_workload_stands_beside_ours():
+    theirs = {
+        "system": "vllm",
+        "shape": "llama3-8b",
+        "modules": "attention",
+        "rate": 0.0,
+        "adapters": 100,
+        "gpu": "H100",
+    }
+    rows = [
+        theirs | {"warm": False, "req_s": 14.0},
+        theirs | {"warm": True, "req_s": 17.0},
+        theirs | {"warm": False, "req_s": 12.0, "modules": "all"},
+        row("table/100", req_s=35.0),
+    ]
+
+    found = {finding.claim.of: finding.value for finding in findings_of(rows) if finding.claim.against}
+
+    assert found == {"table/100": 2.5}
 
 
 def test_rows_of_one_kind_of_gpu_say_nothing_about_another():
