@@ -40,7 +40,7 @@ class Form(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     kind: Kind = "linear"
     kernel: tuple[int, ...] = ()  # of a convolution
     tied: tuple[str, ...] = ()  # modules that use an embedding's very weight: an output head
-    experts: int = 0  # how many lie in the one tensor that holds this expert
+    experts: int = 0  # how many there are of which this is one, in one tensor or apart
 
 
 LINEAR = Form()

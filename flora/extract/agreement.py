@@ -6,6 +6,7 @@ from flora.checkpoint import FLOAT_DTYPES, Checkpoint
 from flora.errors import CheckpointError, ShapeMismatch
 from flora.extract.kinds import Wish, is_embedding, is_head
 from flora.extract.pair import TensorPair
+from flora.forms import is_expert
 
 PACKED = ("weight", "weight_packed", "_blocks")  # how names end of weights, whole and quantized in any way
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
@@ -58,6 +59,13 @@ def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpo
         what = f"{tuned.path} lacks {len(missing)} of the base's tensors, {missing[0]} among them"
     else:
         what = f"{tuned.path} holds {len(new)} tensors that the base lacks, {new[0]} among them"
+    if base.architecture == tuned.architecture and all(any(map(_is_expert, names)) for names in (missing, new)):
+        raise CheckpointError(
+            what,
+            cause="one of the two keeps the experts of a layer in one tensor, the other each by itself",
+            fix="load the base with the library that saved the tuned checkpoint, save it to a folder, and give that",
+            missing=missing,
+        )
     if base.architecture != tuned.architecture or len(missing) > len(base.tensors) // 2:
         raise CheckpointError(
             what, cause=_two_architectures(base, tuned), fix=_other_base(base, tuned), missing=missing
@@ -81,6 +89,10 @@ def check_dtypes(pairs: Sequence[TensorPair]) -> None:
                     tensor=info.name,
                     dtype=info.dtype,
                 )
+
+
+def _is_expert(name: str) -> bool:
+    return is_expert(name.removesuffix(".weight"))
 
 
 def _two_architectures(base: Checkpoint, tuned: Checkpoint) -> str:

@@ -1,7 +1,8 @@
 """Experts that a checkpoint keeps fused in one tensor, read as one matrix [out, in] each.
 
-    gpt-oss, Llama 4, Aria, Qwen3-VL   M.experts.LEAF [experts, in, out]
+    gpt-oss, Llama 4, Aria             M.experts.LEAF [experts, in, out]
     Qwen3.5                            M.experts.LEAF [experts, out, in]
+    Qwen3-VL                           either, as it was saved by transformers 4 or 5
     Granite                            M.input_linear.weight, M.output_linear.weight [experts, out, in]
     gpt-oss in MXFP4                   M.experts.LEAF_blocks [experts, out, in / 32, 16]
                                        M.experts.LEAF_scales [experts, out, in / 32]
@@ -14,7 +15,7 @@ Every such number times its power of two is exact in float32.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError
@@ -30,14 +31,13 @@ LAYOUTS: Mapping[str, Kind] = {  # by model_type; shapes alone do not tell, for 
     "llama4_text": "expert_transposed",
     "aria": "expert_transposed",
     "aria_text": "expert_transposed",
-    "qwen3_vl_moe": "expert_transposed",
-    "qwen3_vl_moe_text": "expert_transposed",
     "qwen3_5_moe": "expert",
     "qwen3_5_moe_text": "expert",
     "granitemoe": "expert",
     "granitemoeshared": "expert",
     "granitemoehybrid": "expert",
 }
+_EITHER = ("qwen3_vl_moe", "qwen3_vl_moe_text")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1; the eight above are the same below zero
 _BIAS = 127  # of the exponents that scales are
 
@@ -76,8 +76,9 @@ def readable(checkpoint: Checkpoint) -> Checkpoint:
 
 def unfused(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself if nothing in it is known to be fused experts; else a view with one tensor an expert."""
-    kind = LAYOUTS.get(str(checkpoint.config.get("model_type")))
-    if kind is None:
+    model_type = str(checkpoint.config.get("model_type"))
+    kind = LAYOUTS.get(model_type)
+    if kind is None and model_type not in _EITHER:
         return checkpoint
     tensors, experts = dict(checkpoint.tensors), {}
     for name in checkpoint.tensors:
@@ -86,7 +87,10 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
             continue
         parent, leaf = place
         stored: tuple[str, ...] = (name,)
-        infos = _split(tensors[name], kind)
+        layout = kind or _layout(tensors[name].shape, leaf, checkpoint.config)
+        if layout is None:
+            continue
+        infos = _split(tensors[name], layout)
         if name.endswith("_blocks"):
             scales = name.removesuffix("blocks") + "scales"
             _check_blocks(checkpoint.tensors, name, scales)
@@ -96,7 +100,7 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
         for index, info in enumerate(infos):
             own = f"{parent}.experts.{index}.{leaf}.weight"
             tensors[own] = replace(info, name=own)
-            experts[own] = Expert(stored, index, kind, len(infos))
+            experts[own] = Expert(stored, index, layout, len(infos))
     if not experts:
         return checkpoint
     tensors = {name: tensors[name] for name in sorted(tensors)}
@@ -121,6 +125,16 @@ def _place(name: str) -> tuple[str, str] | None:
             if name.endswith(f".{place}"):
                 return name.removesuffix(f".{place}"), leaf
     return None
+
+
+def _layout(shape: tuple[int, ...], leaf: str, config: Mapping[str, Any]) -> Kind | None:
+    """How the experts lie where versions of one library differ: as transformers 5 has it if the shape is that."""
+    sizes = config.get("text_config") or config
+    hidden, width = sizes.get("hidden_size"), sizes.get("moe_intermediate_size")
+    if not isinstance(hidden, int) or not isinstance(width, int):
+        return None
+    own = (2 * width, hidden) if leaf == "gate_up_proj" else (hidden, width)
+    return "expert" if shape[1:] == own else "expert_transposed"
 
 
 def _split(info: TensorInfo, kind: Kind) -> list[TensorInfo]:

@@ -51,7 +51,7 @@ def _find(tree: ModuleTree, name: str) -> Finding | None:
         return Finding("conv1d")
     if type(layer) is nn.Embedding:
         return Finding("embedding")
-    return _find_conv(layer) if layer.weight.dim() > 2 else Finding("parameter")
+    return _find_conv(layer) if tree.tensors[tree.tensor_path(name) or name].dim() > 2 else Finding("parameter")
 
 
 def _find_conv(layer: "nn.Module") -> Finding:

@@ -17,7 +17,7 @@ class TensorPair:
     status: Literal["extractable", "exact", "not_extractable", "excluded"] = "extractable"  # exact: carried whole
     reason: str | None = None  # of a status other than extractable
     kind: Kind = "linear"  # of an extractable one
-    experts: int = 0  # of one that lies with others in one tensor: how many
+    experts: int = 0  # of an expert: how many there are of its kind
     tied: tuple[str, ...] = ()  # modules without a tensor of their own that use this very embedding
     twin: tuple[TensorInfo, TensorInfo] | None = None  # both token embeddings that this output head may be tied to
 

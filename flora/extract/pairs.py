@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import count
 from typing import Literal
 
 from flora.checkpoint import Checkpoint, TensorInfo
@@ -23,6 +24,7 @@ from flora.extract.kinds import (
 )
 from flora.extract.layers import classes_say
 from flora.extract.pair import TensorPair
+from flora.forms import is_expert, split_expert
 
 
 def pair_tensors(
@@ -121,7 +123,15 @@ def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkp
     expert = expert_of(base, pair.base.name)
     if expert is not None:
         return replace(pair, kind=expert.kind, experts=expert.num_experts)
+    if is_expert(pair.module):
+        return replace(pair, experts=_count_experts(pair.module, names))
     return replace(pair, kind=found.kind, tied=tied_heads(pair.name, model_type, dict(base.config), names))
+
+
+def _count_experts(module: str, names: set[str]) -> int:
+    """How many experts there are beside and with `module`, M.experts.3.up_proj, each with a tensor of its own."""
+    parent, _, leaf = split_expert(module)
+    return next(index for index in count() if f"{parent}.experts.{index}.{leaf}.weight" not in names)
 
 
 def _select(pairs: Sequence[TensorPair], include: Sequence[str], exclude: Sequence[str]) -> list[TensorPair]:

@@ -32,6 +32,11 @@ def qwen2() -> nn.Module:
     return hf.Qwen2MoeForCausalLM(config)
 
 
+def phimoe() -> nn.Module:
+    """PEFT fuses its experts' factors, and does not translate its configuration."""
+    return hf.PhimoeForCausalLM(hf.PhimoeConfig(**SIZES, num_local_experts=4))
+
+
 def olmoe() -> nn.Module:
     return hf.OlmoeForCausalLM(hf.OlmoeConfig(**SIZES | ENDS, num_experts=4, num_experts_per_tok=2))
 
@@ -64,11 +69,54 @@ def jetmoe() -> nn.Module:
     return hf.JetMoeForCausalLM(hf.JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
 
 
+def granite_shared() -> nn.Module:
+    """One expert is shared: a plain layer that is called like the fused ones."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24}
+    return hf.GraniteMoeSharedForCausalLM(hf.GraniteMoeSharedConfig(**SIZES, **sizes))
+
+
+def aria() -> nn.Module:
+    sizes = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+    return hf.AriaTextForCausalLM(hf.AriaTextConfig(**SIZES, **sizes))
+
+
+EYES = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
+SIGHT = {"image_token_id": 78, "video_token_id": 79, "vision_start_token_id": 76, "vision_end_token_id": 77}
+
+
+def qwen3_vl() -> nn.Module:
+    """It sees, too; here it only reads."""
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "mrope_interleaved": True}
+    text = {**HEADED, **EXPERTS, "num_experts": 4, "rope_scaling": rope}
+    eyes = EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=eyes, **SIGHT)
+    return hf.Qwen3VLMoeForConditionalGeneration(config)
+
+
+def qwen3_5() -> nn.Module:
+    """Likewise; one of its layers has linear attention, and one expert is shared."""
+    linear = {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+    linear |= {f"linear_{name}": 8 for name in ("key_head_dim", "value_head_dim")}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 24}
+    text = {**HEADED, **EXPERTS, **linear, **layers, "num_experts": 4}
+    config = hf.Qwen3_5MoeConfig(text_config=text, vision_config=EYES | {"num_position_embeddings": 16}, **SIGHT)
+    return hf.Qwen3_5MoeForConditionalGeneration(config)
+
+
 SEPARATE: Mapping[str, Callable[[], nn.Module]] = {  # each expert's matrices in tensors of their own
     "mixtral": mixtral,
     "qwen3": qwen3,
     "qwen2": qwen2,
     "olmoe": olmoe,
     "deepseek": deepseek,
+    "phimoe": phimoe,
+    "qwen3.5": qwen3_5,
 }
-FUSED: Mapping[str, Callable[[], nn.Module]] = {"gpt-oss": gpt_oss, "llama4": llama4, "granite": granite}
+FUSED: Mapping[str, Callable[[], nn.Module]] = {  # the experts of a layer in one tensor
+    "gpt-oss": gpt_oss,
+    "llama4": llama4,
+    "granite": granite,
+    "granite-shared": granite_shared,
+    "aria": aria,
+    "qwen3-vl": qwen3_vl,
+}

@@ -5,23 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from flora.adapter import Adapter
 from flora.algebra.changes import checkpoint_changes
 from flora.algebra.combine import Combination
 from flora.algebra.parts import Part
 from flora.algebra.verify import verify
-from flora.extract import ExtractConfig, Wish, extract
+from flora.checkpoint import open_checkpoint
+from flora.errors import CheckpointError
+from flora.extract import ExtractConfig, Wish, extract, plan_extraction
 from flora.forms import EXPERT_KINDS, as_weight, expert_slice, is_expert, stack_name
 from flora.identity import base_record
 from flora.rank import RankRule
 from flora.registry.binding import bind
 from flora.registry.formats.paths import tree_paths
-from flora.registry.formats.peft import load_peft, save_peft
+from flora.registry.formats.peft import load_peft, peft_files, save_peft
 from tests.extract.models import rewrite, save, tune
 from tests.extract.moe import FUSED, SEPARATE, jetmoe
 from tests.extract.peft_judge import extracted
@@ -45,18 +47,21 @@ def written(base: Path, adapter: Adapter, folder: Path) -> Path:
     return folder
 
 
+def opened(folder: Path) -> nn.Module:
+    made = getattr(transformers, open_checkpoint(folder).architecture)
+    return made.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def logits(folder: Path) -> Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        return model(TOKENS).logits
+        return opened(folder)(input_ids=TOKENS).logits
 
 
 def distance(base: Path, adapter: Adapter, folder: Path) -> float:
     """How far PEFT is from the truncated deltas, in units of the change."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before, wanted = logits(base), logits(written(base, adapter, folder / "wanted"))
     with torch.no_grad():
-        got = PeftModel.from_pretrained(model, folder / "adapter").eval()(TOKENS).logits
+        got = PeftModel.from_pretrained(opened(base), folder / "adapter").eval()(input_ids=TOKENS).logits
     return float((got - wanted).norm() / (wanted - before).norm())
 
 
@@ -70,12 +75,50 @@ def built(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", SEPARATE | FUSED)
-@pytest.mark.parametrize("profile", ["compact", "portable"])
-def test_every_expert_is_extracted_and_peft_computes_what_the_deltas_do(tmp_path, name, profile):
+def test_every_expert_is_extracted_and_peft_computes_what_the_deltas_do(tmp_path, name):
     base, _, adapter = extracted(built(name), tmp_path, rank=6, wish=Wish())
-    save_peft(adapter, tmp_path / "adapter", profile, tree_paths(base.path, adapter.header))
 
-    assert {change.status for change in adapter.report.tensors if ".experts." in change.name} >= {"extracted"}
+    of_experts = [change for change in adapter.report.tensors if is_expert(change.name.removesuffix(".weight"))]
+    assert {change.status for change in of_experts} == {"extracted"}
+    assert distance(base.path, adapter, tmp_path) < ROUNDING
+
+
+def test_both_profiles_are_one_where_there_are_experts(tmp_path):
+    """PEFT stacks them, so all must be there, and of one rank."""
+    _, _, adapter = extracted(built("mixtral"), tmp_path, rank=6, wish=Wish())
+
+    compact, portable = (dict(peft_files(adapter, profile)) for profile in ("compact", "portable"))
+
+    assert compact["adapter_config.json"] == portable["adapter_config.json"]
+
+
+def transposed(tensors: dict[str, Tensor]) -> None:
+    """As transformers 4 saved Qwen3-VL."""
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+
+def fused(tensors: dict[str, Tensor]) -> None:
+    """As Qwen published Qwen3.5."""
+    for home in {name.partition(".experts.")[0] for name in tensors if ".experts." in name}:
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{home}.experts.{index}.{leaf}_proj.weight") for index in range(4)])
+            for leaf in ("gate", "up", "down")
+        )
+        tensors[f"{home}.experts.gate_up_proj"] = torch.cat((gate, up), 1)
+        tensors[f"{home}.experts.down_proj"] = down
+
+
+@pytest.mark.parametrize(("name", "change"), [("qwen3-vl", transposed), ("qwen3.5", fused)])
+def test_what_others_saved_is_read_as_transformers_reads_it(tmp_path, name, change):
+    model = built(name)
+    base = rewrite(save(model, tmp_path / "base"), change)
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), change)
+
+    adapter = extract(base, tuned, ExtractConfig(RankRule(max_rank=6), factor_dtype="float32")).adapter
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+
+    assert load_peft(tmp_path / "adapter").header == adapter.header
     assert distance(base.path, adapter, tmp_path) < ROUNDING
 
 
@@ -90,6 +133,16 @@ def test_fused_experts_are_accounted_for_one_by_one_and_touch_the_tensor_of_all(
     assert stacks <= adapter.header.base.touched.keys()
     whole = sum(float((tuned.load(stack).double() - base.load(stack).double()).square().sum()) for stack in stacks)
     assert sum(change.norm_squared for change in lines) == pytest.approx(whole, rel=1e-6)
+
+
+def test_experts_apart_on_one_side_and_fused_on_the_other_are_told(tmp_path):
+    model = built("qwen3.5")
+    base = rewrite(save(model, tmp_path / "base"), fused)
+
+    with pytest.raises(CheckpointError, match="lacks 8 of the base's tensors") as caught:
+        plan_extraction(base, save(tune(model), tmp_path / "tuned"), ExtractConfig(RankRule(max_rank=6)))
+
+    assert caught.value.cause == "one of the two keeps the experts of a layer in one tensor, the other each by itself"
 
 
 def test_a_stack_has_the_names_and_shapes_that_vllm_reads(tmp_path):

@@ -44,7 +44,7 @@ from flora.registry.formats.peft_config import (
 )
 from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, find_weights, read_weights
 from flora.registry.formats.spelling import spell, spell_exact, spell_tied
-from flora.registry.formats.stacks import spell_stack, stacks_of
+from flora.registry.formats.stacks import members_of, spell_stack, stacks_of
 from flora.registry.formats.targets import find_targets
 from flora.registry.formats.tensors import encode
 from flora.registry.store import store_error
@@ -160,10 +160,12 @@ def _spell_all(adapter: Adapter, factors: Mapping[str, "LowRank"], forms: Mappin
     tensors = {
         spell_exact(told, _with_tied(factors, forms)): adapter.exact[told.name] for told in adapter.header.exact_tensors
     }
+    stacks = stacks_of(adapter.header.forms, adapter.header.base.architecture)
+    stacked = members_of(stacks)
     for name, lowrank in factors.items():
-        if forms[name].kind not in EXPERT_KINDS:
+        if name not in stacked:
             tensors |= spell(name, lowrank, forms[name])
-    for stack in stacks_of(adapter.header.forms, adapter.header.base.architecture):
+    for stack in stacks:
         tensors |= spell_stack(stack, factors)
     return tensors | spell_tied(factors, forms)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from flora.adapter import AdapterHeader
 from flora.errors import AdapterInvalid, Unsupported
+from flora.forms import is_expert, split_expert
 from flora.registry.formats.patterns import Patterns, anchored, compile_patterns
 
 CONFIG_FILE = "adapter_config.json"
@@ -45,7 +46,6 @@ _NEUTRAL = {
 
 _CAUSAL = re.compile(r"ForCausalLM|LMHead|^unknown$")  # for others PEFT's plain model does, whatever their inputs
 _OWN = ("modules_to_save", "bias", "fan_in_fan_out", "trainable_token_indices", "target_parameters")
-_INDEX = re.compile(r"\.experts\.\d+\.", re.ASCII)
 
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=_MAX_RANK)]
 
@@ -86,8 +86,18 @@ class LoraScales:
         targets = self.config.target_modules
         if not isinstance(targets, list) or any(module == t or module.endswith("." + t) for t in targets):
             return True
-        parameters = self.config.target_parameters or ()
-        return f"{module}.weight" in parameters or _INDEX.sub(".experts.", module) in parameters
+        if is_expert(module):
+            return f"{split_expert(module)[0]}.experts" in self._homes
+        return f"{module}.weight" in self._parameters
+
+    @cached_property
+    def _parameters(self) -> set[str]:
+        return set(self.config.target_parameters or ())
+
+    @cached_property
+    def _homes(self) -> set[str]:
+        """Modules whose experts are adapted as parameters."""
+        return {parameter.rpartition(".")[0] for parameter in self._parameters}
 
     @cached_property
     def _ranks(self) -> Patterns[int]:

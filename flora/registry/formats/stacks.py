@@ -7,10 +7,14 @@
 Where one of the two is not adapted, the other has no `base_layer`. vLLM reads the same names. PEFT takes a parameter to
 be [experts, out, in] unless its class says otherwise; Llama 4's is [experts, in, out] and does not say so: there A and
 B trade places.
+
+Experts that the checkpoint keeps apart stay apart in the folder: PEFT fuses their factors, and vLLM reads them so. Of
+models that also see or hear it knows no such conversion, and there they are fused here: gate's and up's factors, r
+each, lie side by side in one pair of 2 * r, the one's rows of B above the other's.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flora.errors import AdapterInvalid
@@ -23,7 +27,11 @@ if TYPE_CHECKING:
     from flora.lowrank import LowRank
 
 _SWAPPED = ("Llama4",)  # how architectures start whose experts' class does not say that they lie transposed
+_SENSING = "ForConditionalGeneration"  # how architectures end of models that see or hear, and talk
 _OUTER = "down_proj"
+_APART = {
+    "gate_up_proj": ("gate_proj", "up_proj")
+}  # what one matrix of the module tree is in files of separate experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,43 +40,56 @@ class Stack:
 
     parameter: str  # M.experts.down_proj, as PEFT's target_parameters names it
     path: str  # of the tensors, without PEFT's prefix
-    members: tuple[str, ...]  # modules M.experts.0.down_proj and on, adapted or not
+    members: tuple[
+        tuple[str, ...], ...
+    ]  # of each expert the modules that lie in it one below the other, adapted or not
     is_swapped: bool = False
 
     @property
     def names(self) -> tuple[str, str]:
         return f"{PREFIX}{self.path}.lora_A.weight", f"{PREFIX}{self.path}.lora_B.weight"
 
+    @property
+    def num_parts(self) -> int:
+        return len(self.members[0])
+
 
 def stacks_of(forms: Mapping[str, Form], architecture: str) -> list[Stack]:
     """The parameters to which modules of these forms belong, in the order of names."""
     homes: dict[str, int] = {}  # the number of experts of each M.experts
-    leaves: set[str] = set()  # adapted in any layer, and so in all
+    parts: dict[str, tuple[str, ...]] = {}  # adapted in any layer, and so in all
     for module, form in forms.items():
-        if form.kind in EXPERT_KINDS:
+        if form.experts and (form.kind in EXPERT_KINDS or architecture.endswith(_SENSING)):
             parent, _, leaf = split_expert(module)
             homes[f"{parent}.experts"] = form.experts
-            leaves.add(leaf)
-    is_swapped = architecture.startswith(_SWAPPED)
+            fused = next((whole for whole, apart in _APART.items() if leaf in apart), leaf)
+            parts[fused] = (leaf,) if form.kind in EXPERT_KINDS else _APART.get(fused, (leaf,))
     return [
         Stack(
             parameter=f"{home}.{leaf}",
-            path=f"{home}.base_layer" if leaf != _OUTER and _OUTER in leaves else home,
-            members=tuple(f"{home}.{index}.{leaf}" for index in range(num_experts)),
-            is_swapped=is_swapped,
+            path=f"{home}.base_layer" if leaf != _OUTER and _OUTER in parts else home,
+            members=tuple(tuple(f"{home}.{index}.{part}" for part in parts[leaf]) for index in range(num_experts)),
+            is_swapped=architecture.startswith(_SWAPPED),
         )
         for home, num_experts in sorted(homes.items())
-        for leaf in sorted(leaves)
+        for leaf in sorted(parts)
     ]
+
+
+def members_of(stacks: Iterable[Stack]) -> set[str]:
+    """Every module that lies in one of the stacks."""
+    return {module for stack in stacks for expert in stack.members for module in expert}
 
 
 def spell_stack(stack: Stack, factors: "Mapping[str, LowRank]") -> "dict[str, Tensor]":
     """The stack's two tensors; experts that have no factors get zeros. All factors are of one rank and one dtype."""
     import torch
 
-    one = next(factors[name] for name in stack.members if name in factors)
-    halves_a = [factors[name].A if name in factors else torch.zeros_like(one.A) for name in stack.members]
-    halves_b = [factors[name].B if name in factors else torch.zeros_like(one.B) for name in stack.members]
+    one = next(factors[name] for expert in stack.members for name in expert if name in factors)
+    zeros = replace(one, A=torch.zeros_like(one.A), B=torch.zeros_like(one.B))
+    own = [[factors.get(name, zeros) for name in expert] for expert in stack.members]
+    halves_a = [torch.cat([part.A for part in expert]) for expert in own]
+    halves_b = [torch.block_diag(*(part.B for part in expert)).to(one.B.dtype) for expert in own]
     if stack.is_swapped:
         halves_a, halves_b = [B.T for B in halves_b], [A.T for A in halves_a]
     name_a, name_b = stack.names
@@ -84,15 +105,31 @@ def unstack(tensors: "dict[str, Tensor]", stacks: Iterable[Stack]) -> None:
         name_a, name_b = stack.names
         A, B = tensors.pop(name_a, None), tensors.pop(name_b, None)
         size = len(stack.members)
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] % size:
+        if (
+            A is None
+            or B is None
+            or (A.ndim, B.ndim) != (2, 2)
+            or A.shape[0] != B.shape[1]
+            or A.shape[0] % (size * stack.num_parts)
+            or B.shape[0] % stack.num_parts
+        ):
             raise AdapterInvalid(
                 f"{stack.parameter} has no factors of {size} experts in the weights",
                 cause="the weights are damaged, or the record beside them belongs to other weights",
                 tensor=name_a,
             )
-        for index, member in enumerate(stack.members):
-            own_a, own_b = A[index * (len(A) // size) : (index + 1) * (len(A) // size)], B[:, index::size]
+        for index, expert in enumerate(stack.members):
+            own_a, own_b = A.chunk(size)[index], B[:, index::size]
             if stack.is_swapped:
                 own_a, own_b = own_b.T, own_a.T
-            tensors[f"{PREFIX}{member}.lora_A.weight"] = own_a.contiguous()
-            tensors[f"{PREFIX}{member}.lora_B.weight"] = own_b.contiguous()
+            _take_apart(tensors, expert, own_a, own_b)
+
+
+def _take_apart(tensors: "dict[str, Tensor]", expert: tuple[str, ...], A: "Tensor", B: "Tensor") -> None:
+    rank, out_features = len(A) // len(expert), len(B) // len(expert)
+    for part, module in enumerate(expert):
+        columns, rows = slice(part * rank, (part + 1) * rank), slice(part * out_features, (part + 1) * out_features)
+        if B[rows, : columns.start].any() or B[rows, columns.stop :].any():
+            raise AdapterInvalid(f"{module} reaches into another's factors in the weights", tensor=module)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = A[columns].contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = B[rows, columns].contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 
 from flora.adapter import Adapter
 from flora.forms import EXPERT_KINDS, LINEAR, Form, is_expert, split_expert
-from flora.registry.formats.stacks import stacks_of
+from flora.registry.formats.stacks import members_of, stacks_of
 
 _FUSED = {  # what becomes of separate experts' matrices in the module tree
     "gate_proj": "experts.gate_up_proj",
@@ -30,23 +30,25 @@ def find_targets(adapter: Adapter, forms: Mapping[str, Form], *, short: bool = F
 
     short  names that fit every layer, as readers of the portable profile want them, instead of whole paths
     """
-    separate = {name for name in forms if is_expert(name) and forms[name].kind not in EXPERT_KINDS}
+    stacks = stacks_of(adapter.header.forms, adapter.header.base.architecture)
+    stacked = members_of(stacks)
+    separate = {name for name in forms if is_expert(name) and name not in stacked}
     leaves = {_leaf(name) for name in _separate_experts(adapter)}
     aside = {
         name
         for name, form in forms.items()
-        if form.kind == "parameter" or (form == LINEAR and name not in separate and _leaf(name) in leaves)
+        if form.kind == "parameter" or (form == LINEAR and not is_expert(name) and _leaf(name) in leaves)
     }
-    names = {name for name, form in forms.items() if name not in aside and form.kind not in EXPERT_KINDS}
+    names = {name for name in forms if name not in aside and name not in stacked}
     tied = {name for module in names for name in forms[module].tied}
-    parameters = {stack.parameter for stack in stacks_of(adapter.header.forms, adapter.header.base.architecture)}
+    parameters = {stack.parameter for stack in stacks}
     fused = {_FUSED[leaf] for leaf in map(_leaf, separate) if leaf in _FUSED}
     targets: dict[str, Any] = {
         "target_modules": sorted(_short(names | tied, clash=bool(aside)) if short else names | tied),
     }
     if found := sorted(parameters | fused | {f"{name}.weight" for name in aside}):
         targets["target_parameters"] = found
-    if _TWICE in fused:
+    if _TWICE in fused or any(stack.num_parts > 1 for stack in stacks):
         twice = {_TWICE.replace(".", r"\."): 2 * max(adapter.header.max_rank, 1)}
         targets |= {"rank_pattern": twice, "alpha_pattern": twice}
     return targets
