@@ -29,7 +29,7 @@ class Column:
     title: str  # for people
     show: Callable[[Any], str] = str  # for people; TSV and JSON have the plain value
     is_number: bool = False
-    keeps_whole: bool = False  # never shortened where the terminal is narrow
+    keeps_whole: bool = False  # on one line, unless that took more than half of the terminal
 
 
 def choose_format(*, as_json: bool, ids_only: bool) -> Format:
@@ -121,14 +121,16 @@ def _print_rich(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) ->
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)  # a log has none of its own
+    cells = [[column.show(row[column.key]) for column in columns] for row in rows]
+    for column, shown in zip(columns, zip(*cells, strict=True), strict=True):
+        is_whole = column.keeps_whole and 2 * max(map(len, shown)) <= console.width
         table.add_column(
-            column.title, justify="right" if column.is_number else "left", no_wrap=column.keeps_whole, overflow="fold"
+            column.title, justify="right" if column.is_number else "left", no_wrap=is_whole, overflow="fold"
         )
-    for row in rows:
-        table.add_row(*(escape(column.show(row[column.key])) for column in columns))
-    width = None if sys.stdout.isatty() else _PIPE_WIDTH  # a log has no width of its own
-    Console(highlight=False, width=width).print(table)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    console.print(table)
 
 
 def _print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:

@@ -31,6 +31,7 @@ MISTAKES = [  # words, exit code, what the fix has to name
     (["extract", "BASE", "TUNED", "--rank", "0"], 2, "1 or more"),
     (["rollback", "sql"], 5, "flora tag sql@vN prod"),
     (["show", "sqll"], 5, "sql"),
+    (["label", "sql", "good"], 2, "good=VALUE"),
     (["run", "sql", "Hello", "--server", "http://127.0.0.1:9"], 1, "flora serve"),
 ]
 
@@ -64,6 +65,11 @@ def test_what_a_server_refuses_keeps_its_three_parts():
     assert (error.what, error.cause, error.fix) == ("no adapter is named sqll", "it is not here", "did you mean sql?")
     assert isinstance(_refusal(503, b"busy"), ServeError)
     assert _refusal(503, b"busy").fix
+
+
+def test_a_pruning_that_was_only_tried_says_so(stored):
+    assert "nothing was made" in stored("prune", "sql", "--rank", 2, "--dry-run").err
+    assert "nothing was made" not in stored("prune", "sql", "--rank", 2).err
 
 
 @pytest.mark.parametrize(

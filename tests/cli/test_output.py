@@ -10,7 +10,7 @@ import pytest
 
 import flora as package
 from flora.cli.app import app
-from flora.cli.output import percent
+from flora.cli.output import Column, Format, percent, print_table
 from flora.cli.progress import _lines
 from flora.cli.sizes import parse_bytes, parse_length, show_bytes
 from flora.errors import UsageError
@@ -169,3 +169,12 @@ def run_on_terminal(words: list[str]) -> str:
     os.close(ours)
     assert process.wait(60) == 0, seen
     return seen.decode()
+
+
+@pytest.mark.parametrize(("length", "is_whole"), [(70, True), (100, False)])
+def test_a_name_stays_on_one_line_unless_that_took_more_than_half_of_the_table(capsys, length, is_whole):
+    columns = (Column("name", "name", keeps_whole=True), Column("note", "note"))
+
+    print_table(Format.HUMAN, "rows", columns, [{"name": "n" * length, "note": "w " * 200}], id_key="name")
+
+    assert ("n" * length in capsys.readouterr().out) is is_whole

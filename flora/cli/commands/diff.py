@@ -55,7 +55,7 @@ def diff(
         print_json(summary | {"cosine": found.cosine, "notes": notes, "modules": rows})
         return
     columns = [
-        Column("module", "module"),
+        Column("module", "module", keeps_whole=True),
         Column("left_rank", "rank A", is_number=True),
         Column("right_rank", "rank B", is_number=True),
         Column("distance", "distance", _number, is_number=True),

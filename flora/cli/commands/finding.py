@@ -10,6 +10,7 @@ from flora.cli.commands.listing import version_row
 from flora.cli.options import AsJson, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, choose_format, percent, print_record, print_table
 from flora.cli.sizes import show_bytes
+from flora.errors import UsageError
 
 
 def label(
@@ -30,6 +31,9 @@ def label(
       flora label sql@v3 task=
     """
     form = choose_format(as_json=as_json, ids_only=quiet)
+    for each in labels or ():
+        if "=" not in each:
+            raise UsageError(f"{each!r} is no label", fix=f"give {each}=VALUE to note one, {each}= to take it away")
     wanted = {key: value or None for key, _, value in (each.partition("=") for each in labels or ())}
     with open_registry(registry) as store:
         version = store.resolve(ref)

@@ -61,7 +61,7 @@ def inspect(
         _write_page(plot, label, adapter)
     rows = list(_module_rows(header, report))
     columns = [
-        Column("module", "module"),
+        Column("module", "module", keeps_whole=True),
         Column("shape", "shape", lambda shape: "x".join(map(str, shape)), is_number=True),
         Column("rank", "rank", is_number=True),
         Column("kept", "kept", percent, is_number=True),

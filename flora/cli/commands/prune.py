@@ -79,5 +79,7 @@ def prune(
         ("", f"{percent(record['kept_share'])} of the whole change"),
     ]
     print_record(form, record, id_key="ref", facts=facts, title=record["ref"])
+    if dry_run and after is not None and not quiet:
+        note("note: nothing was made; this is what it would be")
     if after is None and not quiet:
         note(f"note: {version.ref} holds no more than that already, so no version was made")

@@ -90,7 +90,7 @@ def _print(form: Format, source: Source, found: Verification, likeness: Likeness
         print_json(record | ({"likeness": _likeness_record(likeness)} if likeness else {}))
         return
     columns = [
-        Column("name", "tensor"),
+        Column("name", "tensor", keeps_whole=True),
         Column("rank", "rank", is_number=True),
         Column("kept_share", "kept", percent, is_number=True),
         Column("certified_share", "as recorded", percent, is_number=True),
