@@ -121,14 +121,39 @@ def test_a_number_is_never_given_twice(registry):
 
 
 def test_many_are_added_in_bulk_as_they_are_one_by_one(registry, tmp_path):
-    items = [(random_adapter(seed), f"adapter-{seed % 3}") for seed in range(9)]
+    items = [(random_adapter(seed), f"adapter-{seed % 3}") for seed in (*range(9), 4)]  # the last is there already
+
+    def moves(of: Registry) -> list[tuple[str, str | None, str | None, str]]:
+        history = [move for number in range(3) for move in of.history(f"adapter-{number}", "latest")]
+        return [(move.name, move.digest, move.previous, move.reason) for move in history]
+
     with Registry.open(tmp_path / "other") as other:
         one_by_one = [other.add(adapter, name) for adapter, name in items]
+        moved_one_by_one = moves(other)
 
     in_bulk = registry.add_many(iter(items))
 
     assert [(v.ref, v.digest) for v in in_bulk] == [(v.ref, v.digest) for v in one_by_one]
-    assert registry.resolve("adapter-1") == in_bulk[7]
+    assert registry.resolve("adapter-2") == in_bulk[8]
+    assert registry.resolve("adapter-1") == in_bulk[4]
+    assert moves(registry) == moved_one_by_one
+    registry.reindex()
+    assert registry.fsck() == []
+    assert registry.resolve("adapter-1") == in_bulk[4]
+
+
+def test_what_is_refused_in_bulk_leaves_no_row_of_its_batch(registry):
+    registry.set_alias("sql", "prod", registry.add(random_adapter(0), "sql"))
+    registry.protect("sql", "prod")
+    other_base = BaseBinding(name="org/other", base_id="sha256:" + "c" * 64)
+
+    with pytest.raises(UsageError, match=r"sql:prod is protected, and stays at sql@v1"):
+        registry.add_many([(random_adapter(1), "chat"), (random_adapter(2), "sql")], alias="prod")
+    with pytest.raises(UsageError, match="the name chat belongs to another base"):
+        registry.add_many([(random_adapter(1), "chat"), (random_adapter(2, base=other_base), "chat")])
+
+    assert [entry.name for entry in registry.names()] == ["sql"]
+    assert registry.fsck() == [problem for problem in registry.fsck() if problem.is_harmless]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "sql:prod", "sql@v1", "", "a b"])
