@@ -183,6 +183,15 @@ def _found(registry: Registry, name: str, url: str | None) -> None:
     _require(registry.search(Search(labels={"conformance": name})) == [version], "the label does not find it")
 
 
+def _mismatch(registry: Registry, name: str, url: str | None) -> None:
+    """That a version was served on another base is noted once, with who allowed it."""
+    version, other_base = registry.add(_adapter(1), name), "sha256:" + "1" * 64
+    for _ in range(2):
+        registry.allow_mismatch(version, other_base)
+    noted = [(each.base_id, bool(each.actor)) for each in registry.mismatches(version)]
+    _require(noted == [(other_base, True)], f"what is noted is {noted}")
+
+
 def _removed(registry: Registry, name: str, url: str | None) -> None:
     """What was removed is not found, and its name lists nothing."""
     version = registry.add(_adapter(1), name)
@@ -230,6 +239,7 @@ CHECKS: tuple[Callable[[Registry, str, str | None], None], ...] = (
     _nothing_lost,
     _protected,
     _found,
+    _mismatch,
     _removed,
     _told,
     _leased,
