@@ -83,6 +83,19 @@ def test_a_rollback_answers_as_a_promotion_does(stored):
     check_answer(["rollback"], stored("rollback", "sql", "--json").json, closed=True)
 
 
+def test_what_is_claimed_of_the_server_answers_as_its_schemas_say(flora, tmp_path):
+    row = {"label": "table/0", "req_s": 40.0, "gpu": None, "commit": "abc"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+
+    plan = flora("bench", "suite", "--list", "--small", "--json").json
+    claims = flora("bench", "claims", tmp_path / "rows.jsonl", "--json").json
+
+    check_answer(["bench", "suite", "--list"], plan, closed=True)
+    check_answer(["bench", "claims"], claims, closed=True)
+    assert plan["entries"]
+    assert claims["claims"]
+
+
 def test_an_unchanged_checkpoint_is_told_of(flora, base, tmp_path):
     shutil.copytree(base, tmp_path / "copy")
     answer = flora("extract", base, tmp_path / "copy", "--json").json
