@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flora.adapter import Adapter
     from flora.checkpoint import Checkpoint
     from flora.identity import BaseRecord
+    from flora.registry import Registry
 
 
 class ExportFormat(StrEnum):
@@ -139,7 +140,10 @@ def export(
     ] = ExportFormat.PEFT,
     profile: ProfileOption = ExportProfile.COMPACT,
     base: Annotated[
-        str | None, typer.Option("--base", metavar="BASE", help="With gguf: folder or Hub id of its base.")
+        str | None,
+        typer.Option(
+            "--base", metavar="BASE", help="Folder or Hub id of its base: gguf wants it, PEFT's names go by it."
+        ),
     ] = None,
     part: Annotated[
         PipelinePart, typer.Option("--part", help="With diffusers and kohya: which part of the pipeline the base is.")
@@ -165,9 +169,10 @@ def export(
         version = store.resolve(ref)
         adapter = store.load(version)
         if form_of_files is ExportFormat.PEFT:
-            files = save_folder(adapter, out, profile)
+            files = save_folder(adapter, out, profile, _base_folder(store, adapter, base))
         elif form_of_files is ExportFormat.NIM:
-            files = save_folder(adapter, out / version.name.rpartition("/")[2], ExportProfile.PORTABLE)
+            folder = out / version.name.rpartition("/")[2]
+            files = save_folder(adapter, folder, ExportProfile.PORTABLE, _base_folder(store, adapter, base))
         else:
             files = _save_other(adapter, out, form_of_files, base, part)
     rows = [{"file": str(file), "num_bytes": file.stat().st_size} for file in files]
@@ -175,10 +180,22 @@ def export(
     print_table(form, "files", columns, rows, id_key="file")
 
 
-def save_folder(adapter: Adapter, out: Path, profile: ExportProfile) -> list[Path]:
+def save_folder(adapter: Adapter, out: Path, profile: ExportProfile, base: Path | None) -> list[Path]:
+    """Writes a PEFT folder, under the names that the library gives the modules of `base` while it loads them."""
+    from flora.registry.formats.paths import tree_paths
     from flora.registry.formats.peft import save_peft
 
-    return save_peft(adapter, out, profile.value)
+    return save_peft(adapter, out, profile.value, tree_paths(base, adapter.header) if base else None)
+
+
+def _base_folder(store: Registry, adapter: Adapter, base: str | None) -> Path | None:
+    """The folder of `base`; without one, where the adapter's base lies on this machine, if that is known."""
+    if base is not None:
+        from flora.checkpoint import locate_checkpoint
+
+        return locate_checkpoint(base)
+    known = (one.path for one in store.bases() if one.base_id == adapter.header.base.base_id)
+    return next((path for path in known if path is not None and path.is_dir()), None)
 
 
 def _save_other(adapter: Adapter, out: Path, form: ExportFormat, base: str | None, part: PipelinePart) -> list[Path]:
