@@ -26,6 +26,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "And by energy, pruned, and at equal bytes?",
         ("task", "how", "scope", "at", "bytes", "kept_share", "exact_match", "stderr", "nll", "questions", "device"),
     ),
+    "real_finetune": (
+        "What do fine-tunes of our own making learn?",
+        ("task", "steps", "batch_size", "lr", "seed", "exact_match_before", "exact_match", "relative_change", "device"),
+    ),
     "serve_cpu": (
         "How fast is a CPU?",
         ("workload", "system", "median_s", "out_tok_s", "flora_speedup", "answers_equal", "load"),

@@ -96,3 +96,24 @@ def only(results, pair, one: str, other: str) -> tuple[int, int]:
     ways = [study.bits_of(row["right"], row["questions"]) for row in rows]
     pairs = list(zip(*ways, strict=True))
     return pairs.count((True, False)), pairs.count((False, True))
+
+
+def test_an_energy_near_one_is_no_adapter(results):
+    for task in ("lemma", "g2p"):
+        assert 155e6 < results.row(task, "energy", "all", 0.9)["bytes"] < 165e6
+    assert results.row("lemma", "energy", "all", 0.99)["bytes"] > 269e6
+    assert lost(results, "lemma", "energy", "all", 0.7) <= 0 < lost(results, "g2p", "energy", "all", 0.7)
+
+
+def test_the_same_adapters_answer_the_same_through_peft_and_a_server(results):
+    rows = [json.loads(line) for name in ("real_bytes", "real_accuracy") for line in lines(name)]
+    for task in ("lemma", "g2p"):
+        linear = results.row(task, "rank", "linear", 64)
+        asked = [row for row in rows if row["task"] == task and row["questions"] == linear["questions"]]
+        others = [row for row in asked if row.get("recipe") == "--rank 64" or row.get("rank") == 64]
+        assert others
+        assert {row["exact_match"] for row in others} == {linear["exact_match"]}
+
+
+def lines(name: str) -> list[str]:
+    return page.ROWS.with_name(f"{name}.jsonl").read_text().splitlines()
