@@ -36,8 +36,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = write_config(folder / "base", args.shape)
+        num_processes = (os.cpu_count() or 1) if args.device != "cpu" else 1
         targets = register_random_adapters(
-            folder / "registry", args.shape, args.modules, [args.rank], range(REPEATS + 1), os.cpu_count() or 1
+            folder / "registry", args.shape, args.modules, [args.rank], range(REPEATS + 1), num_processes
         )
         engine = build_engine(engine_config(args, base, folder))
         ask(engine, targets[0], 16)

@@ -80,7 +80,7 @@ do_kernels() {
     [ -n "$REHEARSE" ] && return 0 # the interpreter takes minutes for them: bench_kernels.py --dry
     "$PYTHON" benchmarks/bench_kernels.py --out "$rows/kernels.jsonl" ${VLLM:+--vllm "$VLLM"}
 }
-do_served() { suite storm http; }
+do_served() { suite storm && suite http; } # processes of their own: a server needs all of the GPU's memory
 do_paper() { suite paper; }
 do_peft() {
     local small=()

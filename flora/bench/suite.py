@@ -13,7 +13,7 @@ import msgspec
 
 from flora.bench.bed import Bed
 from flora.bench.claims import Rows, measured
-from flora.bench.engines import World, register_adapters
+from flora.bench.engines import World, give_back_memory, register_adapters
 from flora.bench.facts import Surroundings
 from flora.bench.row import Row
 from flora.bench.serving import config_for, measure_on, measure_storm
@@ -81,6 +81,7 @@ class SuiteRun:
     def _measure_apart(self, entry: Entry) -> Iterator[Row | StormRow]:
         """What needs an engine or a server of its own."""
         rows: Iterator[Row | StormRow]
+        give_back_memory()  # the server is another process
         if entry.storm:
             rows = measure_storm(entry.bench, entry.storm, self._where, scratch=self._scratch, tell=self._tell)
         else:
