@@ -1,11 +1,10 @@
-"""Content addresses: sha256 of bytes, of files and of canonical JSON (RFC 8785)."""
+"""Content addresses: sha256 of bytes, of files and of canonical JSON."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
-import rfc8785
-
+from flora.canonical import canonical_json
 from flora.names import Digest
 
 _READ_BYTES = 1 << 22
@@ -22,11 +21,6 @@ def digest_file(path: Path) -> Digest:
         while piece := file.read(_READ_BYTES):
             sha256.update(piece)
     return Digest("sha256:" + sha256.hexdigest())
-
-
-def canonical_json(value: Any) -> bytes:
-    """One spelling for equal values: sorted keys, shortest numbers, no spaces. Source: RFC 8785."""
-    return rfc8785.dumps(value)
 
 
 def digest_json(value: Any) -> Digest:

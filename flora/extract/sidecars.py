@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG
+from flora.canonical import canonical_json
 from flora.checkpoint import Checkpoint
-from flora.digests import canonical_json
 from flora.errors import CheckpointError
 
 

@@ -6,7 +6,7 @@ It holds no clock, host or path: what was made where and when is provenance, whi
 import msgspec
 
 from flora.adapter import AdapterHeader
-from flora.digests import canonical_json
+from flora.canonical import canonical_json
 from flora.errors import StoreError
 from flora.names import Digest
 from flora.registry.store import Blob

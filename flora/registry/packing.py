@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flora.adapter import ChangeReport, to_json
-from flora.digests import canonical_json
+from flora.canonical import canonical_json
 from flora.names import Digest
 from flora.registry.formats.tensors import encode, load_tensors, to_exact, to_factors, to_tensors
 from flora.registry.manifest import Manifest

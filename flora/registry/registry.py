@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flora.adapter import AdapterHeader, ChangeReport, to_json
-from flora.digests import canonical_json
+from flora.canonical import canonical_json
 from flora.errors import AdapterNotFound, NotFound
 from flora.identity import BaseRecord
 from flora.names import Digest, Reference, check_alias, check_name, parse_reference

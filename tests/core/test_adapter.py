@@ -19,7 +19,8 @@ from flora.adapter import (
     tensor_sha256,
     to_json,
 )
-from flora.digests import canonical_json, digest_bytes, digest_file, digest_json
+from flora.canonical import canonical_json
+from flora.digests import digest_bytes, digest_file, digest_json
 from flora.lowrank import LowRank
 
 BASE = BaseBinding(name="org/tiny", base_id="sha256:" + "b" * 64)
