@@ -71,7 +71,7 @@ class SuiteRun:
         for _, group in groupby(self._entries, key=_device_of):
             entries = list(group)
             while entries:
-                if not self._has_time(START_S + entries[0].seconds):
+                if not self._has_time(START_S + entries[0].seconds) or not self._may_begin(entries):
                     self.outcome.left.append(entries.pop(0).label)
                 elif _is_apart(entries[0]):
                     yield from self._measure_apart(entries.pop(0))
@@ -137,6 +137,11 @@ class SuiteRun:
         rate = round(entry.load.share * reached, 2)
         num_requests = max(2, int(rate * entry.load.duration_s))
         return replace(entry.bench, rate=rate, setting=replace(entry.bench.setting, num_requests=num_requests))
+
+    def _may_begin(self, entries: Sequence[Entry]) -> bool:
+        """Whether an engine is worth its start: not where the first entry's rate depends on what was never measured."""
+        load = entries[0].load
+        return load is None or bool(measured(self._rows, load.label, "req_s"))
 
     def _has_time(self, seconds: float) -> bool:
         return self._clock() + seconds <= self._end_s

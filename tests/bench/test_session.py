@@ -40,8 +40,8 @@ def named(call: str) -> str:
     """The step that a call belongs to."""
     patterns = {"tests": "-m pytest", "gate": "bench_gate", "latency": "bench_latency", "kernels": "bench_kernels",
                 "peft": "bench_peft", "cost": "bench_cost", "table": "suite table base linear",
-                "served": "suite storm", "clients": "suite http", "paper": "suite paper", "invariant": "suite invariant",
-                "leak": "suite leak", "claims": "bench claims"}  # fmt: skip
+                "served": "suite storm", "clients": "suite http", "paper": "suite paper",
+                "invariant": "suite invariant", "leak": "suite leak", "claims": "bench claims"}  # fmt: skip
     return next(step for step, pattern in patterns.items() if pattern in call)
 
 
