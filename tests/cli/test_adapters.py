@@ -192,6 +192,7 @@ def test_aliases_are_tagged_promoted_and_rolled_back(stored):
         "ref": "sql@v2",
         "digest": stored("show", "sql@v2", "--json").json["digest"],
         "previous": None,
+        "dry_run": False,
     }
     assert stored("show", "sql", "--json").json["aliases"] == {"canary": 2, "latest": 1, "prod": 1, "small": 2}
 
