@@ -109,7 +109,7 @@ def tables(results: Results) -> dict[str, str]:
         found[f"ranks {task}"] = _ranks(results, task)
         found[f"energies {task}"] = _energies(results, task)
         found[f"bytes {task}"] = _bytes(results, task)
-    return found
+    return found | {"ranks sort": _ranks(results, "sort"), "energies sort": _energies(results, "sort")}
 
 
 def drawings(results: Results) -> dict[str, str]:

@@ -64,7 +64,7 @@ def test_g2p_lives_in_its_embeddings_and_keeps_its_skill_late(results):
 def test_pruning_equals_extracting(results):
     pruned = [row for row in results.rows() if row["how"] == "prune"]
 
-    assert {row["task"] for row in pruned} == {"lemma", "g2p"}
+    assert {row["task"] for row in pruned} == {"lemma", "g2p", "sort"}
     for row in pruned:
         extracted = results.row(row["task"], "energy", "all", row["at"])
         assert row["equal_ranks"] == 1.0
@@ -96,6 +96,18 @@ def only(results, pair, one: str, other: str) -> tuple[int, int]:
     ways = [study.bits_of(row["right"], row["questions"]) for row in rows]
     pairs = list(zip(*ways, strict=True))
     return pairs.count((True, False)), pairs.count((False, True))
+
+
+def test_a_small_share_left_behind_is_no_small_loss(results):
+    assert results.row("sort", "tuned")["exact_match"] == 0.14
+    assert results.row("sort", "uncut", "linear")["exact_match"] < 0.02
+    assert 0.94 < results.row("sort", "rank", "linear", 256)["kept_share"] < 0.96
+    mean, error = page.points(results.row("sort", "rank", "all", 32))
+    assert mean < 2 * error
+    assert abs(results.row("sort", "rank", "all", 32)["kept_share"] - 0.95) < 0.005
+    assert abs(results.row("sort", "energy", "all", 0.95)["kept_share"] - 0.95) < 0.005
+    assert 4.5 < lost(results, "sort", "energy", "all", 0.95) < 5.5
+    assert 8 < lost(results, "sort", "energy", "all", 0.9) < 10
 
 
 def test_an_energy_near_one_is_no_adapter(results):
