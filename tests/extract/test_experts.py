@@ -1,5 +1,6 @@
 """Mixtures of experts: one pair of factors an expert, which PEFT stacks into transformers' fused parameters."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flora.algebra.combine import Combination
 from flora.algebra.parts import Part
 from flora.algebra.verify import verify
 from flora.checkpoint import open_checkpoint
-from flora.errors import CheckpointError
+from flora.errors import AdapterInvalid, CheckpointError
 from flora.extract import ExtractConfig, Wish, extract, plan_extraction
 from flora.forms import EXPERT_KINDS, as_weight, expert_slice, is_expert, stack_name
 from flora.identity import base_record
@@ -160,12 +161,63 @@ def test_a_stack_has_the_names_and_shapes_that_vllm_reads(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("qwen3", {"gate_proj", "up_proj", "down_proj"}),
+        ("qwen2", {f"experts.{index}.{leaf}_proj" for index in range(4) for leaf in ("gate", "up", "down")}),
+    ],
+)
+def test_experts_are_targeted_by_their_last_names_unless_a_plain_layer_has_them_too(tmp_path, name, leaves):
+    """Short names are what SGLang reads; of the shared expert's layers, PEFT adapts the parameters."""
+    extracted(built(name), tmp_path, rank=6, wish=Wish())
+
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    attention = {f"{leaf}_proj" for leaf in "qkvo"}
+    assert {target for target in config["target_modules"] if target not in attention} - {"shared_expert_gate"} == leaves
+    routers = {target for target in config["target_parameters"] if target.endswith("mlp.gate.weight")}
+    assert len(routers) == 2
+    shared = [target for target in config["target_parameters"] if "shared_expert." in target]
+    assert len(shared) == (6 if name == "qwen2" else 0)
+
+
 def test_separate_experts_keep_the_names_that_vllm_reads(tmp_path):
     extracted(built("qwen3"), tmp_path, rank=6, wish=Wish())
 
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     own = {f"base_model.model.model.layers.1.mlp.experts.3.{leaf}_proj" for leaf in ("gate", "up", "down")}
     assert {f"{module}.lora_{half}.weight" for module in own for half in "AB"} <= tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "message"),
+    [
+        ("gpt-oss", (0, 0), r"is not what flora\.json says"),
+        ("qwen3.5", (0, 47), "reaches into another's factors"),  # gate's row, in a column of up
+    ],
+)
+def test_a_stack_that_was_changed_in_one_place_is_refused(tmp_path, name, place, message):
+    extracted(built(name), tmp_path, rank=6, wish=Wish())
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    stack = next(name for name in tensors if name.endswith("layers.0.mlp.experts.base_layer.lora_B.weight"))
+    tensors[stack][place] += 1
+    save_file(tensors, file)
+
+    with pytest.raises(AdapterInvalid, match=message):
+        load_peft(tmp_path / "adapter")
+
+
+def test_a_stack_of_another_number_of_experts_is_refused(tmp_path):
+    extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish())
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if "layers.0.mlp.experts.lora_" in name]:
+        tensors[name] = (tensors[name][:-1] if "lora_A" in name else tensors[name][:, :-1]).contiguous()
+    save_file(tensors, file)
+
+    with pytest.raises(AdapterInvalid, match=r"experts\.down_proj has no factors of 4 experts"):
+        load_peft(tmp_path / "adapter")
 
 
 def test_biases_of_fused_experts_are_named_with_their_share(tmp_path):

@@ -43,8 +43,9 @@ def find_targets(adapter: Adapter, forms: Mapping[str, Form], *, short: bool = F
     tied = {name for module in names for name in forms[module].tied}
     parameters = {stack.parameter for stack in stacks}
     fused = {_FUSED[leaf] for leaf in map(_leaf, separate) if leaf in _FUSED}
+    clash = any(forms[name].kind == "linear" for name in aside)
     targets: dict[str, Any] = {
-        "target_modules": sorted(_short(names | tied, clash=bool(aside)) if short else names | tied),
+        "target_modules": sorted(_short(names | tied, clash=clash) if short else names | tied),
     }
     if found := sorted(parameters | fused | {f"{name}.weight" for name in aside}):
         targets["target_parameters"] = found
