@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from openai import OpenAI
+from pairs import commit, kit_folder, made
 
 import flora
 from flora.cli.server_process import running_server
@@ -36,19 +37,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    kit = Path(os.environ["FLORA_FIXTURES"])
-    sys.path.insert(0, str(kit))
+    kit = kit_folder()
     from tasks import TASKS
 
     where = ["--device", args.device, "--dtype", args.dtype]
     with tempfile.TemporaryDirectory() as folder:
         work, home = Path(folder), Path(folder) / "home"
-        make(kit, "make_base.py", work / "base")
+        base = made(kit, work / "base", "make_base.py", work / "base")
         for name in args.tasks.split(","):
             task = TASKS[name]
             examples = task.split().test[: args.questions]
-            tuned = work / name
-            make(kit, "make_tuned.py", name, work / "base", tuned)
+            tuned = made(kit, work / name, "make_tuned.py", name, base, work / name)
 
             def ask(url: str, model: str, rest: dict[str, Any], task: Any = task, examples: list = examples) -> None:
                 outputs = answers(url, model, examples, task.max_new_tokens)
@@ -72,16 +71,12 @@ def main() -> None:
 
             with running_server([str(tuned), *where], home) as url:
                 ask(url, tuned.name, {"model": "tuned"})
-            reports = {rank: extract(work / "base", tuned, int(rank), home) for rank in args.ranks.split(",")}
-            with running_server([str(work / "base"), *where], home) as url:
+            reports = {rank: extract(base, tuned, int(rank), home) for rank in args.ranks.split(",")}
+            with running_server([str(base), *where], home) as url:
                 ask(url, "base", {"model": "base"})
                 for rank, report in reports.items():
                     kept = {key: report[key] for key in ("kept_share_of_modules", "kept_share", "num_bytes")}
                     ask(url, report["id"].partition("@")[0], {"model": "adapter", "rank": int(rank), **kept})
-
-
-def make(kit: Path, script: str, *args: object) -> None:
-    subprocess.run([sys.executable, kit / script, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
 
 
 def extract(base: Path, tuned: Path, rank: int, home: Path) -> dict[str, Any]:
@@ -103,11 +98,6 @@ def answers(url: str, model: str, examples: list, max_tokens: int) -> list[str]:
 
     with ThreadPoolExecutor(CONCURRENT) as pool:
         return list(pool.map(answer, examples))
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pairs import commit, kit_folder, made
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,8 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kit = Path(os.environ["FLORA_FIXTURES"])
-    sys.path.insert(0, str(kit))
+    kit = kit_folder()
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
         base = made(kit, work / "base", "make_base.py", work / "base")
@@ -122,17 +122,6 @@ def extract(base: Path, tuned: Path, recipe: str, out: Path) -> dict[str, Any]:
         env=os.environ | {"FLORA_HOME": str(home)},
     )
     return json.loads(done.stdout)["adapters"][0]
-
-
-def made(kit: Path, folder: Path, script: str, *args: object) -> Path:
-    if not folder.exists():
-        subprocess.run([sys.executable, kit / script, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
