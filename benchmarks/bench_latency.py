@@ -45,7 +45,7 @@ def main() -> None:
         row = {
             "system": "flora",
             "bench": "latency",
-            "label": "latency",
+            "label": f"latency/beside-{args.beside_rows}" if args.beside_rows else "latency",
             "version": flora.__version__,
             "shape": args.shape,
             "modules": args.modules,
@@ -78,6 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, default=40.0)
     parser.add_argument("--host-gib", type=float, default=8.0)
     parser.add_argument("--loaders", type=int, default=4)
+    parser.add_argument("--beside-rows", type=int, default=0, help="EngineConfig.beside_rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no git")
@@ -98,6 +99,7 @@ def engine_config(args: argparse.Namespace, base: Path, folder: Path) -> EngineC
         max_batch_tokens=2048,
         host_cache_bytes=int(args.host_gib * 2**30),
         num_loaders=args.loaders,
+        beside_rows=args.beside_rows,
     )
 
 

@@ -25,6 +25,7 @@ tests      170 300 the GPU tests: kernels, graphs, isolation, launches
 gate        90 200 bf16 error against float32, PEFT's beside it; nothing is timed before it has passed
 table      260 330 requests/s for 0, 5, 100, 1000, 2000 adapters; base beside adapters; all seven projections
 latency     75 150 one stream: time per token, first token by where the adapter lies
+beside     160 260 LoRA beside the base's products: one stream, 5 and 1,000 adapters
 kernels     90 200 shrink, expand, attention by graph replay; vLLM's kernels beside them where importable
 served     150 260 a storm of loads; 256 clients over HTTP
 paper      760 900 S-LoRA's list on its own shapes: S1, S2, merged, slots, early abort, capped, prefetch, clusters
@@ -76,6 +77,12 @@ do_latency() {
     [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --rank 4 --pool-gib 0.1 --host-gib 0.1 --loaders 0)
     "$PYTHON" benchmarks/bench_latency.py --out "$rows/latency.jsonl" ${small[@]+"${small[@]}"}
 }
+do_beside() {
+    local small=()
+    [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --rank 4 --pool-gib 0.1 --host-gib 0.1 --loaders 0)
+    "$PYTHON" benchmarks/bench_latency.py --beside-rows 64 --out "$rows/latency.jsonl" ${small[@]+"${small[@]}"} &&
+        suite beside
+}
 do_kernels() {
     [ -n "$REHEARSE" ] && return 0 # the interpreter takes minutes for them: bench_kernels.py --dry
     "$PYTHON" benchmarks/bench_kernels.py --out "$rows/kernels.jsonl" ${VLLM:+--vllm "$VLLM"}
@@ -96,7 +103,7 @@ do_cost() {
 do_invariant() { suite invariant; }
 do_leak() { suite leak; }
 
-export -f do_tests do_gate do_table do_latency do_kernels do_served do_paper do_peft do_cost do_invariant do_leak
+export -f do_tests do_gate do_table do_latency do_beside do_kernels do_served do_paper do_peft do_cost do_invariant do_leak
 export -f suite bench left
 export PYTHON REHEARSE VLLM rows budget
 
@@ -123,7 +130,7 @@ run_step() { # NAME EXPECTED MOST
     echo "--- $name ended with $code after $((SECONDS - started)) s" | tee -a "$log"
     if [ "$code" -eq 0 ]; then
         case $name in
-        table | served | paper | invariant | leak) ;; # their own rows say what is there
+        table | beside | served | paper | invariant | leak) ;; # their own rows say what is there
         *) echo "done $name $FLORA_COMMIT" >>"$log" ;;
         esac
     fi

@@ -145,6 +145,12 @@ def _invariant(make: _Maker) -> Iterator[Entry]:
         yield make(f"invariant/{num_adapters}", "G1", num_adapters, 30, engine={"batch_invariant": True})
 
 
+def _beside(make: _Maker) -> Iterator[Entry]:
+    """LoRA beside the base's products in steps of every size: to be held against the table."""
+    for num_adapters in (5, 1000):
+        yield make(f"beside/{num_adapters}", "G1", num_adapters, 21, engine={"beside_rows": 4096})
+
+
 def _paper(make: _Maker) -> Iterator[Entry]:
     """S-LoRA's own shapes."""
     for preset, number, seconds in (("S2", 5, 35), ("S2", 2000, 40), ("S1", 5, 30), ("S1", 2000, 33), ("S2", 100, 35)):
@@ -180,6 +186,7 @@ SUITES: Mapping[str, Callable[[_Maker], Iterator[Entry]]] = {
     "storm": _storm,
     "http": _http,
     "invariant": _invariant,
+    "beside": _beside,
     "paper": _paper,
     "leak": _leak,
 }

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_session.sh"
-STEPS = ["tests", "gate", "table", "latency", "kernels", "served", "paper", "peft", "cost", "invariant", "leak"]
-RESUMED_BY_ROWS = {"table", "served", "paper", "invariant", "leak"}
+STEPS = [
+    *("tests", "gate", "table", "latency", "beside", "kernels", "served", "paper", "peft", "cost", "invariant", "leak"),
+]
+RESUMED_BY_ROWS = {"table", "beside", "served", "paper", "invariant", "leak"}
 STAND_IN = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$*" in *"$FAILS"*) exit 1 ;; esac
@@ -38,7 +40,8 @@ def session(tmp_path: Path):
 
 def named(call: str) -> str:
     """The step that a call belongs to."""
-    patterns = {"tests": "-m pytest", "gate": "bench_gate", "latency": "bench_latency", "kernels": "bench_kernels",
+    patterns = {"tests": "-m pytest", "gate": "bench_gate", "beside": "--beside-rows", "crowd": "suite beside",
+                "latency": "bench_latency", "kernels": "bench_kernels",
                 "peft": "bench_peft", "cost": "bench_cost", "table": "suite table base linear",
                 "served": "suite storm", "clients": "suite http", "paper": "suite paper",
                 "invariant": "suite invariant", "leak": "suite leak", "claims": "bench claims"}  # fmt: skip
@@ -46,8 +49,8 @@ def named(call: str) -> str:
 
 
 def steps_of(calls: list[str]) -> list[str]:
-    """The steps that these calls belong to; clients follow the storm within one."""
-    return [step for step in map(named, calls) if step != "clients"]
+    """The steps that these calls belong to; clients follow the storm within one, and a crowd one stream in another."""
+    return [step for step in map(named, calls) if step not in ("clients", "crowd")]
 
 
 def test_every_step_has_its_minutes():
