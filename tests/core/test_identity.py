@@ -9,7 +9,7 @@ import torch
 from flora import identity
 from flora.checkpoint import open_checkpoint
 from flora.digests import digest_bytes
-from flora.identity import base_record
+from flora.identity import base_record, records_beside
 from tests.core.checkpoints import TENSORS, write_sharded, write_single
 
 
@@ -94,10 +94,22 @@ def test_the_cache_holds_no_half_written_files(tmp_path):
         assert json.loads(file.read_text())["sha256"]
 
 
-def test_progress_adds_up_to_the_bytes_of_the_tensors(tmp_path):
+def test_hashing_ends_before_the_next_tensor_where_the_check_says_so(tmp_path):
     checkpoint = open_checkpoint(write_sharded(tmp_path / "model"))
-    seen: list[int] = []
+    calls: list[int] = []
 
-    base_record(checkpoint, progress=seen.append)
+    def check() -> None:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
 
-    assert sum(seen) == checkpoint.num_bytes
+    with pytest.raises(KeyboardInterrupt):
+        base_record(checkpoint, check=check)
+    assert len(calls) == 2
+
+
+def test_records_that_are_made_beside_other_work_are_those_made_alone(tmp_path):
+    checkpoint = open_checkpoint(write_sharded(tmp_path / "model"))
+
+    with records_beside([checkpoint, checkpoint], None) as records:
+        assert records() == [base_record(checkpoint)] * 2
