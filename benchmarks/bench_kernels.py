@@ -31,8 +31,10 @@ from flora.kernels import (
     FEW_ROWS,
     MODULES,
     AdapterWeights,
+    Context,
     Group,
     Ops,
+    Place,
     ReferenceOps,
     WorkList,
     heaviest_first,
@@ -69,6 +71,9 @@ class Model:
     def outs(self, group: Group) -> tuple[list[int], list[int]]:
         sizes = [self.outputs[m] for m in group.value]
         return [sum(sizes[:s]) for s in range(len(sizes))], sizes
+
+    def place(self, layer: int, group: Group) -> Place:
+        return Place(layer, group, *self.outs(group))
 
 
 LLAMA_8B = Model()
@@ -175,7 +180,7 @@ def lora_inputs(bench: Bench, n: int, groups: tuple[Group, ...]) -> Inputs:
 def shrink_step(bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor) -> Step:
     def step() -> None:
         for layer in range(weights.modules.shape[1]):
-            ops.lora_shrink(x, weights, layer, group, work)
+            ops.lora_shrink(x, weights, bench.model.place(layer, group), work)
 
     return step
 
@@ -183,11 +188,12 @@ def shrink_step(bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, w
 def expand_step(
     bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor, y: Tensor
 ) -> Step:
-    shrunk = [ops.lora_shrink(x, weights, layer, group, work) for layer in range(weights.modules.shape[1])]
+    places = [bench.model.place(layer, group) for layer in range(weights.modules.shape[1])]
+    shrunk = [ops.lora_shrink(x, weights, place, work) for place in places]
 
     def step() -> None:
-        for layer, v in enumerate(shrunk):
-            ops.lora_expand(y, v, weights, layer, group, *bench.model.outs(group), work)
+        for place, v in zip(places, shrunk, strict=True):
+            ops.lora_expand(y, v, weights, place, work)
 
     return step
 
@@ -199,8 +205,8 @@ def lora_step(
         for layer in range(weights.modules.shape[1]):
             for group in groups:
                 x, y = data[group]
-                v = ops.lora_shrink(x, weights, layer, group, work)
-                ops.lora_expand(y, v, weights, layer, group, *bench.model.outs(group), work)
+                place = bench.model.place(layer, group)
+                ops.lora_expand(y, ops.lora_shrink(x, weights, place, work), weights, place, work)
 
     return step
 
@@ -211,10 +217,10 @@ def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]
     work = work_list(bench, slots, FEW_ROWS, rows_each, ranks)
     for group, (x, y) in lora_inputs(bench, len(slots) * rows_each, ALL).items():
         result, wanted = y.clone(), y.float()
-        starts, sizes = bench.model.outs(group)
-        ops.lora_expand(result, ops.lora_shrink(x, weights, 0, group, work), weights, 0, group, starts, sizes, work)
-        v = ReferenceOps().lora_shrink(x.float(), weights, 0, group, work)
-        ReferenceOps().lora_expand(wanted, v, weights, 0, group, starts, sizes, work)
+        place = bench.model.place(0, group)
+        ops.lora_expand(result, ops.lora_shrink(x, weights, place, work), weights, place, work)
+        v = ReferenceOps().lora_shrink(x.float(), weights, place, work)
+        ReferenceOps().lora_expand(wanted, v, weights, place, work)
         bench.check(
             check="lora",
             group=group.name,
@@ -358,7 +364,7 @@ def attention_step(bench: Bench, ops: Ops, batch: int, context: int, queries: in
     most = 1 if queries == 1 else None
 
     def attend(ops: Ops, q: Tensor, plane: Tensor) -> Tensor:
-        return ops.paged_attention(q, plane, tables, lens, starts, scale, max_queries=most)
+        return ops.paged_attention(q, plane, Context(tables, lens, starts, max_queries=most), scale)
 
     def step() -> None:
         for plane in planes:

@@ -6,11 +6,12 @@ use, so that a machine without Triton can import this room.
 
 from typing import Any
 
+from flora.kernels.context import Context
 from flora.kernels.linear import MIN_ROWS, PackedLinear, linear
-from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, padded, row_alignment
+from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, Place, padded, row_alignment
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
-from flora.kernels.project import Place, SideStream, project, project_beside
+from flora.kernels.project import SideStream, project, project_beside
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
@@ -24,6 +25,7 @@ __all__ = [
     "MIN_ROWS",
     "MODULES",
     "AdapterWeights",
+    "Context",
     "Group",
     "LowRankTerms",
     "Ops",

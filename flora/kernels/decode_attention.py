@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flora.kernels.context import Context
 from flora.kernels.tuning import DecodeTuning, overlapped
 
 
@@ -13,9 +14,7 @@ def decode_attention(
     out: Tensor,
     q: Tensor,
     kv: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
+    context: Context,
     softmax_scale: float,
     tuning: DecodeTuning,
     *,
@@ -26,6 +25,7 @@ def decode_attention(
     A context is cut every split_tokens, whoever else is in the batch, so a row's bits depend on its own sequence alone.
     Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).
     """
+    block_tables = context.block_tables
     num_sequences, max_pages = block_tables.shape
     num_q_heads, head_dim = q.shape[1:]
     page_tokens, num_kv_heads = kv.shape[2:4]
@@ -40,8 +40,8 @@ def decode_attention(
         q,
         kv,
         block_tables,
-        seq_lens,
-        query_starts,
+        context.seq_lens,
+        context.query_starts,
         out,
         partial,
         lse,
@@ -69,8 +69,8 @@ def decode_attention(
         _decode_combine_kernel[(num_sequences, num_q_heads)](
             partial,
             lse,
-            seq_lens,
-            query_starts,
+            context.seq_lens,
+            context.query_starts,
             out,
             max_splits,
             out.stride(0),

@@ -1,14 +1,12 @@
 """Triton: y += scale * v @ B.T for every row's own adapter, in place."""
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from flora.kernels.lora_shrink import load_segment, matrix_offsets
-from flora.kernels.modules import CHUNK, MODULES, Group
+from flora.kernels.modules import CHUNK, MODULES, Place
 from flora.kernels.tuning import LoraTuning, grid_size, overlapped
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import FEW_ROWS, WorkList
@@ -18,10 +16,7 @@ def lora_expand(
     y: Tensor,
     v: Tensor,
     weights: AdapterWeights,
-    layer: int,
-    group: Group,
-    out_starts: Sequence[int],
-    out_sizes: Sequence[int],
+    place: Place,
     work: WorkList,
     tuning: LoraTuning,
     *,
@@ -37,12 +32,12 @@ def lora_expand(
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """
     vector_n = min(tuning.expand_vector_n, weights.alignment)
-    tiles = sum(triton.cdiv(size, vector_n) for size in out_sizes)
+    tiles = sum(triton.cdiv(size, vector_n) for size in place.out_sizes)
     items = work.segments.shape[0] * tiles
     if items == 0 or y.shape[0] == 0:
         return
-    starts = (*out_starts, *[0] * (3 - len(out_starts)))
-    sizes = (*out_sizes, *[0] * (3 - len(out_sizes)))
+    absent = [0] * (3 - len(place.out_sizes))
+    starts, sizes = (*place.out_starts, *absent), (*place.out_sizes, *absent)
     _lora_expand_kernel[(grid_size(items, tuning.programs_per_sm, num_sms),)](
         y,
         v,
@@ -55,7 +50,7 @@ def lora_expand(
         *starts,
         *sizes,
         weights.pool.shape[1] // CHUNK,
-        layer * len(MODULES) + group.value[0],
+        place.layer * len(MODULES) + place.group.value[0],
         y.stride(0),
         *v.stride()[:3],
         weights.cells.stride(0),

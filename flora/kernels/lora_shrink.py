@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from flora.kernels.modules import CHUNK, MODULES, Group, padded
+from flora.kernels.modules import CHUNK, MODULES, Place, padded
 from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
@@ -15,8 +15,7 @@ from flora.kernels.work import WorkList
 def lora_shrink(
     x: Tensor,
     weights: AdapterWeights,
-    layer: int,
-    group: Group,
+    place: Place,
     work: WorkList,
     tuning: LoraTuning,
     *,
@@ -30,7 +29,8 @@ def lora_shrink(
     Ground truth: ReferenceOps.lora_shrink.  Source: Punica (arXiv:2310.18547), SGMV.
     """
     n, in_features = x.shape
-    num_slices = len(group.value)
+    modules = place.group.value
+    num_slices = len(modules)
     split = tuning.split_of(in_features)
     splits = triton.cdiv(in_features, split)
     width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
@@ -50,7 +50,7 @@ def lora_shrink(
         in_features,
         padded(in_features) // CHUNK,
         weights.pool.shape[1] // CHUNK,
-        (layer * len(MODULES) + group.value[0]) * 3,
+        (place.layer * len(MODULES) + modules[0]) * 3,
         x.stride(0),
         weights.cells.stride(0),
         weights.modules.stride(0),

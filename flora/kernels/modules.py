@@ -1,6 +1,7 @@
 """The seven linear modules of a decoder layer that an adapter may touch, and the groups that share one launch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from math import gcd
 
@@ -19,6 +20,16 @@ class Group(Enum):
 
 ATTENTION_GROUPS = frozenset({Group.QKV, Group.OUT})
 ALL_GROUPS = frozenset(Group)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which products of a layer are meant, and where each lies in the fused output."""
+
+    layer: int
+    group: Group
+    out_starts: Sequence[int]
+    out_sizes: Sequence[int]
 
 
 def padded(row_elements: int) -> int:

@@ -1,11 +1,11 @@
 """What a model calls between its base products, each with a plain-torch and a Triton implementation."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from flora.kernels.modules import Group
+from flora.kernels.context import Context
+from flora.kernels.modules import Place
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
@@ -16,8 +16,8 @@ class Ops(Protocol):
 
     name: str  # "reference" or "triton", for metrics
 
-    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
-        """v: x[i] @ A_s.T for each slice s of the group and each row i of a segment, in float32.
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
+        """v: x[i] @ A_s.T for each slice s of the place's group and each row i of a segment, in float32.
 
         x        [n, in_features], contiguous
         returns  a buffer whose layout is the implementation's own business: only its own lora_expand reads it. What no
@@ -26,22 +26,12 @@ class Ops(Protocol):
         ...
 
     def lora_expand(
-        self,
-        y: Tensor,
-        v: Tensor,
-        weights: AdapterWeights,
-        layer: int,
-        group: Group,
-        out_starts: Sequence[int],
-        out_sizes: Sequence[int],
-        work: WorkList,
-        *,
-        add: bool = True,
+        self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
-        """y[i, out_starts[s] : + out_sizes[s]] += scale_s * v[i, s] @ B_s.T, in place.
+        """y[i, place.out_starts[s] : + place.out_sizes[s]] += scale_s * v[i, s] @ B_s.T, in place.
 
         y  [n, out_total], contiguous; float32 inside, one rounding to y's dtype. Rows in no segment keep their bits.
-        v  what lora_shrink returned for the same weights, layer, group and work
+        v  what lora_shrink returned for the same weights, place and work
         add  False: = instead of +=, and 0 where a row's adapter leaves out the module
         """
         ...
@@ -55,27 +45,11 @@ class Ops(Protocol):
         """
         ...
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_starts: Tensor,
-        softmax_scale: float,
-        *,
-        max_queries: int | None = None,
-        prefill_range: Tensor | None = None,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """Causal attention of each sequence's last tokens over its whole context, which store_kv has already stored.
 
-        q             [n, num_q_heads, head_dim]; num_q_heads is a multiple of num_kv_heads
-        block_tables  int32 [num_sequences, max_pages]; unread past a sequence's last page
-        seq_lens      int32 [num_sequences]: context tokens, the queries' own among them; 0 is padding
-        query_starts  int32 [num_sequences + 1]: sequence s owns rows query_starts[s] : query_starts[s + 1]
-        max_queries   no sequence has more queries than this (None: unknown). 1 spares a GPU the prefill launch.
-        prefill_range int32 [2], first and end: sequences outside have at most one query (None: unknown)
-        returns       [n, num_q_heads, head_dim] in q's dtype; zeros for rows of a sequence with seq_len 0.
+        q        [n, num_q_heads, head_dim]; num_q_heads is a multiple of num_kv_heads
+        returns  [n, num_q_heads, head_dim] in q's dtype; zeros for rows of a sequence with seq_len 0.
         """
         ...
 

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from flora.kernels.context import Context
 from flora.kernels.decode_attention import LOG2_E
 from flora.kernels.tuning import WIDE_HEADS, PrefillTuning, grid_size, overlapped
 
@@ -13,25 +14,23 @@ def prefill_attention(
     out: Tensor,
     q: Tensor,
     kv: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_starts: Tensor,
+    context: Context,
     softmax_scale: float,
     tuning: PrefillTuning,
     *,
-    prefill_range: Tensor | None,
     min_queries: int = 2,
     num_sms: int,
     overlap: bool,
 ) -> None:
     """Rows of `out` that belong to sequences with `min_queries` or more, 1 or 2; the other rows are left alone.
 
-    prefill_range  int32 [2]: only sequences from the first up to the second have so many (None: any may). A captured
-                   step has room for hundreds of sequences and mostly a few prompts: their tiles are then the only ones.
+    Only sequences within `context.prefill_range` have so many. A captured step has room for hundreds of sequences and
+    mostly a few prompts: their tiles are then the only ones.
 
     The query heads of one KV head share its tile: row r of a tile is token r // group, head r % group.
     Ground truth: ReferenceOps.paged_attention.  Source: FlashAttention-2 (arXiv:2307.08691).
     """
+    block_tables, query_starts = context.block_tables, context.query_starts
     num_sequences = block_tables.shape[0]
     num_q_heads, head_dim = q.shape[1:]
     page_tokens, num_kv_heads = kv.shape[2:4]
@@ -50,9 +49,9 @@ def prefill_attention(
         q,
         kv,
         block_tables,
-        seq_lens,
+        context.seq_lens,
         query_starts,
-        query_starts if prefill_range is None else prefill_range,
+        query_starts if context.prefill_range is None else context.prefill_range,
         out,
         softmax_scale * LOG2_E,
         num_sequences,
@@ -63,7 +62,7 @@ def prefill_attention(
         out.stride(1),
         *kv.stride()[:4],
         block_tables.stride(0),
-        HAS_RANGE=prefill_range is not None,
+        HAS_RANGE=context.prefill_range is not None,
         MIN_QUERIES=min_queries,
         PAGE_TOKENS=page_tokens,
         GROUP=group,

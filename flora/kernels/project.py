@@ -6,28 +6,17 @@ LoRA is then left on the critical path but the longer of the two roads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from flora.kernels.linear import PackedLinear
-from flora.kernels.modules import Group
+from flora.kernels.modules import Place
 from flora.kernels.ops import Ops
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which products of a layer are meant, and where each lies in the fused output."""
-
-    layer: int
-    group: Group
-    out_starts: Sequence[int]
-    out_sizes: Sequence[int]
 
 
 class SideStream:
@@ -65,8 +54,7 @@ def project(
     """linear(x) with each row's low-rank terms added, [n, out_total].  x  [n, in_features]"""
     y: Tensor = linear(x)
     for rows in work:
-        v = ops.lora_shrink(x, adapters, place.layer, place.group, rows)
-        ops.lora_expand(y, v, adapters, place.layer, place.group, place.out_starts, place.out_sizes, rows)
+        ops.lora_expand(y, ops.lora_shrink(x, adapters, place, rows), adapters, place, rows)
     return y
 
 
@@ -88,9 +76,8 @@ def project_beside(
     values = torch.empty(len(x), linear.out_features, dtype=x.dtype, device=x.device)
     with side:
         for rows in work:
-            v = ops.lora_shrink(x, adapters, place.layer, place.group, rows)
-            where = place.layer, place.group, place.out_starts, place.out_sizes
-            ops.lora_expand(values, v, adapters, *where, rows, add=False)
+            v = ops.lora_shrink(x, adapters, place, rows)
+            ops.lora_expand(values, v, adapters, place, rows, add=False)
     y: Tensor = linear(x)
     side.join()
     return y, LowRankTerms(values, adapter_rows)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from flora.kernels import pointwise, reference_attention
+from flora.kernels.context import Context
 from flora.kernels.linear import linear
-from flora.kernels.modules import CHUNK, Group, padded
+from flora.kernels.modules import CHUNK, Place, padded
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
@@ -22,12 +23,12 @@ class ReferenceOps:
 
     name = "reference"
 
-    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink; here float32 [n, width], the slices back to back by each row's own ranks."""
-        width = work.max_rank * len(group.value)
+        width = work.max_rank * len(place.group.value)
         v = torch.empty(x.shape[0], width, dtype=torch.float32, device=x.device)
         for slot, first, count in _segments(work):
-            records = _records(weights, slot, layer, group)
+            records = _records(weights, slot, place)
             factors = _matrices(weights, slot, [(rank, a_chunk, x.shape[1]) for rank, a_chunk, _ in records])
             if factors:
                 a = torch.cat(factors) if len(factors) > 1 else factors[0]  # [total rank, in_features]
@@ -35,26 +36,16 @@ class ReferenceOps:
         return v
 
     def lora_expand(
-        self,
-        y: Tensor,
-        v: Tensor,
-        weights: AdapterWeights,
-        layer: int,
-        group: Group,
-        out_starts: Sequence[int],
-        out_sizes: Sequence[int],
-        work: WorkList,
-        *,
-        add: bool = True,
+        self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
         """See Ops.lora_expand."""
         for slot, first, count in _segments(work):
             if not add:
                 y[first : first + count] = 0
-            records = _records(weights, slot, layer, group)
-            scales = weights.scales[slot, layer].tolist()
+            records = _records(weights, slot, place)
+            scales = weights.scales[slot, place.layer].tolist()
             column = 0
-            slices = zip(records, group.value, out_starts, out_sizes, strict=True)
+            slices = zip(records, place.group.value, place.out_starts, place.out_sizes, strict=True)
             present = [(rank, chunk, module, start, size) for (rank, _, chunk), module, start, size in slices if rank]
             factors = _matrices(weights, slot, [(rank, chunk, size) for rank, chunk, _, _, size in present])
             for (rank, _, module, start, size), b in zip(present, factors, strict=True):  # b is [rank, out]
@@ -75,20 +66,9 @@ class ReferenceOps:
         kv[page, 0, offset] = k[kept].to(kv.dtype)
         kv[page, 1, offset] = v[kept].to(kv.dtype)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_starts: Tensor,
-        softmax_scale: float,
-        *,
-        max_queries: int | None = None,
-        prefill_range: Tensor | None = None,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """See Ops.paged_attention."""
-        return reference_attention.paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
+        return reference_attention.paged_attention(q, kv, context, softmax_scale)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops.rms_norm."""
@@ -132,9 +112,10 @@ def _segments(work: WorkList) -> list[list[int]]:
     return segments
 
 
-def _records(weights: AdapterWeights, slot: int, layer: int, group: Group) -> list[list[int]]:
-    """[rank, a_chunk, b_chunk] of the group's modules."""
-    records: list[list[int]] = weights.modules[slot, layer, group.value[0] : group.value[-1] + 1].tolist()
+def _records(weights: AdapterWeights, slot: int, place: Place) -> list[list[int]]:
+    """[rank, a_chunk, b_chunk] of the place's modules."""
+    modules = place.group.value
+    records: list[list[int]] = weights.modules[slot, place.layer, modules[0] : modules[-1] + 1].tolist()
     return records
 
 

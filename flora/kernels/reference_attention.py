@@ -15,15 +15,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from flora.kernels.context import Context
+
 KV_BLOCK = 64  # tokens
 MIN_ROWS = 8
 QUERY_TILE = 64  # tokens of one sequence that are attended together
 
 
-def paged_attention(
-    q: Tensor, kv: Tensor, block_tables: Tensor, seq_lens: Tensor, query_starts: Tensor, softmax_scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
     """See Ops.paged_attention."""
+    block_tables, seq_lens, query_starts = context.block_tables, context.seq_lens, context.query_starts
     out = torch.zeros_like(q)
     starts, lengths = query_starts.tolist(), seq_lens.tolist()
     tile = QUERY_TILE if bmm_keeps_rows(q.shape[2]) or q.device.type != "cpu" else 1

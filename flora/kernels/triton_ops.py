@@ -1,16 +1,15 @@
 """Every operation as Triton kernels: the GPU path."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from flora.kernels import fused
+from flora.kernels.context import Context
 from flora.kernels.decode_attention import decode_attention
 from flora.kernels.kv_store import store_kv
 from flora.kernels.lora_expand import lora_expand
 from flora.kernels.lora_shrink import lora_shrink
-from flora.kernels.modules import Group
+from flora.kernels.modules import Place
 from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.tuning import LoraTuning, Tuning
@@ -40,27 +39,17 @@ class TritonOps:
         sms, overlap = properties.multi_processor_count, properties.major >= 9
         return cls(sms, tuning, overlap=overlap, batch_invariant=batch_invariant)
 
-    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
         tuning = self._lora_tuning(work)
-        return lora_shrink(x, weights, layer, group, work, tuning, num_sms=self.num_sms, overlap=self.overlap)
+        return lora_shrink(x, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap)
 
     def lora_expand(
-        self,
-        y: Tensor,
-        v: Tensor,
-        weights: AdapterWeights,
-        layer: int,
-        group: Group,
-        out_starts: Sequence[int],
-        out_sizes: Sequence[int],
-        work: WorkList,
-        *,
-        add: bool = True,
+        self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
         """See Ops.lora_expand."""
-        of, where = (y, v, weights, layer, group), (out_starts, out_sizes, work, self._lora_tuning(work))
-        lora_expand(*of, *where, num_sms=self.num_sms, overlap=self.overlap, add=add)
+        tuning = self._lora_tuning(work)
+        lora_expand(y, v, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap, add=add)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
         return self.tuning.lora if work.block_rows <= 16 else self.tuning.wide_lora
@@ -69,32 +58,22 @@ class TritonOps:
         """See Ops.store_kv."""
         store_kv(k, v, kv, slots)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_starts: Tensor,
-        softmax_scale: float,
-        *,
-        max_queries: int | None = None,
-        prefill_range: Tensor | None = None,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
-        of, overlap = (q, kv, block_tables, seq_lens, query_starts, softmax_scale), self.overlap
         if not self.batch_invariant:
-            decode_attention(out, *of, self.tuning.decode, overlap=overlap)
-        if self.batch_invariant or max_queries != 1:
+            decode_attention(out, q, kv, context, softmax_scale, self.tuning.decode, overlap=self.overlap)
+        if self.batch_invariant or context.max_queries != 1:
             prefill_attention(
                 out,
-                *of,
+                q,
+                kv,
+                context,
+                softmax_scale,
                 self.tuning.prefill,
-                prefill_range=prefill_range,
                 min_queries=1 if self.batch_invariant else 2,
                 num_sms=self.num_sms,
-                overlap=overlap,
+                overlap=self.overlap,
             )
         return out
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, FEW_ROWS, MODULES, AdapterWeights, Group, WorkList, padded, split_segments
+from flora.kernels import CHUNK, FEW_ROWS, MODULES, AdapterWeights, Group, Place, WorkList, padded, split_segments
 
 NAN = float("nan")
 
@@ -32,6 +32,9 @@ class Shape:
 
     def out_sizes(self, group: Group) -> list[int]:
         return [self.outputs[m] for m in group.value]
+
+    def place(self, layer: int, group: Group) -> Place:
+        return Place(layer, group, self.out_starts(group), self.out_sizes(group))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flora.kernels import ReferenceOps
+from flora.kernels import Context, ReferenceOps
 from flora.kernels.reference_attention import bmm_keeps_rows
 from tests.kernels.caches import PagedCache, expected_attention
 
@@ -15,7 +15,7 @@ def attend(
     tables = cache.block_tables(order, spare)
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
     lens = torch.tensor(lengths, dtype=torch.int32)
-    return OPS.paged_attention(q, cache.kv, tables, lens, starts, cache.head_dim**-0.5)
+    return OPS.paged_attention(q, cache.kv, Context(tables, lens, starts), cache.head_dim**-0.5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 80), (6, 2, 128)])

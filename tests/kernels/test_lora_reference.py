@@ -19,8 +19,8 @@ def rounded(adapter, dtype):
 
 def apply_lora(x, y, weights, layer, group, work):
     ops = ReferenceOps()
-    v = ops.lora_shrink(x, weights, layer, group, work)
-    ops.lora_expand(y, v, weights, layer, group, SHAPE.out_starts(group), SHAPE.out_sizes(group), work)
+    place = SHAPE.place(layer, group)
+    ops.lora_expand(y, ops.lora_shrink(x, weights, place, work), weights, place, work)
     return y
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import ALL_GROUPS, MIN_ROWS, Group, WorkList, split_segments
+from flora.kernels import ALL_GROUPS, MIN_ROWS, Context, Group, WorkList, split_segments
 from flora.serve.engine.schedule.pages import NULL_PAGE
 from flora.serve.engine.schedule.scheduler import Chunk
 
@@ -26,13 +26,9 @@ class Batch:
     token_ids: Tensor  # int64 [n]
     positions: Tensor  # int64 [n]
     slots: Tensor  # int64 [n]: page * page_tokens + offset
-    block_tables: Tensor  # int32 [S, max_pages]
-    seq_lens: Tensor  # int32 [S]: tokens of context, this step's own among them
-    query_starts: Tensor  # int32 [S + 1]
+    context: Context  # of the S sequences
     logits_rows: Tensor  # int64 [m]
     work: tuple[WorkList, ...]  # none if no row has an adapter
-    max_queries: int  # rows of the longest chunk
-    prefill_range: Tensor | None = None  # see Ops.paged_attention
     groups: frozenset[Group] = ALL_GROUPS  # that any of its adapters may touch
     adapter_rows: Tensor | None = (
         None  # int32 [n], not 0: has an adapter; low-rank terms run beside the base's products
@@ -85,12 +81,14 @@ def build_batch(
         token_ids=torch.tensor(token_ids, device=device),
         positions=torch.from_numpy(positions).to(device),
         slots=torch.from_numpy(kv_slots).to(device),
-        block_tables=torch.from_numpy(table).to(device),
-        seq_lens=torch.from_numpy((first_positions + counts).astype(np.int32)).to(device),
-        query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+        context=Context(
+            block_tables=torch.from_numpy(table).to(device),
+            seq_lens=torch.from_numpy((first_positions + counts).astype(np.int32)).to(device),
+            query_starts=torch.from_numpy(starts.astype(np.int32)).to(device),
+            max_queries=max_queries,
+        ),
         logits_rows=torch.tensor(logits_rows, dtype=torch.int64, device=device),
         work=_work_lists(slots, counts, max_queries, max_rank, device),
-        max_queries=max_queries,
     )
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flora.kernels import ReferenceOps
+from flora.kernels import Context, ReferenceOps
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import DecodeTuning, PrefillTuning, Tuning
 from tests.conftest import IS_FULL
@@ -22,9 +22,8 @@ def attend(ops, cache, q, lengths, queries, device, order=None, max_queries=None
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
     lens = torch.tensor(lengths, dtype=torch.int32)
     tables = cache.block_tables(order, spare=2)
-    inputs = [t.to(device) for t in (q, cache.kv, tables, lens, starts)]
-    scale = cache.head_dim**-0.5
-    return ops.paged_attention(*inputs, scale, max_queries=max_queries, prefill_range=prefill_range)
+    context = Context(tables.to(device), lens.to(device), starts.to(device), max_queries, prefill_range)
+    return ops.paged_attention(q.to(device), cache.kv.to(device), context, cache.head_dim**-0.5)
 
 
 def queries_of(count: int, heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +134,7 @@ def test_a_captured_step_replays_over_other_lengths_and_pages(ops, device):
 
     def step() -> torch.Tensor:
         ops.store_kv(new_k, new_v, kv, slots)
-        return ops.paged_attention(q, kv, tables, lens, starts, 0.125, max_queries=1)
+        return ops.paged_attention(q, kv, Context(tables, lens, starts, max_queries=1), 0.125)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -148,5 +147,5 @@ def test_a_captured_step_replays_over_other_lengths_and_pages(ops, device):
         last = [cache.pages[s][(lengths[s] - 1) // 16] * 16 + (lengths[s] - 1) % 16 for s in order[:2]]
         slots.copy_(torch.tensor([*last, -1, -1]))
         graph.replay()
-        wanted = ReferenceOps().paged_attention(q, kv, tables, lens, starts, 0.125)
+        wanted = ReferenceOps().paged_attention(q, kv, Context(tables, lens, starts), 0.125)
         torch.testing.assert_close(out, wanted, rtol=0, atol=TOLERANCE[torch.bfloat16])

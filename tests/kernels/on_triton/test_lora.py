@@ -8,7 +8,6 @@ from flora.kernels import (
     Group,
     Ops,
     PackedLinear,
-    Place,
     ReferenceOps,
     SideStream,
     WorkList,
@@ -38,8 +37,8 @@ def adapters_of(shape: Shape) -> list[list[Adapter]]:
 
 def run(ops: Ops, x, y, weights: AdapterWeights, shape: Shape, group: Group, work: WorkList) -> torch.Tensor:
     y = y.clone()
-    v = ops.lora_shrink(x, weights, 1, group, work)
-    ops.lora_expand(y, v, weights, 1, group, shape.out_starts(group), shape.out_sizes(group), work)
+    place = shape.place(1, group)
+    ops.lora_expand(y, ops.lora_shrink(x, weights, place, work), weights, place, work)
     return y
 
 
@@ -159,14 +158,14 @@ def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, grou
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, group, len(ROW_SLOTS), dtype, device)
     work = work_for(ROW_SLOTS, block_rows=block_rows, device=device)
-    where = 1, group, ODD.out_starts(group), ODD.out_sizes(group)
+    place = ODD.place(1, group)
 
     terms = torch.full_like(y, NAN)
-    ops.lora_expand(terms, ops.lora_shrink(x, weights, 1, group, work), weights, *where, work, add=False)
+    ops.lora_expand(terms, ops.lora_shrink(x, weights, place, work), weights, place, work, add=False)
 
     wanted, reference = torch.full_like(y, NAN), ReferenceOps()
-    v = reference.lora_shrink(x, weights, 1, group, work)
-    reference.lora_expand(wanted, v, weights, *where, work, add=False)
+    v = reference.lora_shrink(x, weights, place, work)
+    reference.lora_expand(wanted, v, weights, place, work, add=False)
     rows = [row for row, slot in enumerate(ROW_SLOTS) if slot is not None]
     assert_agrees(terms[rows], wanted[rows], dtype)
     assert bool(terms[[3, 5, 6]].isnan().all())
@@ -177,7 +176,7 @@ def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, grou
 def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, group):
     weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
     x, y = inputs(SMALL_LLAMA, group, len(ROW_SLOTS), dtype, device)
-    place = Place(1, group, SMALL_LLAMA.out_starts(group), SMALL_LLAMA.out_sizes(group))
+    place = SMALL_LLAMA.place(1, group)
     base = PackedLinear(torch.randn(y.shape[1], x.shape[1], generator=torch.Generator().manual_seed(9)).to(x) / 24)
     work = [work_for(ROW_SLOTS, device=device)]
     adapter_rows = torch.tensor([slot is not None for slot in ROW_SLOTS], dtype=torch.int32, device=device)
@@ -207,9 +206,8 @@ def test_a_captured_graph_replays_over_other_adapters_and_cells(ops, device):
 
     def step():
         out.copy_(y)
-        v = ops.lora_shrink(x, weights, 1, Group.QKV, work)
-        starts, sizes = SMALL_LLAMA.out_starts(Group.QKV), SMALL_LLAMA.out_sizes(Group.QKV)
-        ops.lora_expand(out, v, weights, 1, Group.QKV, starts, sizes, work)
+        place = SMALL_LLAMA.place(1, Group.QKV)
+        ops.lora_expand(out, ops.lora_shrink(x, weights, place, work), weights, place, work)
 
     step()
     graph = torch.cuda.CUDAGraph()

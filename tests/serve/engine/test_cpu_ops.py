@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, AdapterWeights, Group, ReferenceOps, WorkList, padded, split_segments
+from flora.kernels import CHUNK, AdapterWeights, Context, Group, Place, ReferenceOps, WorkList, padded, split_segments
 from flora.serve.engine.cpu.attention import keeps_the_references_bits, plan_decode
 from flora.serve.engine.cpu.ops import CpuOps
 
@@ -25,17 +25,17 @@ class Step:
         max_pages = max(-(-length // page_tokens) for length in lengths)
         num_pages = 1 + max_pages * len(lengths)
         self.kv = torch.full((num_pages, 2, page_tokens, num_kv_heads, head_dim), float("nan"))
-        self.block_tables = (torch.randperm(num_pages - 1, generator=generator) + 1).int().view(len(lengths), max_pages)
-        for table, length in zip(self.block_tables, lengths, strict=True):
+        tables = (torch.randperm(num_pages - 1, generator=generator) + 1).int().view(len(lengths), max_pages)
+        for table, length in zip(tables, lengths, strict=True):
             for position in range(length):  # what is past a length stays NaN
                 page, offset = table[position // page_tokens], position % page_tokens
                 self.kv[page, :, offset] = torch.randn(2, num_kv_heads, head_dim, generator=generator)
-        self.seq_lens = torch.tensor(lengths, dtype=torch.int32)
-        self.query_starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
+        starts = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
+        self.context = Context(tables, torch.tensor(lengths, dtype=torch.int32), starts)
         self.q = torch.randn(sum(queries), num_q_heads, head_dim, generator=generator)
 
     def attention(self, ops: ReferenceOps) -> Tensor:
-        return ops.paged_attention(self.q, self.kv, self.block_tables, self.seq_lens, self.query_starts, 0.125)
+        return ops.paged_attention(self.q, self.kv, self.context, 0.125)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -61,13 +61,13 @@ def test_contexts_of_very_different_lengths_give_the_references_bits():
     """Two short ones are not padded to a long one's length: there are two plans."""
     step = Step((4, 2, 16), [3, 20, 2100], [1, 1, 1])
 
-    assert len(plan_decode(step.block_tables, step.seq_lens, step.query_starts, 16)) == 2
+    assert len(plan_decode(step.context, 16)) == 2
     assert same_bits(step.attention(CpuOps()), step.attention(REFERENCE))
 
 
 def test_padding_sequences_are_left_out():
     step = Step((4, 2, 16), [40, 7], [1, 1])
-    step.seq_lens[1] = 0
+    step.context.seq_lens[1] = 0
 
     out = step.attention(CpuOps())
 
@@ -142,8 +142,8 @@ class Adapters:
         """What the adapters add to zeros."""
         work = WorkList.build(split_segments(row_slots, 64), block_rows=64, max_rank=64)
         y = torch.zeros(len(x), sum(SIZES), dtype=dtype)
-        v = ops.lora_shrink(x.to(dtype), self.weights, 0, Group.QKV, work)
-        ops.lora_expand(y, v, self.weights, 0, Group.QKV, STARTS, SIZES, work)
+        place = Place(0, Group.QKV, STARTS, SIZES)
+        ops.lora_expand(y, ops.lora_shrink(x.to(dtype), self.weights, place, work), self.weights, place, work)
         return y
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flora.kernels import ReferenceOps
+from flora.kernels import Context, ReferenceOps
 
 BLOCK = 64  # tokens, the reference's own: sums are cut at the same places
 ROWS = 8  # query rows of a product come in multiples of it
@@ -33,9 +33,9 @@ class DecodePlan:
     past: Tensor  # int64: the same tokens, counted through [S * B * BLOCK]
 
 
-def plan_decode(block_tables: Tensor, seq_lens: Tensor, query_starts: Tensor, page_tokens: int) -> list[DecodePlan]:
+def plan_decode(context: Context, page_tokens: int) -> list[DecodePlan]:
     """The sequences with exactly one query: all together, or those of like length where that would waste much."""
-    starts, lengths = query_starts.tolist(), seq_lens.tolist()
+    starts, lengths = context.query_starts.tolist(), context.seq_lens.tolist()
     blocks = {s: -(-length // BLOCK) for s, length in enumerate(lengths) if length and starts[s + 1] - starts[s] == 1}
     longest = max(blocks.values(), default=0)
     together = len(blocks) * longest <= 2 * sum(blocks.values()) + FEW_BLOCKS
@@ -46,14 +46,14 @@ def plan_decode(block_tables: Tensor, seq_lens: Tensor, query_starts: Tensor, pa
     for num_blocks, sequences in by_blocks.items():
         picked = torch.tensor(sequences)
         num_pages = -(-num_blocks * BLOCK // page_tokens)
-        tables = block_tables[picked, :num_pages]
+        tables = context.block_tables[picked, :num_pages]
         tables = F.pad(tables, (0, num_pages - tables.shape[1]))
-        picked_lens = seq_lens[picked, None]
+        picked_lens = context.seq_lens[picked, None]
         unused = torch.arange(num_pages) * page_tokens >= picked_lens
         hidden = torch.arange(num_blocks * BLOCK) >= picked_lens
         plans.append(
             DecodePlan(
-                rows=query_starts[picked].long(),
+                rows=context.query_starts[picked].long(),
                 pages=tables.masked_fill(unused, 0).long().flatten(),
                 hidden=hidden.view(len(sequences), num_blocks, 1, BLOCK),
                 past=hidden.flatten().nonzero().flatten(),
@@ -124,8 +124,9 @@ def keeps_the_references_bits(num_q_heads: int, num_kv_heads: int, head_dim: int
         starts = torch.arange(count + 1, dtype=torch.int32)
         tables = (torch.rand(count, num_pages, generator=generator).argsort(1) + 1).int()
         q = torch.randn(count, num_q_heads, head_dim, generator=generator)
-        expected = ReferenceOps().paged_attention(q, kv, tables, seq_lens, starts, head_dim**-0.5)
-        for plan in plan_decode(tables, seq_lens, starts, page_tokens):
+        context = Context(tables, seq_lens, starts)
+        expected = ReferenceOps().paged_attention(q, kv, context, head_dim**-0.5)
+        for plan in plan_decode(context, page_tokens):
             if not torch.equal(attend(q, kv, plan, head_dim**-0.5), expected[plan.rows]):
                 return False
     return True

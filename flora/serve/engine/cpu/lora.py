@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, AdapterWeights, Group, WorkList, linear, padded
+from flora.kernels import CHUNK, AdapterWeights, Place, WorkList, linear, padded
 
 TILE = 8  # rows
 
@@ -67,13 +67,13 @@ def _as_slice(indices: list[int]) -> Tensor | slice:
     return torch.tensor(indices)
 
 
-def shrink(x: Tensor, v: Tensor, tiles: Tiles, weights: AdapterWeights, layer: int, group: Group) -> None:
-    """v[i, c_s + j] = x[i] @ A_s[j] for the rows of the tiles and each slice s of the group.
+def shrink(x: Tensor, v: Tensor, tiles: Tiles, weights: AdapterWeights, place: Place) -> None:
+    """v[i, c_s + j] = x[i] @ A_s[j] for the rows of the tiles and each slice s of the place's group.
 
     x  [n, in_features];  v  float32 [n, width]
     """
     features = x.shape[1]
-    records = [tiles.records[layer][module] for module in group.value]
+    records = [tiles.records[place.layer][module] for module in place.group.value]
     gathered: Tensor | None = None
     column = 0
     for chunk, rank in _runs(records, padded(features) // CHUNK):
@@ -85,24 +85,15 @@ def shrink(x: Tensor, v: Tensor, tiles: Tiles, weights: AdapterWeights, layer: i
         column += rank
 
 
-def expand(
-    y: Tensor,
-    v: Tensor,
-    tiles: Tiles,
-    weights: AdapterWeights,
-    layer: int,
-    group: Group,
-    out_starts: Sequence[int],
-    out_sizes: Sequence[int],
-) -> None:
+def expand(y: Tensor, v: Tensor, tiles: Tiles, weights: AdapterWeights, place: Place) -> None:
     """y[i, out_starts[s] : + out_sizes[s]] += scale_s * sum_j v[i, c_s + j] * B_s[:, j] for the rows of the tiles."""
     column = 0
     gathered = v[tiles.rows]
-    for module, start, size in zip(group.value, out_starts, out_sizes, strict=True):
-        rank, _, chunk = tiles.records[layer][module]
+    for module, start, size in zip(place.group.value, place.out_starts, place.out_sizes, strict=True):
+        rank, _, chunk = tiles.records[place.layer][module]
         if rank == 0:
             continue
-        scales = weights.scales[tiles.slots, layer, module]
+        scales = weights.scales[tiles.slots, place.layer, module]
         shrunk = gathered[:, column : column + rank].view(-1, TILE, rank) * scales[:, None, None]
         factors = _factors(weights, tiles.slots, chunk, rank, size)
         delta = tile_product(shrunk, factors, transposed=False).view(-1, size)[tiles.used]

@@ -1,12 +1,13 @@
 """The reference's operations with fewer calls in each layer of a step: what plans them is computed once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from flora.kernels import AdapterWeights, Group, LowRankTerms, ReferenceOps, WorkList, rope
+from flora.kernels import AdapterWeights, Context, LowRankTerms, Place, ReferenceOps, WorkList, rope
 from flora.serve.engine.cpu.attention import DecodePlan, attend, keeps_the_references_bits, plan_decode
 from flora.serve.engine.cpu.lora import Tiles, expand, plan_tiles, shrink
 
@@ -40,58 +41,37 @@ class CpuOps(ReferenceOps):
         self._turns: StepValue[tuple[Tensor, Tensor]] = StepValue()
         self._places: StepValue[tuple[Tensor, Tensor]] = StepValue()
 
-    def lora_shrink(self, x: Tensor, weights: AdapterWeights, layer: int, group: Group, work: WorkList) -> Tensor:
+    def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink; here splits is 1."""
-        v = torch.empty(1, len(x), work.max_rank * len(group.value))
+        v = torch.empty(1, len(x), work.max_rank * len(place.group.value))
         for tiles in self._tiles.get(work.segments, lambda: plan_tiles(work, weights)):
-            shrink(x, v[0], tiles, weights, layer, group)
+            shrink(x, v[0], tiles, weights, place)
         return v
 
     def lora_expand(
-        self,
-        y: Tensor,
-        v: Tensor,
-        weights: AdapterWeights,
-        layer: int,
-        group: Group,
-        out_starts: Sequence[int],
-        out_sizes: Sequence[int],
-        work: WorkList,
-        *,
-        add: bool = True,
+        self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
         """See Ops.lora_expand."""
         assert add, "nothing runs beside anything on a CPU"
         for tiles in self._tiles.get(work.segments, lambda: plan_tiles(work, weights)):
-            expand(y, v[0], tiles, weights, layer, group, out_starts, out_sizes)
+            expand(y, v[0], tiles, weights, place)
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_starts: Tensor,
-        softmax_scale: float,
-        *,
-        max_queries: int | None = None,
-        prefill_range: Tensor | None = None,
-    ) -> Tensor:
+    def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """See Ops.paged_attention."""
         if not keeps_the_references_bits(q.shape[1], kv.shape[3], q.shape[2], torch.get_num_threads()):
-            return super().paged_attention(q, kv, block_tables, seq_lens, query_starts, softmax_scale)
+            return super().paged_attention(q, kv, context, softmax_scale)
 
         def plan() -> tuple[list[DecodePlan], Tensor | None]:
             """The decoding sequences, and the lengths of the others, if there are any."""
-            decoding = query_starts.diff() == 1
-            others = None if bool(decoding.all()) else seq_lens.masked_fill(decoding, 0)
-            return plan_decode(block_tables, seq_lens, query_starts, kv.shape[2]), others
+            decoding = context.query_starts.diff() == 1
+            others = None if bool(decoding.all()) else context.seq_lens.masked_fill(decoding, 0)
+            return plan_decode(context, kv.shape[2]), others
 
-        plans, others = self._plans.get(block_tables, plan)
+        plans, others = self._plans.get(context.block_tables, plan)
         if others is None:
             out = torch.zeros_like(q)
         else:
-            out = super().paged_attention(q, kv, block_tables, others, query_starts, softmax_scale)
+            out = super().paged_attention(q, kv, replace(context, seq_lens=others), softmax_scale)
         for group in plans:
             out[group.rows] = attend(q, kv, group, softmax_scale).to(q.dtype)
         return out

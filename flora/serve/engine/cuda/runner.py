@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import FEW_ROWS, WorkList
+from flora.kernels import FEW_ROWS, Context, WorkList
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
 from flora.serve.engine.cuda.filling import StepFiller
@@ -172,13 +172,15 @@ class CudaRunner:
             token_ids=token_ids,
             positions=inputs["positions"][:rows],
             slots=inputs["slots"][:rows],
-            block_tables=inputs["block_tables"][:num_sequences],
-            seq_lens=inputs["seq_lens"][:num_sequences],
-            query_starts=inputs["query_starts"][: num_sequences + 1],
+            context=Context(
+                block_tables=inputs["block_tables"][:num_sequences],
+                seq_lens=inputs["seq_lens"][:num_sequences],
+                query_starts=inputs["query_starts"][: num_sequences + 1],
+                max_queries=max_queries,
+                prefill_range=inputs["prefill_range"],
+            ),
             logits_rows=inputs["logits_rows"][:num_sequences],
             work=work,
-            max_queries=max_queries,
-            prefill_range=inputs["prefill_range"],
             groups=reach,
             adapter_rows=inputs["adapter_rows"][:rows] if rows <= self._beside_rows else None,
         )

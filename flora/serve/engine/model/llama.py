@@ -87,16 +87,7 @@ class LlamaModel:
             k = self.ops.rms_norm(k.reshape(len(x), -1, config.head_dim), layer.k_norm, config.rms_norm_eps)
             qkv = torch.cat((q.flatten(1), k.flatten(1), v), dim=1)
         q = self.ops.rope_store(qkv, batch.positions, self._cos, self._sin, kv, batch.slots, terms)
-        attended = self.ops.paged_attention(
-            q,
-            kv,
-            batch.block_tables,
-            batch.seq_lens,
-            batch.query_starts,
-            self._softmax_scale,
-            max_queries=batch.max_queries,
-            prefill_range=batch.prefill_range,
-        )
+        attended = self.ops.paged_attention(q, kv, batch.context, self._softmax_scale)
         return attended.reshape(len(x), config.q_size)
 
     def _project(
