@@ -1,6 +1,15 @@
-"""`python -m flora`: the same as the `flora` command."""
+"""The process behind the `flora` command, and behind `python -m flora`."""
+
+import gc
 
 from flora.cli import main
 
+
+def run() -> int:
+    """One command line in a process of its own; its exit code."""
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])  # at 700 the import of torch alone collects a thousand times
+    return main()
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run())

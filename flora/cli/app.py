@@ -3,7 +3,6 @@
 0 done   1 failed   2 usage   3 a check did not hold   4 auth   5 not found   130 interrupted
 """
 
-import gc
 import inspect
 import json
 import os
@@ -160,7 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code. Nothing is raised."""
     # torch's threads sleep while they wait for each other: spinning, they starve a busy machine tenfold
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    gc.set_threshold(50_000, *gc.get_threshold()[1:])  # torch's import alone collects a thousand times at 700
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:

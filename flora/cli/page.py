@@ -8,8 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from flora.cli.output import percent
-from flora.cli.portrait import LEVELS, Curve, Portrait, Spectrum
 from flora.cli.svg import NUM_SERIES, Axis, Cell, Line, chart, heatmap
+from flora.portrait import LEVELS, Curve, Portrait, Spectrum
 
 if TYPE_CHECKING:
     from collections.abc import Callable

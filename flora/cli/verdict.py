@@ -10,7 +10,7 @@ from flora.diagnosis import WRONG_TOOL, diagnose, diagnose_report, noise_share
 
 _LARGE_SHARE = 0.05  # of the whole change, left out: above it a user has to know before trusting the adapter
 _LARGE_NOISE = 0.02  # of the extracted change
-_TABLES = ("embeddings", "the output head")
+_CARRIED_BY = {"embeddings": "--embeddings", "the output head": "--embeddings", "routers": "--routers"}
 _GOOD, _FAIR = 0.95, 0.80  # kept energy of the extracted modules
 
 
@@ -78,11 +78,12 @@ def advice(report: ChangeReport) -> Iterator[str]:
         )
     groups = left_out(report)
     for group in groups:
+        flag = _CARRIED_BY.get(group.kind)
         if group.share >= _LARGE_SHARE:
             yield (
                 f"{percent(group.share)} of the whole change lies in {group.kind}, which this adapter leaves as in the "
                 "base; a skill that lives there is lost at any rank, so compare adapter and checkpoint on your task"
-                + ("; --embeddings carries it, for PEFT, not for Flora's server" if group.kind in _TABLES else "")
+                + (f"; {flag} carries it, for PEFT, not for Flora's server" if flag else "")
             )
     missed = [tensor for tensor in report.tensors if tensor.status == "extracted" and tensor.reason]
     if missed:
@@ -113,6 +114,8 @@ def _kind(tensor: TensorChange) -> str:
         return "embeddings"
     if leaf in ("lm_head", "embed_out", "output"):
         return "the output head"
+    if leaf in ("gate", "router"):
+        return "routers"
     if tensor.name.endswith(".bias"):
         return "biases"
     if "norm" in leaf or leaf.startswith("ln_"):

@@ -45,6 +45,7 @@ class Wish:
 
     embeddings: bool = False  # tables and output heads, as factors
     vectors: bool = False  # norms and biases, whole
+    routers: bool = False  # of experts, as factors
 
 
 DEFAULT_WISH = Wish()
@@ -92,6 +93,8 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
 
 def reason_not_wished(name: str, kind: Kind, names: Set[str], wish: Wish) -> str | None:
     """Why factors of this tensor are not made unless asked for; None if they are."""
+    if kind == "parameter" and _is_router(name, names):
+        return None if wish.routers else "a router: only --routers extracts it"
     if wish.embeddings:
         return None
     if is_embedding(name):

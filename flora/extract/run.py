@@ -179,6 +179,7 @@ def _recipe(config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, record: 
             "seed": config.seed,
             **({"embeddings": True} if config.wish.embeddings else {}),
             **({"vectors": True} if config.wish.vectors else {}),
+            **({"routers": True} if config.wish.routers else {}),
         },
         # a trainer often leaves the base's own Hub id in the config of what it saves
         tuned_name=tuned.name if tuned.name != base.name else tuned.path.name,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flora.adapter import BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter
-from flora.cli.portrait import curve, place, portrait
 from flora.cli.svg import Axis
+from flora.portrait import curve, place, portrait
 from tests.core.test_prune import DELTAS, extracted, residual
 
 

@@ -32,7 +32,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convnext": test_layers.convnext,
     "dpt": test_layers.dpt,
 }
-WISHES = {"": Wish(), "`--embeddings`": Wish(embeddings=True), "`--vectors`": Wish(vectors=True)}
+WISHES = {
+    "": Wish(),
+    "`--embeddings`": Wish(embeddings=True),
+    "`--routers`": Wish(routers=True),
+    "`--vectors`": Wish(vectors=True),
+}
 ENGINES = ("PEFT 0.21", "vLLM 0.33", "SGLang 0.5", "diffusers 0.42")
 
 

@@ -77,7 +77,7 @@ def built(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", SEPARATE | FUSED)
 def test_every_expert_is_extracted_and_peft_computes_what_the_deltas_do(tmp_path, name):
-    base, _, adapter = extracted(built(name), tmp_path, rank=6, wish=Wish())
+    base, _, adapter = extracted(built(name), tmp_path, rank=6, wish=Wish(routers=True))
 
     of_experts = [change for change in adapter.report.tensors if is_expert(change.name.removesuffix(".weight"))]
     assert {change.status for change in of_experts} == {"extracted"}
@@ -86,7 +86,7 @@ def test_every_expert_is_extracted_and_peft_computes_what_the_deltas_do(tmp_path
 
 def test_both_profiles_are_one_where_there_are_experts(tmp_path):
     """PEFT stacks them, so all must be there, and of one rank."""
-    _, _, adapter = extracted(built("mixtral"), tmp_path, rank=6, wish=Wish())
+    _, _, adapter = extracted(built("mixtral"), tmp_path, rank=6, wish=Wish(routers=True))
 
     compact, portable = (dict(peft_files(adapter, profile)) for profile in ("compact", "portable"))
 
@@ -125,7 +125,7 @@ def test_what_others_saved_is_read_as_transformers_reads_it(tmp_path, name, chan
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_experts_are_accounted_for_one_by_one_and_touch_the_tensor_of_all(tmp_path, name):
-    base, tuned, adapter = extracted(built(name), tmp_path, rank=6, wish=Wish())
+    base, tuned, adapter = extracted(built(name), tmp_path, rank=6, wish=Wish(routers=True))
 
     lines = [change for change in adapter.report.tensors if is_expert(change.name.removesuffix(".weight"))]
     stacks = {tensor for tensor, info in base.tensors.items() if len(info.shape) == 3}
@@ -148,7 +148,7 @@ def test_experts_apart_on_one_side_and_fused_on_the_other_are_told(tmp_path):
 
 def test_a_stack_has_the_names_and_shapes_that_vllm_reads(tmp_path):
     """Of gpt-oss: `experts.base_layer` is gate and up, `experts` is down; the experts' ranks lie side by side."""
-    extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish())
+    extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish(routers=True))
 
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     home = "base_model.model.model.layers.0.mlp.experts"
@@ -170,7 +170,7 @@ def test_a_stack_has_the_names_and_shapes_that_vllm_reads(tmp_path):
 )
 def test_experts_are_targeted_by_their_last_names_unless_a_plain_layer_has_them_too(tmp_path, name, leaves):
     """Short names are what SGLang reads; of the shared expert's layers, PEFT adapts the parameters."""
-    extracted(built(name), tmp_path, rank=6, wish=Wish())
+    extracted(built(name), tmp_path, rank=6, wish=Wish(routers=True))
 
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     attention = {f"{leaf}_proj" for leaf in "qkvo"}
@@ -182,7 +182,7 @@ def test_experts_are_targeted_by_their_last_names_unless_a_plain_layer_has_them_
 
 
 def test_separate_experts_keep_the_names_that_vllm_reads(tmp_path):
-    extracted(built("qwen3"), tmp_path, rank=6, wish=Wish())
+    extracted(built("qwen3"), tmp_path, rank=6, wish=Wish(routers=True))
 
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     own = {f"base_model.model.model.layers.1.mlp.experts.3.{leaf}_proj" for leaf in ("gate", "up", "down")}
@@ -197,7 +197,7 @@ def test_separate_experts_keep_the_names_that_vllm_reads(tmp_path):
     ],
 )
 def test_a_stack_that_was_changed_in_one_place_is_refused(tmp_path, name, place, message):
-    extracted(built(name), tmp_path, rank=6, wish=Wish())
+    extracted(built(name), tmp_path, rank=6, wish=Wish(routers=True))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     stack = next(name for name in tensors if name.endswith("layers.0.mlp.experts.base_layer.lora_B.weight"))
@@ -209,7 +209,7 @@ def test_a_stack_that_was_changed_in_one_place_is_refused(tmp_path, name, place,
 
 
 def test_a_stack_of_another_number_of_experts_is_refused(tmp_path):
-    extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish())
+    extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish(routers=True))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     for name in [name for name in tensors if "layers.0.mlp.experts.lora_" in name]:
@@ -221,7 +221,7 @@ def test_a_stack_of_another_number_of_experts_is_refused(tmp_path):
 
 
 def test_biases_of_fused_experts_are_named_with_their_share(tmp_path):
-    _, _, adapter = extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish())
+    _, _, adapter = extracted(built("gpt-oss"), tmp_path, rank=6, wish=Wish(routers=True))
 
     biases = [change for change in adapter.report.tensors if change.name.endswith("_proj_bias")]
     assert len(biases) == 2 * 2
@@ -231,7 +231,7 @@ def test_biases_of_fused_experts_are_named_with_their_share(tmp_path):
 
 def test_experts_of_an_unknown_layout_are_named_with_their_share(tmp_path):
     torch.manual_seed(0)
-    _, _, adapter = extracted(jetmoe().eval(), tmp_path, rank=6, wish=Wish())
+    _, _, adapter = extracted(jetmoe().eval(), tmp_path, rank=6, wish=Wish(routers=True))
 
     fused = [change for change in adapter.report.tensors if len(change.shape) == 3]
     assert len(fused) == 2 * 4
@@ -262,7 +262,7 @@ def test_an_expert_that_did_not_change_gets_zeros_in_its_stack(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt-oss", "granite"])
 def test_merged_and_verified_experts_are_those_of_the_full_fine_tune(tmp_path, name):
-    base, tuned, adapter = extracted(built(name), tmp_path, rank=32, wish=Wish())
+    base, tuned, adapter = extracted(built(name), tmp_path, rank=32, wish=Wish(routers=True))
 
     found = verify(adapter, base, tuned)
     changes = checkpoint_changes([Part(adapter)], base, Combination("linear"))

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeFo
 
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
+from flora.extract.kinds import Wish
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
 from tests.extract.models import SIZES, build, rewrite, save, tune
@@ -15,8 +17,8 @@ from tests.extract.zoo import ZOO
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def paired(base: Checkpoint, tuned: Checkpoint, **globs: list[str]) -> dict[str, TensorPair]:
-    return {pair.name: pair for pair in pair_tensors(base, tuned, **globs)[0]}
+def paired(base: Checkpoint, tuned: Checkpoint, **options: Any) -> dict[str, TensorPair]:
+    return {pair.name: pair for pair in pair_tensors(base, tuned, **options)[0]}
 
 
 def extractable(pairs: dict[str, TensorPair]) -> set[str]:
@@ -169,17 +171,21 @@ def test_gpt2_keeps_its_weights_as_in_out(tmp_path):
     assert pairs["transformer.h.0.attn.c_attn.weight"].matrix_shape == (96, 32)  # [out, in]
 
 
-def test_experts_and_their_router_are_extracted(tmp_path):
+def test_experts_are_extracted_and_their_routers_where_that_is_asked(tmp_path):
     torch.manual_seed(0)
     config = Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     model = Qwen3MoeForCausalLM(config)
 
-    pairs = paired(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+    folders = save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned")
+    pairs, asked = paired(*folders), paired(*folders, wish=Wish(routers=True))
 
     experts = [pair for name, pair in pairs.items() if ".experts." in name]
     assert len(experts) == 2 * 4 * 3
     assert {pair.status for pair in experts} == {"extractable"}
-    assert pairs["model.layers.0.mlp.gate.weight"].kind == "parameter"
+    router = "model.layers.0.mlp.gate.weight"
+    assert (asked[router].status, asked[router].kind) == ("extractable", "parameter")
+    assert pairs[router].status == "not_extractable"
+    assert pairs[router].reason == "a router: only --routers extracts it"
     assert pairs["model.layers.0.self_attn.q_proj.weight"].status == "extractable"
 
 

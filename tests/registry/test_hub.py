@@ -11,6 +11,7 @@ import yaml
 
 from flora.adapter import CHAT_TEMPLATE, ChangeReport, Recipe, TensorChange, make_adapter
 from flora.errors import AuthError, RemoteError, UsageError
+from flora.portrait import portrait
 from flora.registry.formats.peft import load_peft
 from flora.registry.remotes.pushing import PushPlan, plan_push, push
 from tests.registry.adapters import BASE, Q_PROJ, UP_PROJ, random_adapter
@@ -193,6 +194,21 @@ def test_the_card_tells_what_each_kind_of_module_keeps(registry):
     assert "| `up_proj` | 1 | 4 | 80.00 % | 25.00 % |" in text
     assert "| **all extracted** | 3 | 4 | 80.00 % | 75.00 % |" in text
     assert "| **whole change** | 5 | | **60.00 %** | 100.00 % |" in text
+
+
+def test_the_card_draws_energy_against_rank(registry):
+    adapter = with_report(*REPORT)
+    shares = portrait(adapter).whole().shares
+
+    text = card(adapter, registry)
+
+    drawn = re.findall(r"^rank +(\d+)  ([█░]+) +([\d.]+) %$", text, re.MULTILINE)
+    assert [int(rank) for rank, _, _ in drawn][-1] == len(shares) - 1
+    for rank, bar, percent in drawn:
+        assert float(percent) == pytest.approx(100 * shares[int(rank)], abs=0.05)
+        assert len(bar) == 40
+        assert bar.count("█") == pytest.approx(40 * shares[int(rank)], abs=0.51)
+    assert "flora prune sql --rank" in text
 
 
 def test_the_card_tells_what_the_adapter_does_not_carry(registry):

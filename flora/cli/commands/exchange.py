@@ -188,14 +188,19 @@ def save_folder(adapter: Adapter, out: Path, profile: ExportProfile, base: Path 
     return save_peft(adapter, out, profile.value, tree_paths(base, adapter.header) if base else None)
 
 
-def _base_folder(store: Registry, adapter: Adapter, base: str | None) -> Path | None:
-    """The folder of `base`; without one, where the adapter's base lies on this machine, if that is known."""
-    if base is not None:
-        from flora.checkpoint import locate_checkpoint
-
-        return locate_checkpoint(base)
+def base_folder(store: Registry, adapter: Adapter) -> Path | None:
+    """Where the adapter's base lies on this machine, if that is known."""
     known = (one.path for one in store.bases() if one.base_id == adapter.header.base.base_id)
     return next((path for path in known if path is not None and path.is_dir()), None)
+
+
+def _base_folder(store: Registry, adapter: Adapter, base: str | None) -> Path | None:
+    """The folder of `base`; without one, that of the adapter's base."""
+    if base is None:
+        return base_folder(store, adapter)
+    from flora.checkpoint import locate_checkpoint
+
+    return locate_checkpoint(base)
 
 
 def _save_other(adapter: Adapter, out: Path, form: ExportFormat, base: str | None, part: PipelinePart) -> list[Path]:

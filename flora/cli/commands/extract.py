@@ -47,6 +47,9 @@ def extract(
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Norms and biases too, whole and exact. PEFT reads them.")
     ] = False,
+    routers: Annotated[
+        bool, typer.Option("--routers", help="The routers of experts as factors too. PEFT reads them.")
+    ] = False,
     dtype: Annotated[
         str,
         typer.Option("--dtype", metavar="NAME", help="Of the stored factors: bfloat16, float16, float32 or float8."),
@@ -99,7 +102,7 @@ def extract(
         config = ExtractConfig(
             rule=rank_rule(DEFAULT_RANK, None, None) if rule.is_empty else rule,
             factor_dtype="float8_e4m3fn" if dtype == "float8" else dtype,
-            wish=Wish(embeddings=embeddings, vectors=vectors),
+            wish=Wish(embeddings=embeddings, vectors=vectors, routers=routers),
             exact=exact,
             include=tuple(include or ()),
             exclude=tuple(exclude or ()),

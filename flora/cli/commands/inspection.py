@@ -84,7 +84,7 @@ def inspect(
 def _write_page(path: Path, label: str, adapter: Adapter) -> None:
     """The adapter's portrait as a page at `path`. Raises UsageError if that is a folder."""
     from flora.cli.page import make_page
-    from flora.cli.portrait import portrait
+    from flora.portrait import portrait
 
     if path.is_dir():
         raise UsageError(f"{path} is a folder", fix="give --plot a file, such as adapter.html")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.commands.exchange import ExportProfile, ProfileOption, bind_to
+from flora.cli.commands.exchange import ExportProfile, ProfileOption, base_folder, bind_to
 from flora.cli.options import AsJson, DryRun, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
 from flora.cli.progress import progress
@@ -51,7 +51,9 @@ def push(
     form = choose_format(as_json=as_json, ids_only=quiet)
     with open_registry(registry) as store:
         version = store.resolve(ref)
-        plan = plan_push(store.load(version), version, repo, profile=profile.value, is_private=private)
+        adapter = store.load(version)
+        base = base_folder(store, adapter)
+        plan = plan_push(adapter, version, repo, profile=profile.value, is_private=private, base=base)
     if form is not Format.IDS and "/" not in version.base_name:
         note(f"note: the card names the base {version.base_name}, which is no Hub id; readers will not find it by that")
     address = None if dry_run else send(plan)

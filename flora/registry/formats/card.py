@@ -6,10 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from flora.adapter import Adapter, AdapterHeader, ChangeReport, TensorChange
+from flora.portrait import LEVELS, Curve, portrait
 from flora.registry.records import Version
 
 _TAGS = ["lora", "flora", "peft", "extracted"]
 _MAX_LISTED = 12  # tensors named one by one; the rest is summed up
+_BAR = 40  # characters of a whole
 _FLAGS = {
     "rank": "--rank",
     "energy": "--energy",
@@ -19,6 +21,7 @@ _FLAGS = {
     "exclude": "--exclude",
     "embeddings": "--embeddings",
     "vectors": "--vectors",
+    "routers": "--routers",
 }
 
 
@@ -26,7 +29,7 @@ def model_card(adapter: Adapter, version: Version, repo: str) -> str:
     """The card of `version`, as `repo` on the Hub shows it."""
     parts = [_front_matter(adapter.header), _title(adapter.header, version)]
     if adapter.report:
-        parts += [_kept(adapter.report), _not_extracted(adapter.report)]
+        parts += [_kept(adapter.report), _plot(portrait(adapter).whole(), version), _not_extracted(adapter.report)]
     parts += [_usage(adapter.header, version, repo), _origin(adapter.header, version)]
     return "\n".join(part for part in parts if part)
 
@@ -84,6 +87,32 @@ def _row(label: str, report: ChangeReport, tensors: Sequence[TensorChange]) -> s
     spread = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}–{ranks[-1]}"
     share = total / report.norm_squared if report.norm_squared else 0.0
     return f"| {label} | {len(tensors)} | {spread} | {_percent(kept)} | {_percent(share)} |"
+
+
+def _plot(curve: Curve, version: Version) -> str:
+    """Energy against rank as bars of text, which every reader of Markdown shows."""
+    most = len(curve.shares) - 1
+    ranks = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    bars = [f"rank {rank:>4}  {_bar(curve.shares[rank])} {100 * curve.shares[rank]:5.1f} %" for rank in ranks]
+    reached = ((level, curve.rank_for(level)) for level in LEVELS)
+    levels = ", ".join(f"{100 * level:.0f} % from rank {rank}" for level, rank in reached if rank is not None)
+    return "\n".join(
+        [
+            "## Energy against rank\n",
+            "What of the extracted modules' change is left if no module has more than so many terms"
+            + (f": {levels}." if levels else "."),
+            f"`flora prune {version.name} --rank N` cuts so without the checkpoints.\n",
+            "```",
+            *bars,
+            "```",
+            "",
+        ]
+    )
+
+
+def _bar(share: float) -> str:
+    filled = round(_BAR * min(1.0, max(0.0, share)))
+    return "█" * filled + "░" * (_BAR - filled)
 
 
 def _not_extracted(report: ChangeReport) -> str:

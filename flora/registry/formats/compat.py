@@ -42,7 +42,7 @@ class _Facts:
 
 
 _WORDS = {
-    "parameter": "routers or tables of positions (--exclude leaves them)",
+    "parameter": "routers or tables of positions (without --routers and --embeddings there are none)",
     "expert": "experts fused in one tensor",
     "expert_transposed": "experts fused in one tensor",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flora.adapter import Adapter
 from flora.registry.formats.card import model_card
+from flora.registry.formats.paths import tree_paths
 from flora.registry.formats.peft import CARD_FILE, OUR_FILES, Profile, save_peft
 from flora.registry.records import Version
 from flora.registry.remotes.address import open_remote
@@ -35,13 +36,22 @@ class PushPlan:
 
 
 def plan_push(
-    adapter: Adapter, version: Version, repo: str, *, profile: Profile = "portable", is_private: bool = False
+    adapter: Adapter,
+    version: Version,
+    repo: str,
+    *,
+    profile: Profile = "portable",
+    is_private: bool = False,
+    base: Path | None = None,
 ) -> PushPlan:
-    """Everything that `push` will send, without asking the remote. Raises UsageError if `repo` is no address."""
+    """Everything that `push` will send, without asking the remote. Raises UsageError if `repo` is no address.
+
+    base  folder of the adapter's base: its library may name the modules otherwise than the checkpoint does
+    """
     open_remote(repo)
     folder = tempfile.TemporaryDirectory(prefix="flora-push-")
     path = Path(folder.name) / "files"
-    save_peft(adapter, path, profile)
+    save_peft(adapter, path, profile, tree_paths(base, adapter.header) if base else None)
     card = model_card(adapter, version, repo)
     (path / CARD_FILE).write_text(card)
     files = tuple(PlannedFile(file.name, file.stat().st_size) for file in sorted(path.iterdir()))
