@@ -120,9 +120,12 @@ def make_pair(folder: Path, shape: Shape, kind: str, seed: int) -> None:
 
 
 def run_flora(base: Path, tuned: Path, out: Path, rank: int) -> None:
+    import gc
+
     from flora.checkpoint import open_checkpoint
     from flora.identity import records_beside
 
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])  # as `flora` does
     pair = open_checkpoint(base), open_checkpoint(tuned)
     with records_beside(pair, None) as records:  # as `flora extract` does: hashed beside the import of torch
         from safetensors.torch import save_file

@@ -49,7 +49,8 @@ def base_record(
     """The record of an open checkpoint.
 
     cache_dir  holds the hashes of files seen before; None reads everything afresh
-    check      called before each tensor is read; what it raises ends the work
+    check      called before each tensor is read; what it raises ends the work. With it, half of the cores are left to
+               whoever is to be asked.
     """
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
@@ -114,7 +115,10 @@ def _hash_tensors(file: Path, infos: Iterable[TensorInfo], check: Callable[[], N
                 return info.name, sha256(piece).hexdigest()
 
         try:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
+            num_threads = os.cpu_count() or 1
+            if check:  # something else goes on beside this
+                num_threads = max(1, num_threads // 2)
+            with ThreadPoolExecutor(num_threads) as pool:  # hashlib lets go of the interpreter lock
                 return dict(pool.map(hash_one, infos))
         finally:
             whole.release()
