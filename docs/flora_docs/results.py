@@ -39,6 +39,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "How large may a registry grow?",
         ("num_adapters", "add_ms_each", "resolve_p50_ms", "ls_50_ms", "ls_ms", "load_average"),
     ),
+    "front_end": (
+        "What does a streamed token cost the front end?",
+        ("streams", "interval_ms", "us_per_token", "tokens_per_core_s", "tok_s", "load"),
+    ),
     "host_step": ("What does planning a step cost?", ("policy", "sequences", "host_ms_p50", "host_ms_p99")),
 }
 _HIDDEN = ("kernels", "kernels_sweeps")  # tuning; what they say stands in the notes
