@@ -14,7 +14,6 @@ from flora.cli.options import AsJson, Budget, Device, DryRun, Energy, IdsOnly, M
 from flora.cli.output import Format, choose_format, note, percent, print_json, print_record
 from flora.cli.sizes import show_bytes
 from flora.errors import CheckFailed, FloraError, NothingChanged, UsageError
-from flora.identity import records_beside
 
 if TYPE_CHECKING:
     from flora.extract import ExtractConfig, ExtractionPlan
@@ -88,6 +87,8 @@ def extract(
 
       flora extract ./base ./tuned --embeddings --vectors --dtype float8 --out ./adapter
     """
+    from flora.identity import records_beside
+
     form = choose_format(as_json=as_json, ids_only=quiet)
     if len(tuned) > 1 and (name or out):
         raise UsageError("--name and --out are for one TUNED", fix="leave them out, or extract one at a time")
