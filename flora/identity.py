@@ -44,20 +44,23 @@ class BaseRecord(msgspec.Struct, frozen=True):
 
 
 def base_record(
-    checkpoint: Checkpoint, cache_dir: Path | None = None, check: Callable[[], None] | None = None
+    checkpoint: Checkpoint,
+    cache_dir: Path | None = None,
+    check: Callable[[], None] | None = None,
+    num_threads: int | None = None,
 ) -> BaseRecord:
     """The record of an open checkpoint.
 
     cache_dir  holds the hashes of files seen before; None reads everything afresh
-    check      called before each tensor is read; what it raises ends the work. With it, half of the cores are left to
-               whoever is to be asked.
+    check      called before each tensor is read; what it raises ends the work
+    num_threads  None: one for each core
     """
     by_file: dict[Path, list[TensorInfo]] = {}
     for info in checkpoint.tensors.values():
         by_file.setdefault(info.file, []).append(info)
     hashes: dict[str, str] = {}
     for file, infos in by_file.items():
-        hashes |= _file_hashes(file, infos, cache_dir, check)
+        hashes |= _file_hashes(file, infos, cache_dir, check, num_threads)
     return BaseRecord(
         tuple(
             TensorRecord(info.name, info.dtype, info.shape, hashes[info.name]) for info in checkpoint.tensors.values()
@@ -71,7 +74,7 @@ def records_beside(
 ) -> Iterator[Callable[[], list[BaseRecord]]]:
     """Makes their records in a thread, beside whatever else is done; calling what this yields waits for them.
 
-    Leaving the block stops it at the next tensor.
+    Half of the cores are left to that. Leaving the block stops it at the next tensor.
     """
     stop = Event()
 
@@ -80,7 +83,8 @@ def records_beside(
             raise CancelledError
 
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(lambda: [base_record(one, cache_dir, check) for one in checkpoints])
+        half = max(1, (os.cpu_count() or 1) // 2)
+        future = pool.submit(lambda: [base_record(one, cache_dir, check, half) for one in checkpoints])
         try:
             yield future.result
         finally:
@@ -88,7 +92,11 @@ def records_beside(
 
 
 def _file_hashes(
-    file: Path, infos: list[TensorInfo], cache_dir: Path | None, check: Callable[[], None] | None
+    file: Path,
+    infos: list[TensorInfo],
+    cache_dir: Path | None,
+    check: Callable[[], None] | None,
+    num_threads: int | None,
 ) -> dict[str, str]:
     stat = file.stat()
     path = str(file.resolve())
@@ -98,13 +106,15 @@ def _file_hashes(
         known = _read_cache(cached)
         if known.get("key") == key and set(known.get("sha256", ())) == {info.name for info in infos}:
             return known["sha256"]
-    hashes = _hash_tensors(file, infos, check)
+    hashes = _hash_tensors(file, infos, check, num_threads)
     if cached:
         _write_atomically(cached, json.dumps({"key": key, "sha256": hashes}).encode())
     return hashes
 
 
-def _hash_tensors(file: Path, infos: Iterable[TensorInfo], check: Callable[[], None] | None) -> dict[str, str]:
+def _hash_tensors(
+    file: Path, infos: Iterable[TensorInfo], check: Callable[[], None] | None, num_threads: int | None
+) -> dict[str, str]:
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
         whole = memoryview(view)
 
@@ -115,10 +125,7 @@ def _hash_tensors(file: Path, infos: Iterable[TensorInfo], check: Callable[[], N
                 return info.name, sha256(piece).hexdigest()
 
         try:
-            num_threads = os.cpu_count() or 1
-            if check:  # something else goes on beside this
-                num_threads = max(1, num_threads // 2)
-            with ThreadPoolExecutor(num_threads) as pool:  # hashlib lets go of the interpreter lock
+            with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:  # hashlib lets go of the interpreter lock
                 return dict(pool.map(hash_one, infos))
         finally:
             whole.release()
