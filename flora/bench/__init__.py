@@ -1,1 +1,1 @@
-"""Workloads and measurements behind `benchmarks/`, which alone comes here."""
+"""Workloads and measurements: behind `flora bench` and the scripts of `benchmarks/`."""
