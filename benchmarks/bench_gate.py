@@ -180,14 +180,17 @@ def with_adapters(model: Any, factors: list[dict[str, LowRank]]) -> Any:
     for number, (rank, of_one) in enumerate(zip(RANKS, factors, strict=True)):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ALL_LINEAR))
         if number:
-            wrapped.add_adapter(str(number), config)
+            wrapped.add_adapter(str(number), config, autocast_adapter_dtype=False)
         else:
             wrapped = get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
         layers = dict(wrapped.base_model.model.named_modules())
         for name, pair in of_one.items():
             layers[name].lora_A[str(number)].weight.copy_(pair.A)
             layers[name].lora_B[str(number)].weight.copy_(pair.B)
-    return wrapped.to(next(model.parameters()).dtype).eval()
+    # Not .to(dtype): that would round the buffers as well, and rotate by the angles of no checkpoint.
+    assert {parameter.dtype for parameter in wrapped.parameters()} == {next(model.parameters()).dtype}
+    assert wrapped.base_model.model.model.rotary_emb.inv_freq.dtype == torch.float32
+    return wrapped.eval()
 
 
 def judge(model: Any, case: Case, tokens: list[int]) -> Tensor:

@@ -9,6 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flora.adapter import AdapterHeader, ChangeReport, Module
 from flora.errors import ShapeMismatch, Unsupported
 from flora.kernels.modules import CHUNK, MODULES, padded, row_alignment
@@ -58,9 +61,12 @@ class PoolGeometry:
     def pages_for_elements(self, num_elements: int) -> int:
         return -(-self.cells_for_elements(num_elements) // self.num_planes)
 
-    def cell_ids(self, pages: Sequence[int], num_cells: int) -> list[int]:
-        """The first `num_cells` cells of a stream over `pages`."""
-        return [(cell % self.num_planes) * self.num_pages + pages[cell // self.num_planes] for cell in range(num_cells)]
+    def cell_ids(self, pages: Sequence[int], num_cells: int) -> NDArray[np.int64]:
+        """The first `num_cells` cells of a stream over `pages`. Thousands of them stand between a request and its
+        first token.
+        """
+        cells = np.arange(num_cells)
+        return cells % self.num_planes * self.num_pages + np.asarray(pages, dtype=np.int64)[cells // self.num_planes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flora.serve.engine.layout import PoolGeometry
@@ -26,10 +28,10 @@ class DevicePool:
         """[num_pages, 2, page_tokens, num_kv_heads, head_dim]; 0 is K, 1 is V."""
         return self._kv[layer]
 
-    def write_adapter(self, pages: Sequence[int], packed: Tensor) -> list[int]:
+    def write_adapter(self, pages: Sequence[int], packed: Tensor) -> NDArray[np.int64]:
         """Copies a packed adapter, [num_cells, cell_elements] in the pool's dtype, into its pages; their cell ids."""
         cells = self.geometry.cell_ids(pages, len(packed))
-        self.cells.index_copy_(0, torch.tensor(cells, device=self.cells.device), packed.to(self.cells.device))
+        self.cells.index_copy_(0, torch.from_numpy(cells).to(self.cells.device), packed.to(self.cells.device))
         return cells
 
     def poison(self, pages: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flora.kernels import CHUNK, MODULES, AdapterWeights, Group
@@ -46,10 +47,10 @@ class AdapterTables:
         """Which groups of modules any of these slots' adapters touches."""
         return frozenset[Group]().union(*(self._groups[slot] for slot in slots))
 
-    def publish(self, slot: int, layout: AdapterLayout, cells: list[int]) -> None:
+    def publish(self, slot: int, layout: AdapterLayout, cells: NDArray[np.int64]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""
         self._make_room(len(cells))
-        self._fill(self._cells[slot, : len(cells)], np.array(cells, dtype=np.int32))
+        self._fill(self._cells[slot, : len(cells)], cells.astype(np.int32))
         modules = np.zeros(self._modules.shape[1:], dtype=np.int32)
         scales = np.zeros(self._scales.shape[1:], dtype=np.float32)
         for placed in layout.modules:

@@ -68,7 +68,7 @@ def test_counts_are_rounded_up():
 def test_a_stream_goes_plane_by_plane_through_each_page():
     geometry = PoolGeometry(num_planes=3, num_pages=10, page_tokens=1, num_kv_heads=1, head_dim=32, itemsize=4)
 
-    assert geometry.cell_ids([7, 2], num_cells=5) == [7, 17, 27, 2, 12]
+    assert geometry.cell_ids([7, 2], num_cells=5).tolist() == [7, 17, 27, 2, 12]
 
 
 def test_a_layers_a_factors_lie_together_and_then_its_b_factors(config):

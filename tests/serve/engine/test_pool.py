@@ -46,7 +46,7 @@ def test_an_adapter_fills_its_pages_plane_by_plane():
 
     cells = pool.write_adapter([4, 2], packed)
 
-    assert cells == [4, 5 + 4, 10 + 4, 2]  # three planes of page 4, then the first of page 2
+    assert cells.tolist() == [4, 5 + 4, 10 + 4, 2]  # three planes of page 4, then the first of page 2
     assert pool.cells[cells].eq(packed).all()
     assert int(pool.cells.isnan().all(1).sum()) == 15 - 4
 

@@ -5,7 +5,9 @@ scatter into the pages, at device bandwidth, waits its turn in the compute strea
 that still read those pages.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _STAGING_BYTES = 64 << 20
@@ -26,13 +28,13 @@ class AdapterCopies:
         self._stream = torch.cuda.Stream(cells.device)
         self._next = 0
 
-    def write(self, host: Tensor, cell_ids: list[int]) -> torch.cuda.Event:
+    def write(self, host: Tensor, cell_ids: NDArray[np.int64]) -> torch.cuda.Event:
         """Copies host, [len(cell_ids), cell_elements] and pinned, into these cells; later launches find it there.
 
         The event says when `host` may be overwritten.
         """
         compute = torch.cuda.current_stream(self._cells.device)
-        ids = torch.tensor(cell_ids).pin_memory().to(self._cells.device, non_blocking=True)
+        ids = torch.from_numpy(cell_ids).pin_memory().to(self._cells.device, non_blocking=True)
         rows = len(self._staging[0])
         for first in range(0, len(host), rows):
             piece = host[first : first + rows]
