@@ -172,7 +172,7 @@ def entries(connection: sa.Connection, prefix: str, limit: int | None, after: st
 
     after  only names behind this one: a page costs the same wherever it begins
     """
-    page = _listed(prefix).where(names.c.name > after).limit(limit).subquery("page")
+    page = _listed(prefix, after).limit(limit).subquery("page")
 
     def pointed(alias: str) -> sa.ScalarSelect[Any]:
         query = select(aliases.c.version_id).where(aliases.c.name_id == page.c.id, aliases.c.alias == alias)
@@ -276,9 +276,11 @@ def dangling_aliases(connection: sa.Connection) -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in connection.execute(query)]
 
 
-def _listed(prefix: str) -> sa.Select[Any]:
-    """Ids and names, in order, of the names with versions that start with `prefix`."""
-    in_range = sa.and_(names.c.name >= prefix, names.c.name < prefix + "\x7f")  # names are ASCII
+def _listed(prefix: str, after: str = "") -> sa.Select[Any]:
+    """Ids and names, in order, of the names behind `after` with versions that start with `prefix`."""
+    # one lower bound: of two, SQLite seeks to the first and reads its way from there to the other
+    begin = names.c.name > after if after >= prefix else names.c.name >= prefix
+    in_range = sa.and_(begin, names.c.name < prefix + "\x7f")  # names are ASCII
     query = select(names.c.id, names.c.name).where(in_range, sa.exists().where(versions.c.name_id == names.c.id))
     return query.order_by(names.c.name)
 

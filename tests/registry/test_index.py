@@ -14,6 +14,7 @@ import flora.registry.database as database
 from flora.errors import RegistryError, StoreError
 from flora.registry import Registry
 from flora.registry.database import HEAD, Database, journal_mode
+from flora.registry.index import entries
 from flora.registry.tables import metadata
 from tests.registry.adapters import random_adapter
 
@@ -110,6 +111,44 @@ def test_an_index_that_another_process_holds_too_long_is_an_error_with_a_fix(tmp
 
         other.execute("ROLLBACK")
         assert registry.add(random_adapter(1), "sql").number == 2
+
+
+def test_a_page_takes_as_much_work_whichever_it_is_and_however_many_names_there_are(tmp_path):
+    """Counted in instructions of SQLite's machine, and with no clock."""
+    with Registry.open(tmp_path) as registry:
+        registry.add(random_adapter(), "m/00000")
+        few = instructions_of_a_page(registry, after="", prefix="")
+        with sqlite3.connect(tmp_path / "index.sqlite") as other:
+            columns = [
+                row[1] for row in other.execute("PRAGMA table_info(versions)") if row[1] not in ("id", "name_id")
+            ]
+            kept = ", ".join(columns)
+            for number in range(1, 2000):
+                (name_id,) = other.execute(
+                    "INSERT INTO names (name, next_number) VALUES (?, 2) RETURNING id", [f"m/{number:05}"]
+                ).fetchone()
+                other.execute(
+                    f"INSERT INTO versions (name_id, {kept}) SELECT ?, {kept} FROM versions LIMIT 1", [name_id]
+                )
+
+        for prefix, after in (("", ""), ("", "m/01500"), ("m/", "m/01500"), ("m/01", "m/00002")):
+            assert instructions_of_a_page(registry, after, prefix) < 20 * few
+
+
+def instructions_of_a_page(registry: Registry, after: str, prefix: str) -> int:
+    """Hundreds of instructions that the ten names of a page take."""
+    hundreds = 0
+
+    def count() -> None:
+        nonlocal hundreds
+        hundreds += 1
+
+    with registry._home.reading() as connection:
+        driver = connection.connection.driver_connection
+        driver.set_progress_handler(count, 100)
+        entries(connection, prefix, 10, after)
+        driver.set_progress_handler(None, 0)
+    return hundreds
 
 
 def test_a_read_only_registry_can_be_read(tmp_path):
