@@ -67,6 +67,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"tensor {name} of {info.file} cannot be read", cause=str(error)) from error
 
+    def load_row(self, name: str, index: int) -> "Tensor":
+        """`load(name)[index]`, for which nothing else of the tensor is read."""
+        return self.load(name)[index]  # a view of the map
+
     @cached_property
     def name(self) -> str:
         """What the checkpoint calls itself: the Hub id of its config or of the Hub's cache, or its folder's name."""

@@ -18,9 +18,10 @@ from flora.adapter import Adapter, Module, TensorChange
 from flora.algebra.places import as_matrix, tensor_name
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import BaseMismatch, CheckpointError, ShapeMismatch
-from flora.extract.experts import readable, stored_names
+from flora.extract.experts import stored_names
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import match_names
+from flora.extract.regroup import readable_pair
 from flora.lowrank import LowRank
 
 TOLERANCE = 5e-4  # of a tensor's energy; a certificate's own sums and a pruning's rounding stay well below
@@ -110,7 +111,7 @@ def verify(
     Raises BaseMismatch (a base tensor is not the one that the adapter was computed against, or none has its shape),
     ShapeMismatch, CheckpointError (the tuned checkpoint lacks a tensor that the adapter changes).
     """
-    stored, base, tuned = base, readable(base), readable(tuned)
+    stored, (base, tuned) = base, readable_pair(base, tuned)
     pairs = [pair for pair in match_names(base.tensors, tuned.tensors)[0] if pair.base and pair.tuned]
     modules = {tensor_name(module, base.tensors): (module, factors) for module, factors in adapter}
     _check_complete(modules, pairs, tuned)

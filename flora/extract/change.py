@@ -14,11 +14,11 @@ from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
 from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits, squared_norm
-from flora.extract.experts import readable
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pair import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
+from flora.extract.regroup import readable_pair
 from flora.forms import as_matrix
 from flora.rank import rank_for_energy, signal_rank
 
@@ -52,8 +52,7 @@ class PairWorker:
         workspaces: local | None = None,
     ) -> None:
         """`workspaces` may be shared by the workers of several tuned checkpoints, which take turns on the threads."""
-        self._base = readable(base)
-        self._tuned = readable(tuned)
+        self._base, self._tuned = readable_pair(base, tuned)
         self._ranks = ranks
         self._config = config
         self._threads = workspaces or local()

@@ -3,7 +3,7 @@
     block    W[i, j] * scale_inv[i // rows, j // columns]     DeepSeek, Qwen: NAME_scale_inv, quantization_config's
                                                               weight_block_size, 128 by 128 if it does not say
     channel  W[i, j] * scale[i]                               compressed-tensors: NAME_scale [out, 1]
-    tensor   W * scale                                        NAME_scale of one element
+    tensor   W * scale                                        NAME_scale of one element, or one for each expert
 
 The numbers are exact in float32: four bits of an fp8 times a float32 or bf16 scale, rounded once.
 """
@@ -35,7 +35,18 @@ class DequantizedCheckpoint(Checkpoint):
         if name not in self.scales:
             return tensor
         scale = self.source.load(self.scales[name]).float()
-        return tensor.float() * _spread(scale, tensor, self.scales[name], _block_of(self))
+        return tensor.float() * _spread(scale, tensor.shape, self.scales[name], _block_of(self))
+
+    def load_row(self, name: str, index: int) -> "Tensor":
+        shape = self.tensors[name].shape
+        if name not in self.scales:
+            return self.source.load_row(name, index)
+        if len(shape) < 3:  # rows of a matrix share the scales of their block
+            return self.load(name)[index]
+        row, scale = self.source.load_row(name, index), self.source.load(self.scales[name])
+        if scale.numel() > 1 and len(scale) == shape[0]:
+            scale = scale[index]
+        return row.float() * _spread(scale.float(), row.shape, self.scales[name], _block_of(self))
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -64,22 +75,22 @@ def _block_of(checkpoint: Checkpoint) -> tuple[int, int]:
     return (int(said[0]), int(said[1])) if isinstance(said, list) and len(said) == 2 else _BLOCK
 
 
-def _spread(scale: "Tensor", weight: "Tensor", name: str, block: tuple[int, int]) -> "Tensor":
+def _spread(scale: "Tensor", shape: tuple[int, ...], name: str, block: tuple[int, int]) -> "Tensor":
     """The scale of every element, by broadcasting or [out, in]. Raises CheckpointError if the shapes do not fit.
 
     Of experts fused in one tensor, whose number stands before the other sizes, likewise.
     """
     if scale.numel() == 1:
         return scale.reshape(())
-    *experts, rows, columns = (1, *weight.shape)[-max(2, weight.dim()) :]
+    *experts, rows, columns = (1, *shape)[-max(2, len(shape)) :]
     if scale.dim() == 1 and len(scale) == rows and not experts:
         return scale[:, None]
-    if tuple(scale.shape) == (*experts, rows, 1):
+    if tuple(scale.shape) in ((*experts, rows, 1), (*experts, 1, 1)):
         return scale
     if tuple(scale.shape) == (*experts, -(-rows // block[0]), -(-columns // block[1])):
         return scale.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
     raise CheckpointError(
-        f"{name} is {list(scale.shape)} for a weight of {list(weight.shape)}",
+        f"{name} is {list(scale.shape)} for a weight of {list(shape)}",
         cause=f"it is no scale for a tensor, a channel or blocks of {block[0]} by {block[1]}",
         tensor=name,
     )

@@ -1,8 +1,8 @@
 """Experts that a checkpoint keeps fused in one tensor, read as one matrix [out, in] each.
 
     gpt-oss, Llama 4, Aria             M.experts.LEAF [experts, in, out]
-    Qwen3.5                            M.experts.LEAF [experts, out, in]
     Qwen3-VL                           either, as it was saved by transformers 4 or 5
+    others                             M.experts.LEAF [experts, out, in], if the shapes say so
     Granite                            M.input_linear.weight, M.output_linear.weight [experts, out, in]
     gpt-oss in MXFP4                   M.experts.LEAF_blocks [experts, out, in / 32, 16]
                                        M.experts.LEAF_scales [experts, out, in / 32]
@@ -25,14 +25,12 @@ from flora.forms import STACKS, Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAYOUTS: Mapping[str, Kind] = {  # by model_type; shapes alone do not tell, for many are square
+LAYOUTS: Mapping[str, Kind] = {  # by model_type, where names or classes are not what transformers 5 makes of most
     "gpt_oss": "expert_transposed",
     "llama4": "expert_transposed",
     "llama4_text": "expert_transposed",
     "aria": "expert_transposed",
     "aria_text": "expert_transposed",
-    "qwen3_5_moe": "expert",
-    "qwen3_5_moe_text": "expert",
     "granitemoe": "expert",
     "granitemoeshared": "expert",
     "granitemoehybrid": "expert",
@@ -63,7 +61,7 @@ class UnfusedCheckpoint(Checkpoint):
         expert = self.experts.get(name)
         if expert is None:
             return self.source.load(name)
-        parts = [self.source.load(stored)[expert.index] for stored in expert.stored]
+        parts = [self.source.load_row(stored, expert.index) for stored in expert.stored]
         if len(parts) == 2:
             return _decode(*parts)
         return parts[0].T if expert.kind == "expert_transposed" else parts[0]
@@ -77,9 +75,6 @@ def readable(checkpoint: Checkpoint) -> Checkpoint:
 def unfused(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint itself if nothing in it is known to be fused experts; else a view with one tensor an expert."""
     model_type = str(checkpoint.config.get("model_type"))
-    kind = LAYOUTS.get(model_type)
-    if kind is None and model_type not in _EITHER:
-        return checkpoint
     tensors, experts = dict(checkpoint.tensors), {}
     for name in checkpoint.tensors:
         place = _place(name)
@@ -87,7 +82,10 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
             continue
         parent, leaf = place
         stored: tuple[str, ...] = (name,)
-        layout = kind or _layout(tensors[name].shape, leaf, checkpoint.config)
+        if model_type in _EITHER:
+            layout = _as_transformers_reads(tensors[name].shape, leaf, checkpoint.config)
+        else:
+            layout = LAYOUTS.get(model_type) or _as_most_lie(parent, checkpoint.tensors)
         if layout is None:
             continue
         infos = _split(tensors[name], layout)
@@ -127,14 +125,26 @@ def _place(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _layout(shape: tuple[int, ...], leaf: str, config: Mapping[str, Any]) -> Kind | None:
-    """How the experts lie where versions of one library differ: as transformers 5 has it if the shape is that."""
+def _as_transformers_reads(shape: tuple[int, ...], leaf: str, config: Mapping[str, Any]) -> Kind | None:
+    """How the experts lie where versions of transformers differ: as version 5 has it if the shape is that."""
     sizes = config.get("text_config") or config
     hidden, width = sizes.get("hidden_size"), sizes.get("moe_intermediate_size")
     if not isinstance(hidden, int) or not isinstance(width, int):
         return None
     own = (2 * width, hidden) if leaf == "gate_up_proj" else (hidden, width)
     return "expert" if shape[1:] == own else "expert_transposed"
+
+
+def _as_most_lie(parent: str, tensors: Mapping[str, TensorInfo]) -> Kind | None:
+    """`expert` if M's two tensors are called and shaped as transformers 5 has them for most families, else None.
+
+    gate_up_proj is [2 * width, hidden] of each, and down_proj [hidden, width].
+    """
+    shapes = [tensors[name].shape for leaf in STACKS if (name := f"{parent}.experts.{leaf}") in tensors]
+    if [len(shape) for shape in shapes] != [3, 3]:
+        return None
+    (_, *wide), (_, *narrow) = shapes
+    return "expert" if wide == [2 * narrow[1], narrow[0]] else None
 
 
 def _split(info: TensorInfo, kind: Kind) -> list[TensorInfo]:

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import count
 from typing import Literal
 
 from flora.checkpoint import Checkpoint, TensorInfo
@@ -89,8 +88,8 @@ def _pair(
 
 def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list[TensorPair]:
     names = {pair.name for pair in pairs}
-    model_type = str(base.config.get("model_type"))
-    found = [_classified(pair, names, model_type, base, wish) for pair in pairs]
+    num_experts = _count_experts(pairs)
+    found = [_classified(pair, names, num_experts, base, wish) for pair in pairs]
     findings = classes_say(base, found)
     return [_corrected(pair, findings[pair.name], names, wish) if pair.name in findings else pair for pair in found]
 
@@ -103,7 +102,10 @@ def _corrected(pair: TensorPair, finding: Finding, names: set[str], wish: Wish) 
     return replace(pair, kind=finding.kind)
 
 
-def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkpoint, wish: Wish) -> TensorPair:
+def _classified(
+    pair: TensorPair, names: set[str], num_experts: Mapping[tuple[str, str], int], base: Checkpoint, wish: Wish
+) -> TensorPair:
+    model_type = str(base.config.get("model_type"))
     if pair.base is None:
         reason = "new in the tuned checkpoint: there is no base tensor to change"
         return replace(pair, status="not_extractable", reason=reason)
@@ -124,14 +126,19 @@ def _classified(pair: TensorPair, names: set[str], model_type: str, base: Checkp
     if expert is not None:
         return replace(pair, kind=expert.kind, experts=expert.num_experts)
     if is_expert(pair.module):
-        return replace(pair, experts=_count_experts(pair.module, names))
+        parent, _, leaf = split_expert(pair.module)
+        return replace(pair, experts=num_experts[parent, leaf])
     return replace(pair, kind=found.kind, tied=tied_heads(pair.name, model_type, dict(base.config), names))
 
 
-def _count_experts(module: str, names: set[str]) -> int:
-    """How many experts there are beside and with `module`, M.experts.3.up_proj, each with a tensor of its own."""
-    parent, _, leaf = split_expert(module)
-    return next(index for index in count() if f"{parent}.experts.{index}.{leaf}.weight" not in names)
+def _count_experts(pairs: Sequence[TensorPair]) -> dict[tuple[str, str], int]:
+    """How many experts M has that have a tensor LEAF of their own, by M and LEAF of M.experts.3.LEAF."""
+    counts: dict[tuple[str, str], int] = {}
+    for pair in pairs:
+        if is_expert(pair.module):
+            parent, index, leaf = split_expert(pair.module)
+            counts[parent, leaf] = max(counts.get((parent, leaf), 0), index + 1)
+    return counts
 
 
 def _select(pairs: Sequence[TensorPair], include: Sequence[str], exclude: Sequence[str]) -> list[TensorPair]:

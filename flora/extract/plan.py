@@ -8,10 +8,10 @@ import torch
 from flora.checkpoint import Checkpoint
 from flora.errors import UsageError
 from flora.extract.config import FACTOR_BYTES, ExtractConfig
-from flora.extract.experts import readable
 from flora.extract.factorize import GRAM_SIDE
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
+from flora.extract.regroup import readable_pair
 from flora.extract.sidecars import check_vocabulary
 from flora.extract.workers import Crew, choose_crew
 from flora.rank import RankRule
@@ -43,7 +43,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     if base.path.resolve() == tuned.path.resolve():
         raise UsageError(f"{base.path} is given as base and as tuned checkpoint", fix="give two different checkpoints")
     _check_device(config.device)
-    base, tuned = readable(base), readable(tuned)
+    base, tuned = readable_pair(base, tuned)
     pairs, notes = pair_tensors(base, tuned, config.include, config.exclude, config.wish)
     if not config.wish.embeddings:
         check_vocabulary(base, tuned)

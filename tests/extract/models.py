@@ -61,7 +61,7 @@ def tune(model: PreTrainedModel, seed: int = 1, only: Callable[[str], bool] = la
     return tuned
 
 
-def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **options: str) -> Checkpoint:
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Checkpoint:
     copy.deepcopy(model).to(dtype).save_pretrained(folder, **options)
     return open_checkpoint(folder)
 

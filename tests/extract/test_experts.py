@@ -136,12 +136,52 @@ def test_fused_experts_are_accounted_for_one_by_one_and_touch_the_tensor_of_all(
     assert sum(change.norm_squared for change in lines) == pytest.approx(whole, rel=1e-6)
 
 
-def test_experts_apart_on_one_side_and_fused_on_the_other_are_told(tmp_path):
-    model = built("qwen3.5")
-    base = rewrite(save(model, tmp_path / "base"), fused)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("qwen3", "tuned"),
+        ("qwen3.5", "base"),  # as it was published, and as transformers saves it
+        ("mixtral", "base"),  # its experts have other names apart, and their home another one
+        ("mixtral", "tuned"),
+        ("phimoe", "tuned"),  # its router, too
+        ("deepseek", "base"),  # its first layer is dense, and has layers of the experts' names
+    ],
+)
+def test_a_pair_of_which_one_side_keeps_its_experts_fused_gives_the_adapter_of_the_base(tmp_path, name, side):
+    """The very adapter that it gives with the tuned checkpoint grouped as the base is."""
+    model = built(name)
+    tuned_model = tune(model)
+    base = save(model, tmp_path / "base", save_original_format=side != "base")
+    tuned = save(tuned_model, tmp_path / "tuned", save_original_format=side != "tuned")
+    alike = save(tuned_model, tmp_path / "alike", save_original_format=side != "base")
+    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=Wish(routers=True))
 
-    with pytest.raises(CheckpointError, match="lacks 8 of the base's tensors") as caught:
-        plan_extraction(base, save(tune(model), tmp_path / "tuned"), ExtractConfig(RankRule(max_rank=6)))
+    adapter = extract(base, tuned, config).adapter
+
+    assert adapter.header.serving_digest == extract(base, alike, config).adapter.header.serving_digest
+    assert verify(adapter, base, tuned).holds
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+    assert load_peft(tmp_path / "adapter").header == adapter.header
+    assert distance(base.path, adapter, tmp_path) < ROUNDING
+
+
+def test_experts_apart_whose_rows_take_turns_in_the_other_checkpoint_are_told(tmp_path):
+    """gpt-oss alternates gate and up; nobody has said how files of separate experts would."""
+    model = built("gpt-oss")
+    base = save(model, tmp_path / "base")
+
+    def apart(tensors: dict[str, Tensor]) -> None:
+        home = "model.layers.0.mlp.experts"
+        for index, (wide, narrow) in enumerate(
+            zip(tensors.pop(f"{home}.gate_up_proj"), tensors.pop(f"{home}.down_proj"), strict=True)
+        ):
+            tensors[f"{home}.{index}.gate_proj.weight"] = wide[:, 0::2].T.contiguous()
+            tensors[f"{home}.{index}.up_proj.weight"] = wide[:, 1::2].T.contiguous()
+            tensors[f"{home}.{index}.down_proj.weight"] = narrow.T.contiguous()
+
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), apart)
+    with pytest.raises(CheckpointError, match="lacks 4 of the base's tensors") as caught:
+        plan_extraction(base, tuned, ExtractConfig(RankRule(max_rank=6)))
 
     assert caught.value.cause == "one of the two keeps the experts of a layer in one tensor, the other each by itself"
 

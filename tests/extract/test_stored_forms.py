@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from flora.checkpoint import Checkpoint, open_checkpoint
@@ -73,6 +74,36 @@ def test_an_fp8_base_gives_the_adapter_of_the_numbers_it_stands_for(tmp_path):
         assert torch.equal(factors.A, from_plain.factors[name].A)
     assert from_fp8.header.base.base_id == str(base_record(base).base_id)  # of the files as they are
     assert NAME in from_fp8.header.base.touched
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any float32 tensor had which was made under it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("scale", [(4, 2, 4), (4, 64, 1), (4, 1, 1), (1,)], ids=str)
+def test_of_fp8_experts_in_one_tensor_only_the_asked_one_is_made(tmp_path, scale):
+    """With scales for blocks of 32 by 16, for rows, for experts, for all."""
+    torch.manual_seed(0)
+    stack, scales = torch.randn(4, 64, 64).to(torch.float8_e4m3fn), torch.rand(scale)
+    config = {"quantization_config": {"weight_block_size": [32, 16]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"m.experts.fc1.weight": stack, "m.experts.fc1.weight_scale_inv": scales}, tmp_path / "model.safetensors")
+    checkpoint = dequantized(open_checkpoint(tmp_path))
+
+    with Largest() as largest:
+        row = checkpoint.load_row("m.experts.fc1.weight", 2)
+
+    blocks = scales.repeat_interleave(32, 1).repeat_interleave(16, 2) if scale == (4, 2, 4) else scales
+    assert torch.equal(row, (stack.float() * blocks)[2])
+    assert largest.numel == 64 * 64
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def find_targets(adapter: Adapter, forms: Mapping[str, Form], *, short: bool = F
     stacks = stacks_of(adapter.header.forms, adapter.header.base.architecture)
     stacked = members_of(stacks)
     separate = {name for name in forms if is_expert(name) and name not in stacked}
-    leaves = {_leaf(name) for name in _separate_experts(adapter)}
+    leaves = _leaves_of_experts(adapter)
     aside = {
         name
         for name, form in forms.items()
@@ -62,13 +62,17 @@ def _short(names: Iterable[str], *, clash: bool) -> set[str]:
     }
 
 
-def _separate_experts(adapter: Adapter) -> set[str]:
-    """Modules of experts that have tensors of their own, adapted or not."""
-    if any(form.kind in EXPERT_KINDS for form in adapter.header.forms.values()):
-        return set()
+def _leaves_of_experts(adapter: Adapter) -> set[str]:
+    """What layers are called that PEFT may take for experts: as those are that have tensors of their own.
+
+    Where the checkpoint has them fused [experts, out, in], others of its family may have them apart.
+    """
+    kinds = {form.kind for form in adapter.header.forms.values()}
+    if kinds.intersection(EXPERT_KINDS):
+        return set(_FUSED) if "expert" in kinds else set()
     tensors = adapter.report.tensors if adapter.report else ()
     known = {tensor.name.removesuffix(".weight") for tensor in tensors if len(tensor.shape) == 2}
-    return {name for name in known | adapter.factors.keys() if is_expert(name)}
+    return {_leaf(name) for name in known | adapter.factors.keys() if is_expert(name)}
 
 
 def _leaf(name: str) -> str:
