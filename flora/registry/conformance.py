@@ -222,10 +222,11 @@ def _leased(registry: Registry, name: str, url: str | None) -> None:
     version = registry.add(_adapter(1), name)
     lease = registry.lease()
     try:
-        lease.keep(version.digest)
+        lease.keep(version)
         registry.remove(name, force=True)
         would_go = registry.gc(dry_run=True, grace_s=0).removed
         _require(version.digest not in would_go, "its manifest would go")
+        _require(registry.leased(version.digest) == version, "the holder's other processes do not find it")
     finally:
         lease.close()
 

@@ -254,6 +254,12 @@ class Registry:
 
         return Lease(self.root)
 
+    def leased(self, version_digest: str) -> Version | None:
+        """The version of that digest, though it was removed, while a process of this machine holds a lease of it."""
+        from flora.registry.leases import leased_version
+
+        return leased_version(self.root, self._home.store, version_digest)
+
     def remove(self, ref: str | Reference, *, force: bool = False) -> list[Version]:
         """Takes a version (`name@vN`), or with a bare name all of them, out of the index; `gc` frees the bytes.
 

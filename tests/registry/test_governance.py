@@ -266,8 +266,9 @@ def test_a_mismatch_of_a_version_that_was_removed_is_not_allowed(registry):
 HOLD = """
 import sys
 from flora.registry import Registry
-lease = Registry.open(sys.argv[1]).lease()
-lease.keep(sys.argv[2])
+registry = Registry.open(sys.argv[1])
+lease = registry.lease()
+lease.keep(registry.by_digest(sys.argv[2]))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -293,10 +294,30 @@ def test_a_process_that_dies_gives_its_lease_back(registry):
     assert list((registry.root / "leases").iterdir()) == []
 
 
+def test_a_removed_version_is_found_by_its_digest_while_somebody_holds_a_lease_of_it(registry):
+    version = registry.add(random_adapter(), "sql")
+    registry.allow_mismatch(version, OTHER_BASE)
+    lease = registry.lease()
+    lease.keep(version)
+    registry.remove("sql", force=True)
+    registry.gc(grace_s=0)
+
+    with Registry.open(registry.root) as other:
+        found = other.leased(version.digest)
+        assert found == version
+        other.allow_mismatch(found, OTHER_BASE)  # it was, while the version was there, and that is not forgotten
+        with pytest.raises(AdapterNotFound):
+            other.allow_mismatch(found, "sha256:" + "d" * 64)
+        with pytest.raises(AdapterNotFound):
+            other.by_digest(version.digest)  # for everybody else it is gone
+        lease.close()
+        assert other.leased(version.digest) is None
+
+
 def test_a_lease_that_nobody_holds_still_has_its_grace_time(registry):
     version = registry.add(random_adapter(), "sql")
     lease = registry.lease()
-    lease.keep(version.digest)
+    lease.keep(version)
     lease._file.close()  # as it looks from a machine that does not see the lock
     registry.remove("sql", force=True)
 

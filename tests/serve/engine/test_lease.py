@@ -9,6 +9,10 @@ import torch
 from flora.errors import AdapterNotFound
 from flora.serve.config import EngineConfig
 from flora.serve.engine.build import adapter_source
+from flora.serve.engine.loading.arena import Arena
+from flora.serve.engine.loading.loader import Finished
+from flora.serve.engine.loading.packing import PackedAdapter
+from flora.serve.engine.loading.processes import ProcessLoader
 from flora.serve.messages import UnloadAdapter
 from tests.serve.engine.adapters import random_adapter
 from tests.serve.engine.worlds import World, ask, run_to_end
@@ -48,8 +52,39 @@ def test_a_version_that_the_loader_has_found_can_be_packed_after_its_removal_and
     source.pack(source.find(target), after)
     assert torch.equal(after, before)
     assert before.any()
-    with pytest.raises(AdapterNotFound):  # who has no lease of it
+    source.close()
+    with pytest.raises(AdapterNotFound):  # nobody has a lease of it any more
         adapter_source(config).find(target)
+
+
+def test_every_loader_process_of_a_server_loads_what_one_of_them_has_a_lease_of(world):
+    """One has read it before its removal. Then both are asked at once, for a stream that had resolved the name."""
+    config = EngineConfig(base=world.base, registry=str(world.home / "registry"), cache_dir=world.home / "cache")
+    target = world.add(random_adapter(world.config, seed=1, ranks=[2]), "sql")
+    geometry = adapter_source(config).geometry
+    loader = ProcessLoader(config, geometry, torch.float32, Arena(1 << 20, pinned=False), 2, lambda: None)
+    loader.use_cache(lambda num_bytes: False)
+
+    def load(times: int) -> list[Finished]:
+        for _ in range(times):
+            loader.start(target)
+        finished: list[Finished] = []
+        while len(finished) < times:
+            finished += loader.finished(60.0)
+        return finished
+
+    try:
+        (before,) = load(1)
+        assert remove_and_collect(world, "sql") == (0, 2)
+        both = load(2)
+    finally:
+        loader.close()
+
+    assert isinstance(before, PackedAdapter)
+    for after in both:
+        assert isinstance(after, PackedAdapter), after
+        assert torch.equal(after.cells, before.cells)
+    assert before.cells.any()
 
 
 def test_a_stream_gets_its_removed_adapter_back_after_it_was_unloaded(world):

@@ -97,31 +97,40 @@ class RegistrySource:
         with self._registry.loading(found.version) as adapter:
             pack_cells(adapter, found.layout, cells)
 
-    def _version(self, digest: str) -> Version:
-        """The version of that digest; one that was found before, also after its removal: our lease keeps its blobs.
+    def close(self) -> None:
+        """Ends the lease: what was removed meanwhile may be collected."""
+        if self._lease:
+            self._lease.close()
+        if self._opened:
+            self._opened.close()
 
-        A name that is gone leads no new request here, but a stream that was preempted comes back for its adapter.
+    def _version(self, digest: str) -> Version:
+        """The version of that digest; also after its removal, if this process or another one here has a lease of it.
+
+        A name that is gone leads no new request here, but a stream that was preempted comes back for its adapter, and
+        one that had resolved the name before may meet a loader process that has not seen it yet.
         """
         try:
             version = self._registry.by_digest(digest)
         except AdapterNotFound:
-            if digest not in self._found:
+            removed = self._found.get(digest) or self._registry.leased(digest)
+            if removed is None:
                 raise
-            return self._found[digest]
-        self._keep(digest)
+            version = removed
+        self._keep(version)
         if len(self._found) >= _MAX_FOUND:
             self._found.pop(next(iter(self._found)))
         self._found[digest] = version
         return version
 
-    def _keep(self, version_digest: str) -> None:
+    def _keep(self, version: Version) -> None:
         """What is served stays readable until this process ends, though it be removed and collected."""
         try:
             if self._lease is None:
                 self._lease = self._registry.lease()
-            self._lease.keep(version_digest)
+            self._lease.keep(version)
         except (StoreError, OSError) as error:  # a registry that is only to be read: nothing here collects it either
-            logger.debug("no lease of %s: %s", version_digest, error)
+            logger.debug("no lease of %s: %s", version.digest, error)
 
     @property
     def _registry(self) -> Registry:
