@@ -30,6 +30,8 @@ STACKS = {  # where a checkpoint keeps the experts of M.experts.N.LEAF, by leaf;
         "experts.fc1.weight",
     ),
     "down_proj": ("experts.down_proj", "experts.down_proj_blocks", "output_linear.weight", "experts.fc2.weight"),
+    "input_linear": ("input_linear.weight",),  # JetMoE's, which are modules of their own in its attention, too
+    "output_linear": ("output_linear.weight",),
 }
 _EXPERT = re.compile(r"(?P<parent>.+)\.experts\.(?P<index>\d+)\.(?P<leaf>\w+)", re.ASCII)
 

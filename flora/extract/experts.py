@@ -4,16 +4,18 @@
     Qwen3-VL                           either, as it was saved by transformers 4 or 5
     others                             M.experts.LEAF [experts, out, in], if the shapes say so
     Granite                            M.input_linear.weight, M.output_linear.weight [experts, out, in]
+    JetMoE                             the same, and in its attention, too: LEAF is input_linear or output_linear
     gpt-oss in MXFP4                   M.experts.LEAF_blocks [experts, out, in / 32, 16]
                                        M.experts.LEAF_scales [experts, out, in / 32]
 
-LEAF is gate_up_proj or down_proj, and expert 3 is the tensor `M.experts.3.LEAF.weight`, as where each has its own.
+LEAF is gate_up_proj or down_proj where nothing else is said, and expert 3 is the tensor `M.experts.3.LEAF.weight`, as
+where each has its own.
 
 MXFP4 (OCP Microscaling): a byte holds two numbers of four bits, the even one low; 32 of them share one exponent.
 Every such number times its power of two is exact in float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 LAYOUTS: Mapping[str, Kind] = {  # by model_type, where names or classes are not what transformers 5 makes of most
     "gpt_oss": "expert_transposed",
+    "openai_privacy_filter": "expert_transposed",
     "llama4": "expert_transposed",
     "llama4_text": "expert_transposed",
     "aria": "expert_transposed",
@@ -34,7 +37,10 @@ LAYOUTS: Mapping[str, Kind] = {  # by model_type, where names or classes are not
     "granitemoe": "expert",
     "granitemoeshared": "expert",
     "granitemoehybrid": "expert",
+    "jetmoe": "expert",
 }
+_LEAVES = ("gate_up_proj", "down_proj")
+_OWN_LEAVES = {"jetmoe": ("input_linear", "output_linear")}  # where transformers 5 keeps them in modules of their own
 _EITHER = ("qwen3_vl_moe", "qwen3_vl_moe_text")
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # e2m1; the eight above are the same below zero
 _BIAS = 127  # of the exponents that scales are
@@ -77,7 +83,7 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
     model_type = str(checkpoint.config.get("model_type"))
     tensors, experts = dict(checkpoint.tensors), {}
     for name in checkpoint.tensors:
-        place = _place(name)
+        place = _place(name, _OWN_LEAVES.get(model_type, _LEAVES))
         if place is None or len(tensors[name].shape) < 3:  # a shared expert is a plain layer of such a name
             continue
         parent, leaf = place
@@ -116,10 +122,10 @@ def stored_names(checkpoint: Checkpoint, name: str) -> tuple[str, ...]:
     return (name,) if expert is None else expert.stored
 
 
-def _place(name: str) -> tuple[str, str] | None:
+def _place(name: str, leaves: Iterable[str]) -> tuple[str, str] | None:
     """M and LEAF of the name of a tensor of fused experts."""
-    for leaf, places in STACKS.items():
-        for place in places:
+    for leaf in leaves:
+        for place in STACKS[leaf]:
             if name.endswith(f".{place}"):
                 return name.removesuffix(f".{place}"), leaf
     return None
@@ -140,7 +146,7 @@ def _as_most_lie(parent: str, tensors: Mapping[str, TensorInfo]) -> Kind | None:
 
     gate_up_proj is [2 * width, hidden] of each, and down_proj [hidden, width].
     """
-    shapes = [tensors[name].shape for leaf in STACKS if (name := f"{parent}.experts.{leaf}") in tensors]
+    shapes = [tensors[name].shape for leaf in _LEAVES if (name := f"{parent}.experts.{leaf}") in tensors]
     if [len(shape) for shape in shapes] != [3, 3]:
         return None
     (_, *wide), (_, *narrow) = shapes

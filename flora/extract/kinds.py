@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flora.checkpoint import FLOAT_DTYPES
-from flora.forms import Kind
+from flora.forms import Kind, is_expert
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "token_embedding")
 HEADS = ("lm_head", "embed_out", "output", "vocab_projector", "generator_lm_head")
@@ -72,8 +72,10 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
         return Finding("embedding")
     if _is_fused(name, shape):
         return Finding(reason=f"several experts in one tensor, whose layout in {model_type} is not known here")
-    if ".experts." in name and not name.endswith(".weight"):
-        return Finding(reason="biases of all experts in one tensor: they have no LoRA form")
+    if ".experts." in name and name.endswith("_bias") and len(shape) == 2:
+        return Finding(is_vector=True, reason="biases of all experts, a row each: they have no LoRA form")
+    if name.endswith(".bias") and is_expert(name.removesuffix(".bias")):
+        return Finding(reason="a bias of one expert, which libraries keep in one tensor with those of the others")
     if len(shape) == 2 and _is_router(name, names):
         return Finding("parameter")
     if len(shape) < 2:

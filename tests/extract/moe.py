@@ -69,6 +69,20 @@ def jetmoe() -> nn.Module:
     return hf.JetMoeForCausalLM(hf.JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
 
 
+def dbrx() -> nn.Module:
+    """The rows of its experts lie one below the other in two dimensions, of which one is transposed."""
+    experts = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32, "vocab_size": 80}
+    attention = {"kv_n_heads": 2, "rope_theta": 10000.0}
+    return hf.DbrxForCausalLM(hf.DbrxConfig(**sizes, attn_config=attention, ffn_config=experts))
+
+
+def privacy_filter() -> nn.Module:
+    """gpt-oss's sibling, which says of each token what it is."""
+    sizes = HEADED | ENDS | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_labels": 5}
+    return hf.OpenAIPrivacyFilterForTokenClassification(hf.OpenAIPrivacyFilterConfig(**sizes))
+
+
 def granite_shared() -> nn.Module:
     """One expert is shared: a plain layer that is called like the fused ones."""
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 24}
@@ -119,4 +133,6 @@ FUSED: Mapping[str, Callable[[], nn.Module]] = {  # the experts of a layer in on
     "granite-shared": granite_shared,
     "aria": aria,
     "qwen3-vl": qwen3_vl,
+    "jetmoe": jetmoe,
+    "privacy-filter": privacy_filter,
 }

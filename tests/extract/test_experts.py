@@ -26,7 +26,7 @@ from flora.registry.binding import bind
 from flora.registry.formats.paths import tree_paths
 from flora.registry.formats.peft import load_peft, peft_files, save_peft
 from tests.extract.models import rewrite, save, tune
-from tests.extract.moe import FUSED, SEPARATE, jetmoe
+from tests.extract.moe import FUSED, SEPARATE, dbrx
 from tests.extract.peft_judge import extracted
 
 TOKENS = torch.arange(20)[None]
@@ -44,7 +44,7 @@ def written(base: Path, adapter: Adapter, folder: Path) -> Path:
             expert_slice(module.name, module.kind, stack).add_(delta)
         else:
             tensors[f"{module.name}.weight"] += as_weight(module.form, delta)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | adapter.exact, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -265,19 +265,39 @@ def test_biases_of_fused_experts_are_named_with_their_share(tmp_path):
 
     biases = [change for change in adapter.report.tensors if change.name.endswith("_proj_bias")]
     assert len(biases) == 2 * 2
-    assert {change.reason for change in biases} == {"biases of all experts in one tensor: they have no LoRA form"}
+    assert {change.reason for change in biases} == {"biases of all experts, a row each: they have no LoRA form"}
     assert all(adapter.report.share(change) > 0 for change in biases)
+
+
+@pytest.mark.parametrize("exclude", [(), ("*.gate_up_proj",), ("*.experts.[0-9]*",)], ids=["none", "one", "both"])
+def test_biases_of_fused_experts_are_carried_whole_and_peft_puts_them_where_they_belong(tmp_path, exclude):
+    """PEFT wraps the experts once for each parameter that it adapts, and the biases lie inside of all wraps."""
+    model = built("gpt-oss")
+    base, tuned = save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned")
+    wish = Wish(routers=True, vectors=True)
+    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=wish, exclude=exclude)
+
+    adapter = extract(base, tuned, config).adapter
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+
+    biases = [change for change in adapter.report.tensors if change.name.endswith("_proj_bias")]
+    assert {(change.status, change.kept == change.norm_squared) for change in biases} == {("exact", True)}
+    assert all(torch.equal(adapter.exact[change.name], tuned.load(change.name)) for change in biases)
+    assert load_peft(tmp_path / "adapter").header == adapter.header
+    assert verify(adapter, base, tuned).holds
+    assert distance(base.path, adapter, tmp_path) < ROUNDING
 
 
 def test_experts_of_an_unknown_layout_are_named_with_their_share(tmp_path):
     torch.manual_seed(0)
-    _, _, adapter = extracted(jetmoe().eval(), tmp_path, rank=6, wish=Wish(routers=True))
+    _, _, adapter = extracted(dbrx().eval(), tmp_path, rank=6, wish=Wish(routers=True))
 
-    fused = [change for change in adapter.report.tensors if len(change.shape) == 3]
-    assert len(fused) == 2 * 4
+    fused = [change for change in adapter.report.tensors if ".experts." in change.name]
+    assert len(fused) == 2 * 3
     assert {change.reason for change in fused} == {
-        "several experts in one tensor, whose layout in jetmoe is not known here"
+        "several experts in one tensor, whose layout in dbrx is not known here"
     }
+    assert all(adapter.report.share(change) > 0 for change in fused)
 
 
 def test_an_expert_that_did_not_change_gets_zeros_in_its_stack(tmp_path):
@@ -297,6 +317,8 @@ def test_an_expert_that_did_not_change_gets_zeros_in_its_stack(tmp_path):
 
     assert load_peft(tmp_path / "adapter").header == adapter.header
     assert sum(is_expert(name) for name in adapter.factors) == 2 * 3
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert not [target for target in config["target_modules"] if "down_proj" in target or "gate_up_proj" in target]
     assert distance(base.path, adapter, tmp_path) < ROUNDING
 
 

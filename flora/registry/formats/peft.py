@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,7 @@ from flora.registry.formats.peft_config import (
 )
 from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, find_weights, read_weights
 from flora.registry.formats.spelling import spell, spell_exact, spell_tied
-from flora.registry.formats.stacks import members_of, spell_stack, stacks_of
+from flora.registry.formats.stacks import Stack, members_of, spell_stack, stacks_of
 from flora.registry.formats.targets import find_targets
 from flora.registry.formats.tensors import encode
 from flora.registry.store import store_error
@@ -108,8 +109,9 @@ def peft_files(
     adapter: Adapter, profile: Profile, paths: Mapping[str, str] | None = None
 ) -> dict[str, Iterable[bytes | memoryview]]:
     """The files of the folder, by name, each as pieces."""
-    if any(".experts." in name for name in adapter.factors):
-        profile = "portable"  # PEFT stacks the experts of a layer: all must be there, and of one rank
+    if any(".experts." in module.name or module.kind == "parameter" for module, _ in adapter):
+        # PEFT stacks the experts of a layer: all must be there, and of one rank; and finds no pattern for a parameter
+        profile = "portable"
     if profile == "portable":
         from flora.registry.formats.portable import fold_scales, pad_factors, pad_forms
 
@@ -151,16 +153,17 @@ def _renamed(adapter: Adapter, paths: Mapping[str, str]) -> Adapter:
     return replace(adapter, header=rename(adapter.header, paths), factors=factors, exact=exact)
 
 
-def _with_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> set[str]:
-    return {name for module in factors for name in (module, *forms[module].tied)}
+def _wraps(forms: Mapping[str, Form], stacks: Sequence[Stack]) -> dict[str, int]:
+    """How many layers PEFT puts around each module that it adapts."""
+    once = dict.fromkeys((name for module, form in forms.items() for name in (module, *form.tied)), 1)
+    return once | Counter(stack.parameter.rpartition(".")[0] for stack in stacks)
 
 
 def _spell_all(adapter: Adapter, factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> dict[str, "Tensor"]:
     """Every tensor of the folder; an embedding's factors again for each module that shares its weight."""
-    tensors = {
-        spell_exact(told, _with_tied(factors, forms)): adapter.exact[told.name] for told in adapter.header.exact_tensors
-    }
     stacks = stacks_of(adapter.header.forms, adapter.header.base.architecture)
+    wraps = _wraps({name: forms[name] for name in factors}, stacks)
+    tensors = {spell_exact(told, wraps): adapter.exact[told.name] for told in adapter.header.exact_tensors}
     stacked = members_of(stacks)
     for name, lowrank in factors.items():
         if name not in stacked:
@@ -182,18 +185,14 @@ def load_peft(folder: Path) -> Adapter:
         record = _read_record(folder)
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
         header = rename(record.header, record.paths)
-        exact = {tensor.name: spell_exact(tensor, _adapted(header)) for tensor in header.exact_tensors}
         stacks = stacks_of(header.forms, header.base.architecture)
+        wraps = _wraps(header.forms, stacks)  # a portable one adds layers, which no exact tensor is beside
+        exact = {tensor.name: spell_exact(tensor, wraps) for tensor in header.exact_tensors}
         adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact, stacks))
         back = {path: name for name, path in record.paths.items()}
         return replace(_renamed(adapter, back), header=record.header)
     config = LoraScales(read_config(folder / CONFIG_FILE))
     return _import(folder, config, read_weights(weights, config))
-
-
-def _adapted(header: AdapterHeader) -> set[str]:
-    """Modules that have factors in the folder; a portable one adds layers, which no exact tensor is beside."""
-    return {name for module in header.modules for name in (module.name, *module.tied)}
 
 
 def _import(folder: Path, config: LoraScales, weights: Weights) -> Adapter:

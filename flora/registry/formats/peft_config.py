@@ -87,7 +87,8 @@ class LoraScales:
         if not isinstance(targets, list) or any(module == t or module.endswith("." + t) for t in targets):
             return True
         if is_expert(module):
-            return f"{split_expert(module)[0]}.experts" in self._homes
+            parent, _, leaf = split_expert(module)
+            return f"{parent}.experts" in self._homes or f"{parent}.{leaf}.weight" in self._parameters
         return f"{module}.weight" in self._parameters
 
     @cached_property

@@ -22,6 +22,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _MAX_VALUE = 65504.0  # the largest fp16; no trained factor comes near
 _MAX_NAME = 256
 _MAX_DIMENSIONS = 5  # of a convolution's factors
+_TWO_DIMENSIONAL = ("trainable_tokens_delta", "_bias")  # new rows of a table, biases of all experts
 
 
 def find_weights(folder: Path) -> Path:
@@ -93,7 +94,7 @@ def read_weights(
 
 def _take_exact(tensors: dict[str, "Tensor"], name: str) -> "Tensor":
     tensor = tensors.pop(name, None)
-    if tensor is None or tensor.ndim != (2 if name.endswith("trainable_tokens_delta") else 1):
+    if tensor is None or tensor.ndim != (2 if name.endswith(_TWO_DIMENSIONAL) else 1):
         raise AdapterInvalid(f"{WEIGHTS_FILE} lacks {name}, which the record beside it names", tensor=name)
     if not bool(tensor.isfinite().all()):
         raise NotFinite(f"tensor {name} holds NaN or infinity", tensor=name)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from flora.adapter import Adapter, ChangeReport, make_adapter
-from flora.forms import Form
+from flora.forms import EXPERT_KINDS, Form
 from flora.lowrank import LowRank, pad
 from flora.registry.formats.kinds import expected_modules, kind_of
 
@@ -49,10 +49,10 @@ def pad_factors(adapter: Adapter) -> dict[str, LowRank]:
     all_are_known = adapter.header.recipe.tuned_id is not None  # then the report lists whatever the base has
     siblings = {kind_of(name): lowrank for name, lowrank in padded.items()}
     for name in expected_modules(adapter.factors, shapes):
-        is_linear = pad_forms(adapter, [name])[name].kind == "linear"  # others' tensors are no such matrices
-        is_there = name in shapes or not all_are_known or not is_linear
-        if name not in padded and is_there:
-            padded[name] = _zeros_like(siblings[kind_of(name)], shapes.get(name) if is_linear else None)
+        kind = pad_forms(adapter, [name])[name].kind
+        is_there = name in shapes or not all_are_known or kind != "linear"  # others' tensors are no such matrices
+        if name not in padded and is_there and kind not in EXPERT_KINDS:  # a stack pads itself
+            padded[name] = _zeros_like(siblings[kind_of(name)], shapes.get(name) if kind == "linear" else None)
     return padded
 
 

@@ -3,14 +3,15 @@
     linear, conv1d  M.lora_A.weight [r, in]              M.lora_B.weight [out, r]
     conv            M.lora_A.weight [r, in, *kernel]     M.lora_B.weight [out, r, 1, …]
     embedding       M.lora_embedding_A [r, tokens]       M.lora_embedding_B [features, r]
-    exact           M.weight, M.bias                     a bias beside factors: M.base_layer.bias
+    exact           M.weight, M.bias                     a bias beside factors: M.base_layer.bias; beside two stacks of
+                                                         experts: M.experts.base_layer.base_layer.down_proj_bias
     new rows        M.token_adapter.trainable_tokens_delta [rows, features]: the rows themselves, whatever the name says
 
 An embedding's factors here are of its table [tokens, features]: PEFT's are of the transposed one, so they trade places.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flora.adapter import ExactTensor
@@ -50,6 +51,12 @@ def unspell(module: str, tensors: Mapping[str, "Tensor"], form: Form = LINEAR) -
     return A.flatten(1), B.flatten(1)
 
 
+def is_transposed(name: str) -> bool:
+    """Whether the tensor of that name lies transposed to the factor that it is."""
+    factor = FACTOR.fullmatch(name)
+    return bool(factor and factor["table"])
+
+
 def tied_form(module: str) -> Form:
     """The form of a module that shares an embedding's weight, by its name."""
     return Form(kind="embedding") if module.rpartition(".")[2] in _TABLES else LINEAR
@@ -64,10 +71,13 @@ def spell_tied(factors: Mapping[str, "LowRank"], forms: Mapping[str, Form]) -> d
     return tensors
 
 
-def spell_exact(tensor: ExactTensor, adapted: Collection[str] = ()) -> str:
-    """The name of a tensor that an adapter carries whole, where modules `adapted` have factors beside it."""
+def spell_exact(tensor: ExactTensor, wraps: Mapping[str, int] | None = None) -> str:
+    """The name of a tensor that an adapter carries whole.
+
+    wraps  of modules that have factors, how many layers PEFT puts around them: one, or one for each parameter
+    """
     name = tensor.name
     module, _, leaf = name.rpartition(".")
     if tensor.first_row is not None:
         return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
-    return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapted else PREFIX + name
+    return f"{PREFIX}{module}{'.base_layer' * (wraps or {}).get(module, 0)}.{leaf}"

@@ -4,7 +4,8 @@
     M.experts.base_layer.lora_B.weight [2 * ff, r * experts]    column k * experts + e is column k of expert e's B
     M.experts.lora_A.weight, …lora_B.weight                     of down_proj, which PEFT wraps around the other
 
-Where one of the two is not adapted, the other has no `base_layer`. vLLM reads the same names. PEFT takes a parameter to
+Where one of the two is not adapted, the other has no `base_layer`. JetMoE's two are modules of their own, whose tensors
+are M.input_linear.lora_A.weight and so on. vLLM reads the same names. PEFT takes a parameter to
 be [experts, out, in] unless its class says otherwise; Llama 4's is [experts, in, out] and does not say so: there A and
 B trade places.
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _SWAPPED = ("Llama4",)  # how architectures start whose experts' class does not say that they lie transposed
 _SENSING = "ForConditionalGeneration"  # how architectures end of models that see or hear, and talk
 _OUTER = "down_proj"
+_MODULES = ("input_linear", "output_linear")  # leaves that are modules, whose `weight` is the parameter
 _APART = {
     "gate_up_proj": ("gate_proj", "up_proj")
 }  # what one matrix of the module tree is in files of separate experts
@@ -66,14 +68,21 @@ def stacks_of(forms: Mapping[str, Form], architecture: str) -> list[Stack]:
             parts[fused] = (leaf,) if form.kind in EXPERT_KINDS else _APART.get(fused, (leaf,))
     return [
         Stack(
-            parameter=f"{home}.{leaf}",
-            path=f"{home}.base_layer" if leaf != _OUTER and _OUTER in parts else home,
+            **_place(home, leaf, is_inner=leaf != _OUTER and _OUTER in parts),
             members=tuple(tuple(f"{home}.{index}.{part}" for part in parts[leaf]) for index in range(num_experts)),
             is_swapped=architecture.startswith(_SWAPPED),
         )
         for home, num_experts in sorted(homes.items())
         for leaf in sorted(parts)
     ]
+
+
+def _place(home: str, leaf: str, *, is_inner: bool) -> dict[str, str]:
+    """`parameter` and `path` of the stack of those leaves. PEFT wraps one parameter of a module around the other."""
+    if leaf in _MODULES:
+        path = f"{home.removesuffix('.experts')}.{leaf}"
+        return {"parameter": f"{path}.weight", "path": path}
+    return {"parameter": f"{home}.{leaf}", "path": f"{home}.base_layer" if is_inner else home}
 
 
 def members_of(stacks: Iterable[Stack]) -> set[str]:
