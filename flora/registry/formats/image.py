@@ -1,7 +1,8 @@
 """LoRA files of image models: diffusers' and kohya's, each one safetensors file.
 
 diffusers   PREFIX.module.lora_A.weight, PREFIX.module.lora_B.weight; no alpha: the scale is folded in
-kohya       lora_PREFIX_module_with_underscores.lora_down.weight, .lora_up.weight, .alpha
+kohya       lora_PREFIX_module_with_underscores.lora_down.weight, .lora_up.weight, .alpha; Flux's modules are called and
+            joined as its authors have them (`flux.py`), the others' as diffusers does
 """
 
 from pathlib import Path
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from flora.adapter import Adapter
 from flora.errors import Unsupported
+from flora.forms import LINEAR
+from flora.lowrank import LowRank
+from flora.registry.formats import flux
 from flora.registry.formats.compat import judge
+from flora.registry.formats.kinds import kind_of
 from flora.registry.formats.portable import fold_scales
 from flora.registry.formats.spelling import PREFIX as _PEFT_PREFIX
 from flora.registry.formats.spelling import spell
@@ -26,33 +31,48 @@ _KOHYA = {"transformer": "lora_unet", "unet": "lora_unet", "text_encoder": "lora
 
 def save_diffusers(adapter: Adapter, path: Path, part: Part) -> None:
     """Writes the file that `pipeline.load_lora_weights` reads. Raises Unsupported."""
-    tensors = {}
-    for name, tensor in _spelled(adapter, "diffusers").items():
-        tensors[f"{part}.{name}"] = tensor
+    folded = _folded(adapter, "diffusers")
+    tensors = {
+        f"{part}.{name}": tensor
+        for module, factors in folded.factors.items()
+        for name, tensor in _spelled(module, factors, folded).items()
+    }
     path.write_bytes(b"".join(encode(tensors)))
 
 
 def save_kohya(adapter: Adapter, path: Path, part: Part) -> None:
     """Writes the file that kohya's scripts and many user interfaces read. Raises Unsupported."""
+    folded = _folded(adapter, "kohya")
+    factors = folded.factors
+    if adapter.header.base.architecture == flux.ARCHITECTURE:
+        factors = flux.by_authors_names(factors, _widths(folded))
     tensors: dict[str, Tensor] = {}
-    ranks = {module.name: module.rank for module in adapter.header.modules}
-    for name, tensor in _spelled(adapter, "kohya").items():
-        module, _, half = name.removesuffix(".weight").rpartition(".")
+    for module, lowrank in factors.items():
         stem = f"{_KOHYA[part]}_{module.replace('.', '_')}"
-        tensors[f"{stem}.{'lora_down' if half == 'lora_A' else 'lora_up'}.weight"] = tensor
-        tensors[f"{stem}.alpha"] = torch.tensor(float(ranks[module]))
+        for name, tensor in _spelled(module, lowrank, folded).items():
+            half = "lora_down" if name.endswith("lora_A.weight") else "lora_up"
+            tensors[f"{stem}.{half}.weight"] = tensor
+        tensors[f"{stem}.alpha"] = torch.tensor(float(lowrank.rank))
     path.write_bytes(b"".join(encode(tensors)))
 
 
-def _spelled(adapter: Adapter, engine: str) -> dict[str, Tensor]:
-    """The factors under PEFT's names without its prefix, scales folded in."""
+def _folded(adapter: Adapter, engine: str) -> Adapter:
+    """The adapter with its scales folded in, if the engine takes it."""
     verdict = next(verdict for verdict in judge(adapter.header) if verdict.engine == engine)
     if verdict.answer == "no":
         raise Unsupported(f"{engine} cannot apply this adapter: {verdict.reason}", fix=verdict.remedy)
-    folded = fold_scales(adapter)
-    forms = folded.header.forms
-    return {
-        name.removeprefix(_PEFT_PREFIX): tensor
-        for module, lowrank in folded.factors.items()
-        for name, tensor in spell(module, lowrank, forms[module]).items()
-    }
+    return fold_scales(adapter)
+
+
+def _spelled(module: str, factors: LowRank, adapter: Adapter) -> dict[str, Tensor]:
+    """The factors under PEFT's names without its prefix."""
+    form = adapter.header.forms.get(module, LINEAR)
+    return {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in spell(module, factors, form).items()}
+
+
+def _widths(adapter: Adapter) -> dict[str, int]:
+    """out_features by kind of module: of all that the report lists, changed or not, and of all that have factors."""
+    listed = adapter.report.tensors if adapter.report else ()
+    shapes = {kind_of(tensor.name.removesuffix(".weight")): tensor.shape for tensor in listed}
+    known = {kind: shape[0] for kind, shape in shapes.items() if len(shape) == 2}
+    return known | {kind_of(module.name): module.out_features for module, _ in adapter}
