@@ -77,7 +77,8 @@ class Outcome:
         """Of the stored weights."""
         if self.version is not None:
             return self.version.num_bytes
-        return sum(factors.num_bytes for factors in self.adapter.factors.values())
+        whole = sum(tensor.nbytes for tensor in self.adapter.exact.values())
+        return whole + sum(factors.num_bytes for factors in self.adapter.factors.values())
 
     def record(self) -> dict[str, Any]:
         """Everything, as plain values."""

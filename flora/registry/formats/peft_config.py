@@ -164,7 +164,7 @@ def make_config(header: AdapterHeader, target_modules: list[str]) -> dict[str, A
         "lora_alpha": _plain_number(alpha),
         "lora_dropout": 0.0,
         "fan_in_fan_out": any(module.kind == "conv1d" for module in header.modules),
-        "bias": "all" if any(tensor.name.endswith(".bias") for tensor in header.exact_tensors) else "none",
+        "bias": "all" if any(tensor.name.endswith("bias") for tensor in header.exact_tensors) else "none",
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
