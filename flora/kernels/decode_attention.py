@@ -17,12 +17,17 @@ def decode_attention(
     context: Context,
     softmax_scale: float,
     tuning: DecodeTuning,
+    arrivals: Tensor,
     *,
     overlap: bool,
 ) -> None:
     """Rows of `out` that belong to sequences with exactly one query; the other rows are left alone.
 
     A context is cut every split_tokens, whoever else is in the batch, so a row's bits depend on its own sequence alone.
+    Of a sequence's programs the last to arrive puts the parts together, in the order of the context: a launch of its
+    own for that took 11 us a layer at 256 sequences, most of them too short to have parts.
+
+    arrivals  int32 [num_sequences * num_kv_heads] or longer: zeros, and zeros again when the launch has ended
     Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).
     """
     block_tables = context.block_tables
@@ -36,7 +41,7 @@ def decode_attention(
     partial = torch.empty(num_sequences, num_q_heads, max_splits, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_sequences, num_q_heads, max_splits, dtype=torch.float32, device=q.device)
     block_dim = triton.next_power_of_2(head_dim)
-    _decode_split_kernel[(num_sequences, num_kv_heads, min(max_splits, tuning.split_lanes))](
+    _decode_attention_kernel[(num_sequences, num_kv_heads, min(max_splits, tuning.split_lanes))](
         q,
         kv,
         block_tables,
@@ -45,6 +50,7 @@ def decode_attention(
         out,
         partial,
         lse,
+        arrivals,
         softmax_scale * LOG2_E,
         max_splits,
         q.stride(0),
@@ -63,31 +69,16 @@ def decode_attention(
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
+        maxnreg=tuning.registers,
         **overlapped(overlap),
     )
-    if max_splits > 1:
-        _decode_combine_kernel[(num_sequences, num_q_heads)](
-            partial,
-            lse,
-            context.seq_lens,
-            context.query_starts,
-            out,
-            max_splits,
-            out.stride(0),
-            out.stride(1),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            SPLIT_TOKENS=tuning.split_tokens,
-            num_warps=2,
-            **overlapped(overlap),
-        )
 
 
 LOG2_E = 1.4426950408889634  # exp2 is what the hardware has
 
 
 @triton.jit
-def _decode_split_kernel(  # type: ignore[no-untyped-def]
+def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     p_q,
     p_kv,
     p_tables,
@@ -96,6 +87,7 @@ def _decode_split_kernel(  # type: ignore[no-untyped-def]
     p_out,
     p_partial,
     p_lse,
+    p_arrivals,
     scale_log2,
     max_splits,
     q_row_stride,
@@ -135,7 +127,8 @@ def _decode_split_kernel(  # type: ignore[no-untyped-def]
         m_q = m_heads[:, None] & m_dim[None, :]
         b_q = tl.load(p_q + row * q_row_stride + heads[:, None] * q_head_stride + o_dim[None, :], mask=m_q, other=0.0)
         p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
-        for i_split in range(tl.program_id(2), num_splits, tl.num_programs(2)):
+        lane, num_lanes = tl.program_id(2), tl.num_programs(2)
+        for i_split in range(lane, num_splits, num_lanes):
             b_max = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
             b_sum = tl.zeros((BLOCK_HEADS,), tl.float32)
             b_out = tl.zeros((BLOCK_HEADS, BLOCK_DIM), tl.float32)
@@ -166,46 +159,36 @@ def _decode_split_kernel(  # type: ignore[no-untyped-def]
                 i_partial = (i_seq * (tl.num_programs(1) * GROUP) + heads) * max_splits + i_split
                 tl.store(p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :], b_out, mask=m_q)
                 tl.store(p_lse + i_partial, b_max + tl.log2(b_sum), mask=m_heads)
+        if num_splits > 1 and lane < num_splits:
+            tl.debug_barrier()  # every thread's parts are written before the program says so
+            own = tl.cdiv(num_splits - lane, num_lanes)
+            p_arrived = p_arrivals + i_seq * tl.num_programs(1) + i_kv_head
+            if tl.atomic_add(p_arrived, own, sem="acq_rel") + own == num_splits:
+                tl.store(p_arrived, 0)
+                i_partial = (i_seq * (tl.num_programs(1) * GROUP) + heads) * max_splits
+                b_joined = _join_splits(
+                    p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :], p_lse + i_partial, num_splits, m_q,
+                    m_heads, HEAD_DIM,
+                )  # fmt: skip
+                p_row = p_out + row * out_row_stride + heads[:, None] * out_head_stride
+                tl.store(p_row + o_dim[None, :], b_joined.to(p_out.dtype.element_ty), mask=m_q)
 
 
 @triton.jit
-def _decode_combine_kernel(  # type: ignore[no-untyped-def]
-    p_partial,
-    p_lse,
-    p_seq_lens,
-    p_starts,
-    p_out,
-    max_splits,
-    out_row_stride,
-    out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    SPLIT_TOKENS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    i_seq = tl.program_id(0).to(tl.int64)
-    i_head = tl.program_id(1)
-    row = tl.load(p_starts + i_seq).to(tl.int64)
-    num_queries = tl.load(p_starts + i_seq + 1) - row
-    num_splits = tl.cdiv(tl.load(p_seq_lens + i_seq), SPLIT_TOKENS)
-    if num_queries == 1 and num_splits > 1:
-        o_dim = tl.arange(0, BLOCK_DIM)
-        m_dim = o_dim < HEAD_DIM
-        i_first = (i_seq * tl.num_programs(1) + i_head) * max_splits
-        b_max = tl.load(p_lse + i_first)
-        b_sum = 1.0
-        b_out = tl.load(p_partial + i_first * HEAD_DIM + o_dim, mask=m_dim, other=0.0)
-        for i_split in range(1, num_splits):
-            lse = tl.load(p_lse + i_first + i_split)
-            b_part = tl.load(p_partial + (i_first + i_split) * HEAD_DIM + o_dim, mask=m_dim, other=0.0)
-            b_new_max = tl.maximum(b_max, lse)
-            b_decay = tl.exp2(b_max - b_new_max)
-            weight = tl.exp2(lse - b_new_max)
-            b_out = b_out * b_decay + b_part * weight
-            b_sum = b_sum * b_decay + weight
-            b_max = b_new_max
-        p_row = p_out + row * out_row_stride + i_head * out_head_stride
-        tl.store(p_row + o_dim, (b_out / b_sum).to(p_out.dtype.element_ty), mask=m_dim)
+def _join_splits(p_parts, p_lse, num_splits, m_parts, m_heads, HEAD_DIM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 [heads, dim]: the parts, each weighted by its share of the softmax. They are other programs', so they are
+    read past the L1 cache.
+    """
+    b_max = tl.load(p_lse, mask=m_heads, other=0.0, cache_modifier=".cg")
+    b_sum = tl.full(b_max.shape, 1.0, tl.float32)
+    b_out = tl.load(p_parts, mask=m_parts, other=0.0, cache_modifier=".cg")
+    for i_split in range(1, num_splits):
+        b_lse = tl.load(p_lse + i_split, mask=m_heads, other=0.0, cache_modifier=".cg")
+        b_part = tl.load(p_parts + i_split * HEAD_DIM, mask=m_parts, other=0.0, cache_modifier=".cg")
+        b_new_max = tl.maximum(b_max, b_lse)
+        b_decay = tl.exp2(b_max - b_new_max)
+        b_weight = tl.exp2(b_lse - b_new_max)
+        b_out = b_out * b_decay[:, None] + b_part * b_weight[:, None]
+        b_sum = b_sum * b_decay + b_weight
+        b_max = b_new_max
+    return b_out / b_sum[:, None]

@@ -22,11 +22,12 @@ from flora.kernels.work import WorkList
 class SideStream:
     """A second stream of one GPU. What is launched within it runs beside what is launched after it, until `join`.
 
-    A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway.
+    A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway. Its launches come first
+    where both wait for a multiprocessor: they are many and short, and a product's programs stay to its end.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._entered: torch.cuda.StreamContext | None = None
 
     def __enter__(self) -> None:

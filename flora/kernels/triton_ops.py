@@ -12,7 +12,7 @@ from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Place
 from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
-from flora.kernels.tuning import LoraTuning, Tuning
+from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -30,6 +30,7 @@ class TritonOps:
         self.tuning = tuning or Tuning()
         self.batch_invariant = batch_invariant
         self.overlap = overlap  # launches start while the ones before them end; Hopper and later can
+        self._arrivals: list[Tensor] = []
 
     @classmethod
     def for_device(
@@ -52,7 +53,9 @@ class TritonOps:
         lora_expand(y, v, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap, add=add)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
-        return self.tuning.lora if work.block_rows <= 16 else self.tuning.wide_lora
+        if work.block_rows > 16:
+            return self.tuning.wide_lora
+        return self.tuning.short_lora if len(work.segments) <= SHORT_LIST else self.tuning.lora
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""
@@ -62,7 +65,8 @@ class TritonOps:
         """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
         if not self.batch_invariant:
-            decode_attention(out, q, kv, context, softmax_scale, self.tuning.decode, overlap=self.overlap)
+            arrivals = self._zeros(len(context.block_tables) * kv.shape[3], q.device)
+            decode_attention(out, q, kv, context, softmax_scale, self.tuning.decode, arrivals, overlap=self.overlap)
         if self.batch_invariant or context.max_queries != 1:
             prefill_attention(
                 out,
@@ -76,6 +80,15 @@ class TritonOps:
                 overlap=self.overlap,
             )
         return out
+
+    def _zeros(self, count: int, device: torch.device) -> Tensor:
+        """For decode_attention's arrivals: the same memory in every launch, each of which leaves zeros there.
+
+        A step runs once before it is captured, so no graph takes or zeroes it. What graphs know is kept.
+        """
+        if not self._arrivals or len(self._arrivals[-1]) < count:
+            self._arrivals.append(torch.zeros(count, dtype=torch.int32, device=device))
+        return self._arrivals[-1]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See Ops.rms_norm."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
     """Shrink and expand. Shrink is a tensor core's; expand is that only in work lists of many rows a segment, and else
-    works row by row in float32. The list decides, never the segment: nothing else in the batch changes a row's bits.
+    works row by row in float32. The list and its room decide, never what is in it: nothing else in the batch changes a
+    row's bits.
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
@@ -42,6 +43,7 @@ class DecodeTuning:
     split_lanes: int = 16  # programs per (sequence, KV head); each takes every 16th split
     num_warps: int = 4
     num_stages: int = 3
+    registers: int | None = 128  # per thread, for 4 programs a multiprocessor; None leaves it to the compiler
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,16 @@ class MatmulTuning:
 WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 
+def _short_lora() -> LoraTuning:
+    """A program waits for one read after another, and here few of them run: twice as many that are half as long."""
+    return LoraTuning(split_elements=1024, max_splits=16, shrink_block_k=256, expand_vector_n=64, expand_matrix_n=64)
+
+
 def _wide_lora() -> LoraTuning:
     return LoraTuning(
         block_rank=64,
-        split_elements=2048,
-        max_splits=4,
+        split_elements=1024,
+        max_splits=8,
         shrink_lanes=1,
         shrink_warps=8,
         shrink_stages=3,
@@ -85,9 +92,13 @@ def _wide_lora() -> LoraTuning:
     )
 
 
+SHORT_LIST = 2  # segments
+
+
 @dataclass(frozen=True, slots=True)
 class Tuning:
     lora: LoraTuning = field(default_factory=LoraTuning)  # work lists of up to 16 rows per segment, decode's among them
+    short_lora: LoraTuning = field(default_factory=_short_lora)  # those with room for SHORT_LIST segments: one stream
     wide_lora: LoraTuning = field(default_factory=_wide_lora)  # more rows per segment: prefill
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)

@@ -104,6 +104,19 @@ def test_a_decode_row_keeps_its_bits_in_any_company(device, dtype):
             assert torch.equal(result[row], alone[s]), (order, s)
 
 
+def test_a_launch_leaves_its_successor_as_good_a_start(device, dtype):
+    """What its programs count each other by is as it was, whatever the contexts were cut into."""
+    ops = TritonOps(2, SMALL)
+    for lengths in ([70, 3, 65], [33, 64, 200], [70, 3, 65]):
+        cache = PagedCache(lengths, 2, 16, 16, dtype=dtype)
+        q = queries_of(3, 4, 16, dtype)
+        wanted = attend(ReferenceOps(), cache, q, lengths, [1] * 3, device)
+
+        result = attend(ops, cache, q, lengths, [1] * 3, device, max_queries=1)
+
+        torch.testing.assert_close(result, wanted, rtol=0, atol=TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("page_tokens", [16, 5])
 def test_keys_and_values_go_to_their_slots_and_padding_goes_nowhere(ops, device, dtype, page_tokens):
     n, heads, head_dim = 4, 3, 20

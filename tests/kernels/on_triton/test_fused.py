@@ -126,3 +126,25 @@ def test_terms_are_added_before_the_rotation_and_reach_the_cache(dtype):
 
     assert torch.equal(q, wanted_q)
     assert torch.equal(kv, wanted_kv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_an_adapter_keeps_its_bits_where_others_have_one(dtype):
+    """Many rows: what a compiler fuses differently beside terms shows in few."""
+    n, heads, head_dim = (2048, 18, 64) if DEVICE == "cuda" else (16, 6, 16)
+    size = heads * head_dim
+    x, delta, weight = (draw(n, size, dtype=dtype, seed=seed) for seed in (0, 1, 2))
+    terms = LowRankTerms(torch.full_like(delta, NAN), torch.zeros(n, dtype=torch.int32, device=DEVICE))
+    positions = torch.arange(n, device=DEVICE)
+    angles = torch.rand(n, head_dim // 2, generator=torch.Generator().manual_seed(4)).to(DEVICE) * 6
+
+    def layer(terms: LowRankTerms | None) -> list[torch.Tensor]:
+        total, kv = x.clone(), torch.zeros(n, 2, 1, 2, head_dim, dtype=dtype, device=DEVICE)
+        normed = fused.add_rms_norm(total, delta, weight[0], EPS, terms, overlap=OVERLAP)
+        q = fused.rope_store(
+            delta.clone(), positions, angles.cos(), angles.sin(), kv, positions, terms, overlap=OVERLAP
+        )
+        return [total, normed, q, kv, fused.silu_mul(delta, terms, overlap=OVERLAP)]
+
+    for plain, beside_others in zip(layer(None), layer(terms), strict=True):
+        assert torch.equal(plain, beside_others)

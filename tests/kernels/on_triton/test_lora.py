@@ -15,7 +15,7 @@ from flora.kernels import (
     project_beside,
 )
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import LoraTuning, Tuning
+from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
 from flora.kernels.work import FEW_ROWS
 from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
 
@@ -79,6 +79,18 @@ def test_sizes_of_a_small_llama(ops, device, dtype, group):
     row_slots = [0, None, 3, 3]
     x, y = inputs(SMALL_LLAMA, group, len(row_slots), dtype, device)
     work = work_for(row_slots, device=device)
+
+    result = run(ops, x, y, weights, SMALL_LLAMA, group, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, SMALL_LLAMA, group, work), dtype)
+
+
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_a_single_stream_whose_list_has_room_for_one(ops, device, dtype, group):
+    weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
+    x, y = inputs(SMALL_LLAMA, group, 1, dtype, device)
+    work = work_for([3], spare=0, device=device)
+    assert len(work.segments) <= SHORT_LIST
 
     result = run(ops, x, y, weights, SMALL_LLAMA, group, work)
 
