@@ -38,7 +38,7 @@ ROUNDING = 3e-4  # float32, in units of the change
 
 @dataclass(frozen=True)
 class Component:
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
     forward: Callable[[nn.Module], Tensor]
     prefix: str | None = None  # what a pipeline calls it, where diffusers loads LoRA into it
     pipeline: type[DiffusionPipeline] | None = None
@@ -195,23 +195,26 @@ def test_a_pipeline_loads_the_exported_file(done, file, tmp_path):
     assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
 
 
-def test_fluxs_pipeline_loads_kohyas_file_of_a_real_pair(tmp_path):
-    """Of its double blocks: of single ones diffusers' conversion takes Flux's own width for granted, and the pipeline
-    passes over the layers around the blocks, though it converts them."""
+@pytest.mark.parametrize(
+    ("name", "options", "blocks"), [("flux", {"num_single_layers": 0}, "transformer_blocks.*"), ("wan", {}, "blocks.*")]
+)
+def test_a_pipeline_loads_kohyas_file_in_the_authors_names(tmp_path, name, options, blocks):
+    """Of blocks alone, which is all that diffusers takes of such files; of Flux's double ones, since its conversion
+    takes the width of the single ones for granted."""
+    component = COMPONENTS[name]
     torch.manual_seed(0)
-    tiny = flux(num_single_layers=0).eval()
-    base, tuned = save(tiny, tmp_path / "base"), save(tune(tiny), tmp_path / "tuned")
-    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", include=("transformer_blocks.*",))
+    model = component.make(**options).eval()
+    base, tuned = save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned")
+    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", include=(blocks,))
     adapter = extract(base, tuned, config).adapter
-    model = flux().from_pretrained(base.path).eval()
     with torch.no_grad():
-        before, wanted = painted(model), painted(with_deltas(model, adapter))
+        before, wanted = component.forward(model), component.forward(with_deltas(model, adapter))
 
     save_kohya(adapter, tmp_path / "lora.safetensors", "transformer")
-    pipeline_of(COMPONENTS["flux"], model).load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    pipeline_of(component, model).load_lora_weights(tmp_path, weight_name="lora.safetensors")
 
     with torch.no_grad():
-        got = painted(model)
+        got = component.forward(model)
     assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
 
 

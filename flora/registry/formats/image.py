@@ -1,10 +1,11 @@
 """LoRA files of image models: diffusers' and kohya's, each one safetensors file.
 
 diffusers   PREFIX.module.lora_A.weight, PREFIX.module.lora_B.weight; no alpha: the scale is folded in
-kohya       lora_PREFIX_module_with_underscores.lora_down.weight, .lora_up.weight, .alpha; Flux's modules are called and
-            joined as its authors have them (`flux.py`), the others' as diffusers does
+kohya       lora_PREFIX_module_with_underscores.lora_down.weight, .lora_up.weight, .alpha; Flux's and Wan's
+            modules are called as their authors call them (`flux.py`, `wan.py`), the others' as diffusers does
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from flora.adapter import Adapter
 from flora.errors import Unsupported
 from flora.forms import LINEAR
 from flora.lowrank import LowRank
-from flora.registry.formats import flux
+from flora.registry.formats import flux, wan
 from flora.registry.formats.compat import judge
 from flora.registry.formats.kinds import kind_of
 from flora.registry.formats.portable import fold_scales
@@ -43,17 +44,24 @@ def save_diffusers(adapter: Adapter, path: Path, part: Part) -> None:
 def save_kohya(adapter: Adapter, path: Path, part: Part) -> None:
     """Writes the file that kohya's scripts and many user interfaces read. Raises Unsupported."""
     folded = _folded(adapter, "kohya")
-    factors = folded.factors
-    if adapter.header.base.architecture == flux.ARCHITECTURE:
-        factors = flux.by_authors_names(factors, _widths(folded))
     tensors: dict[str, Tensor] = {}
-    for module, lowrank in factors.items():
+    for module, lowrank in _by_authors_names(folded).items():
         stem = f"{_KOHYA[part]}_{module.replace('.', '_')}"
         for name, tensor in _spelled(module, lowrank, folded).items():
             half = "lora_down" if name.endswith("lora_A.weight") else "lora_up"
             tensors[f"{stem}.{half}.weight"] = tensor
         tensors[f"{stem}.alpha"] = torch.tensor(float(lowrank.rank))
     path.write_bytes(b"".join(encode(tensors)))
+
+
+def _by_authors_names(adapter: Adapter) -> Mapping[str, LowRank]:
+    """The factors of each module as its model's authors call it, where that is known."""
+    architecture = adapter.header.base.architecture
+    if architecture == flux.ARCHITECTURE:
+        return flux.by_authors_names(adapter.factors, _widths(adapter))
+    if architecture == wan.ARCHITECTURE:
+        return wan.by_authors_names(adapter.factors)
+    return adapter.factors
 
 
 def _folded(adapter: Adapter, engine: str) -> Adapter:

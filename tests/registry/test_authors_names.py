@@ -1,17 +1,18 @@
-"""Flux by the names of its authors, as kohya's scripts write it: diffusers' own conversion reads our file back."""
+"""Flux and Wan by the names of their authors, as kohya's scripts have them: diffusers' conversions read them back."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
 from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
 from flora.errors import Unsupported
 from flora.lowrank import LowRank
+from flora.registry.formats import wan
 from flora.registry.formats.image import save_kohya
 
 WIDTH, MLP = 3072, 12288  # of Flux itself: diffusers' conversion knows no other
@@ -99,3 +100,28 @@ def test_a_layer_that_flux_does_not_have_is_refused_by_name(tmp_path):
 
     with pytest.raises(Unsupported, match=r"transformer_blocks\.0\.attn\.to_z has no name among Flux's own"):
         save_kohya(adapter, tmp_path / "lora.safetensors", "transformer")
+
+
+def test_wans_modules_are_those_that_diffusers_knows_by_their_authors_names():
+    """In the spelling in which it converts all of them; kohya's it reads for blocks alone."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            num_layers=2, ffn_dim=64, num_attention_heads=2, image_dim=16, added_kv_proj_dim=16
+        )
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    factors = {name: LowRank(A=torch.full((1, 2), i), B=torch.full((2, 1), i)) for i, name in enumerate(layers)}
+
+    named = wan.by_authors_names(factors)
+
+    theirs = {
+        f"diffusion_model.{name}.lora_{half}.weight": getattr(own, half) for name, own in named.items() for half in "AB"
+    }
+    read = WanPipeline.lora_state_dict(theirs)
+    ours = {f"transformer.{name}.lora_{half}.weight": getattr(factors[name], half) for name in layers for half in "AB"}
+    assert read.keys() == ours.keys()
+    assert all(torch.equal(read[name], ours[name]) for name in ours)
+
+
+def test_a_layer_that_wan_does_not_have_is_refused_by_name():
+    with pytest.raises(Unsupported, match=r"blocks\.0\.attn1\.to_z has no name among Wan's own"):
+        wan.by_authors_names({"blocks.0.attn1.to_z": LowRank(A=torch.ones(1, 2), B=torch.ones(2, 1))})
