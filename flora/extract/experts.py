@@ -192,7 +192,9 @@ def _decode(blocks: "Tensor", scales: "Tensor") -> "Tensor":
     """Float32 [out, in] of one expert's bytes [out, in / 32, 16] and exponents [out, in / 32]."""
     import torch
 
-    numbers = torch.tensor((*_FP4, *(-value for value in _FP4)))
-    pairs = torch.stack((blocks & 15, blocks >> 4), -1)  # [out, in / 32, 16, 2]
-    exponents = scales.to(torch.int32) - _BIAS
-    return torch.ldexp(numbers[pairs.long()], exponents[..., None, None]).flatten(1)
+    numbers, codes = torch.tensor((*_FP4, *(-value for value in _FP4))), torch.arange(256)
+    # a byte's two numbers as one integer of 64 bits: one look-up for both takes a fifth of the time
+    pairs = torch.stack((numbers[codes & 15], numbers[codes >> 4]), -1).view(torch.int64).flatten()
+    found = pairs.index_select(0, blocks.flatten().to(torch.int32)).view(torch.float32)
+    scale = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.to(torch.int32) - _BIAS)
+    return found.view(*scales.shape, 32).mul_(scale[..., None]).flatten(1)

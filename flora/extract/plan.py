@@ -11,7 +11,7 @@ from flora.extract.config import FACTOR_BYTES, ExtractConfig
 from flora.extract.factorize import GRAM_SIDE
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
-from flora.extract.regroup import readable_pair
+from flora.extract.regroup import RegroupedCheckpoint, readable_pair
 from flora.extract.sidecars import check_vocabulary
 from flora.extract.workers import Crew, choose_crew
 from flora.rank import RankRule
@@ -45,6 +45,10 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     _check_device(config.device)
     base, tuned = readable_pair(base, tuned)
     pairs, notes = pair_tensors(base, tuned, config.include, config.exclude, config.wish)
+    if isinstance(tuned, RegroupedCheckpoint):
+        notes.append(
+            "one of the two keeps the experts of a layer in one tensor, the other apart: read as the base's are"
+        )
     if not config.wish.embeddings:
         check_vocabulary(base, tuned)
     modules = [pair for pair in pairs if pair.status == "extractable"]

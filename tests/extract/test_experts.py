@@ -156,6 +156,7 @@ def test_a_pair_of_which_one_side_keeps_its_experts_fused_gives_the_adapter_of_t
     alike = save(tuned_model, tmp_path / "alike", save_original_format=side != "base")
     config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=Wish(routers=True))
 
+    assert any("read as the base's are" in note for note in plan_extraction(base, tuned, config).notes)
     adapter = extract(base, tuned, config).adapter
 
     assert adapter.header.serving_digest == extract(base, alike, config).adapter.header.serving_digest
@@ -322,7 +323,7 @@ def test_an_expert_that_did_not_change_gets_zeros_in_its_stack(tmp_path):
     assert distance(base.path, adapter, tmp_path) < ROUNDING
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "granite"])
+@pytest.mark.parametrize("name", ["gpt-oss", "granite", "jetmoe"])
 def test_merged_and_verified_experts_are_those_of_the_full_fine_tune(tmp_path, name):
     base, tuned, adapter = extracted(built(name), tmp_path, rank=32, wish=Wish(routers=True))
 
