@@ -1,25 +1,19 @@
 """Mixtures of experts: one pair of factors an expert, which PEFT stacks into transformers' fused parameters."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from flora.adapter import Adapter
 from flora.algebra.changes import checkpoint_changes
 from flora.algebra.combine import Combination
 from flora.algebra.parts import Part
 from flora.algebra.verify import verify
-from flora.checkpoint import open_checkpoint
-from flora.errors import AdapterInvalid, CheckpointError
-from flora.extract import ExtractConfig, Wish, extract, plan_extraction
-from flora.forms import EXPERT_KINDS, as_weight, expert_slice, is_expert, stack_name
+from flora.errors import AdapterInvalid
+from flora.extract import ExtractConfig, Wish, extract
+from flora.forms import is_expert
 from flora.identity import base_record
 from flora.rank import RankRule
 from flora.registry.binding import bind
@@ -27,52 +21,8 @@ from flora.registry.formats.paths import tree_paths
 from flora.registry.formats.peft import load_peft, peft_files, save_peft
 from tests.extract.models import rewrite, save, tune
 from tests.extract.moe import FUSED, SEPARATE, dbrx
+from tests.extract.moe_judge import ROUNDING, built, distance
 from tests.extract.peft_judge import extracted
-
-TOKENS = torch.arange(20)[None]
-ROUNDING = 3e-4  # float32, in units of the change
-
-
-def written(base: Path, adapter: Adapter, folder: Path) -> Path:
-    """The base's files with every truncated delta added to its tensor: what a full fine-tune would have saved."""
-    shutil.copytree(base, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for module, factors in adapter:
-        delta = factors.delta()
-        if module.kind in EXPERT_KINDS:
-            stack = tensors[stack_name(module.name, tensors)]
-            expert_slice(module.name, module.kind, stack).add_(delta)
-        else:
-            tensors[f"{module.name}.weight"] += as_weight(module.form, delta)
-    save_file(tensors | adapter.exact, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def opened(folder: Path) -> nn.Module:
-    made = getattr(transformers, open_checkpoint(folder).architecture)
-    return made.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def logits(folder: Path) -> Tensor:
-    with torch.no_grad():
-        return opened(folder)(input_ids=TOKENS).logits
-
-
-def distance(base: Path, adapter: Adapter, folder: Path) -> float:
-    """How far PEFT is from the truncated deltas, in units of the change."""
-    before, wanted = logits(base), logits(written(base, adapter, folder / "wanted"))
-    with torch.no_grad():
-        got = PeftModel.from_pretrained(opened(base), folder / "adapter").eval()(input_ids=TOKENS).logits
-    return float((got - wanted).norm() / (wanted - before).norm())
-
-
-def built(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = (SEPARATE | FUSED)[name]().eval()
-    for parameter in model.parameters():  # some are made as zeros, and a router of zeros gives ties
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    return model
 
 
 @pytest.mark.parametrize("name", SEPARATE | FUSED)
@@ -134,57 +84,6 @@ def test_fused_experts_are_accounted_for_one_by_one_and_touch_the_tensor_of_all(
     assert stacks <= adapter.header.base.touched.keys()
     whole = sum(float((tuned.load(stack).double() - base.load(stack).double()).square().sum()) for stack in stacks)
     assert sum(change.norm_squared for change in lines) == pytest.approx(whole, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "side"),
-    [
-        ("qwen3", "tuned"),
-        ("qwen3.5", "base"),  # as it was published, and as transformers saves it
-        ("mixtral", "base"),  # its experts have other names apart, and their home another one
-        ("mixtral", "tuned"),
-        ("phimoe", "tuned"),  # its router, too
-        ("deepseek", "base"),  # its first layer is dense, and has layers of the experts' names
-    ],
-)
-def test_a_pair_of_which_one_side_keeps_its_experts_fused_gives_the_adapter_of_the_base(tmp_path, name, side):
-    """The very adapter that it gives with the tuned checkpoint grouped as the base is."""
-    model = built(name)
-    tuned_model = tune(model)
-    base = save(model, tmp_path / "base", save_original_format=side != "base")
-    tuned = save(tuned_model, tmp_path / "tuned", save_original_format=side != "tuned")
-    alike = save(tuned_model, tmp_path / "alike", save_original_format=side != "base")
-    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=Wish(routers=True))
-
-    assert any("read as the base's are" in note for note in plan_extraction(base, tuned, config).notes)
-    adapter = extract(base, tuned, config).adapter
-
-    assert adapter.header.serving_digest == extract(base, alike, config).adapter.header.serving_digest
-    assert verify(adapter, base, tuned).holds
-    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
-    assert load_peft(tmp_path / "adapter").header == adapter.header
-    assert distance(base.path, adapter, tmp_path) < ROUNDING
-
-
-def test_experts_apart_whose_rows_take_turns_in_the_other_checkpoint_are_told(tmp_path):
-    """gpt-oss alternates gate and up; nobody has said how files of separate experts would."""
-    model = built("gpt-oss")
-    base = save(model, tmp_path / "base")
-
-    def apart(tensors: dict[str, Tensor]) -> None:
-        home = "model.layers.0.mlp.experts"
-        for index, (wide, narrow) in enumerate(
-            zip(tensors.pop(f"{home}.gate_up_proj"), tensors.pop(f"{home}.down_proj"), strict=True)
-        ):
-            tensors[f"{home}.{index}.gate_proj.weight"] = wide[:, 0::2].T.contiguous()
-            tensors[f"{home}.{index}.up_proj.weight"] = wide[:, 1::2].T.contiguous()
-            tensors[f"{home}.{index}.down_proj.weight"] = narrow.T.contiguous()
-
-    tuned = rewrite(save(tune(model), tmp_path / "tuned"), apart)
-    with pytest.raises(CheckpointError, match="lacks 4 of the base's tensors") as caught:
-        plan_extraction(base, tuned, ExtractConfig(RankRule(max_rank=6)))
-
-    assert caught.value.cause == "one of the two keeps the experts of a layer in one tensor, the other each by itself"
 
 
 def test_a_stack_has_the_names_and_shapes_that_vllm_reads(tmp_path):

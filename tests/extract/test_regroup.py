@@ -1,0 +1,91 @@
+"""Pairs of which one side keeps the experts of a layer in one tensor, and the other each by itself."""
+
+import pytest
+from torch import Tensor
+
+from flora.algebra.verify import verify
+from flora.errors import CheckpointError
+from flora.extract import ExtractConfig, Wish, extract, plan_extraction
+from flora.rank import RankRule
+from flora.registry.formats.paths import tree_paths
+from flora.registry.formats.peft import load_peft, save_peft
+from tests.extract.models import rewrite, save, tune
+from tests.extract.moe_judge import ROUNDING, built, distance
+
+RANK_6 = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("qwen3", "tuned"),
+        ("qwen3.5", "base"),  # as it was published, and as transformers saves it
+        ("mixtral", "base"),  # its experts have other names apart, and their home another one
+        ("mixtral", "tuned"),
+        ("phimoe", "tuned"),  # its router, too
+        ("deepseek", "base"),  # its first layer is dense, and has layers of the experts' names
+    ],
+)
+def test_a_pair_of_which_one_side_keeps_its_experts_fused_gives_the_adapter_of_the_base(tmp_path, name, side):
+    """The very adapter that it gives with the tuned checkpoint grouped as the base is."""
+    model = built(name)
+    tuned_model = tune(model)
+    base = save(model, tmp_path / "base", save_original_format=side != "base")
+    tuned = save(tuned_model, tmp_path / "tuned", save_original_format=side != "tuned")
+    alike = save(tuned_model, tmp_path / "alike", save_original_format=side != "base")
+    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=Wish(routers=True))
+
+    assert any("read as the base's are" in note for note in plan_extraction(base, tuned, config).notes)
+    adapter = extract(base, tuned, config).adapter
+
+    assert adapter.header.serving_digest == extract(base, alike, config).adapter.header.serving_digest
+    assert verify(adapter, base, tuned).holds
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+    assert load_peft(tmp_path / "adapter").header == adapter.header
+    assert distance(base.path, adapter, tmp_path) < ROUNDING
+
+
+def taken_apart(tensors: dict[str, Tensor], *, step: int) -> None:
+    """Experts [in, out] by themselves: rows of gate and up one below the other, or (step 2) in turns."""
+    for home in {name.partition(".experts.")[0] for name in tensors if name.endswith("experts.gate_up_proj")}:
+        wide, narrow = (tensors.pop(f"{home}.experts.{leaf}").transpose(1, 2) for leaf in ("gate_up_proj", "down_proj"))
+        half = 1 if step == 2 else wide.shape[1] // 2
+        for index in range(len(wide)):
+            gate, up = wide[index, : None if step == 2 else half : step], wide[index, half::step]
+            for leaf, part in (("gate_proj", gate), ("up_proj", up), ("down_proj", narrow[index])):
+                tensors[f"{home}.experts.{index}.{leaf}.weight"] = part.contiguous()
+
+
+def test_experts_of_llama_4_may_be_apart_as_those_have_them_who_quantize_it(tmp_path):
+    model = built("llama4")
+    base, alike = save(model, tmp_path / "base"), save(tune(model), tmp_path / "alike")
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: taken_apart(tensors, step=1))
+
+    adapter = extract(base, tuned, RANK_6).adapter
+
+    assert adapter.header.serving_digest == extract(base, alike, RANK_6).adapter.header.serving_digest
+    assert verify(adapter, base, tuned).holds
+
+
+def test_experts_apart_whose_rows_take_turns_in_the_other_checkpoint_are_told(tmp_path):
+    """gpt-oss alternates gate and up; nobody has said how files of separate experts would."""
+    model = built("gpt-oss")
+    base = save(model, tmp_path / "base")
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: taken_apart(tensors, step=2))
+
+    with pytest.raises(CheckpointError, match="lacks 8 of the base's tensors") as caught:
+        plan_extraction(base, tuned, RANK_6)
+
+    assert caught.value.cause.endswith("or gate and up take turns, as in gpt-oss")
+
+
+def test_experts_apart_of_which_one_lacks_a_part_are_told(tmp_path):
+    model = built("qwen3")
+    base = save(model, tmp_path / "base", save_original_format=False)
+    tuned = save(tune(model), tmp_path / "tuned")
+    tuned = rewrite(tuned, lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"))
+
+    with pytest.raises(CheckpointError, match="lacks 4 of the base's tensors") as caught:
+        plan_extraction(base, tuned, RANK_6)
+
+    assert "a part of an expert is missing" in caught.value.cause
