@@ -62,8 +62,8 @@ def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpo
     if base.architecture == tuned.architecture and all(any(map(_is_expert, names)) for names in (missing, new)):
         raise CheckpointError(
             what,
-            cause="one of the two keeps the experts of a layer in one tensor, the other each by itself, and they do not "
-            "fit: a part of an expert is missing or of another shape, or gate and up take turns, as in gpt-oss",
+            cause="one of the two keeps the experts of a layer in one tensor, the other each by itself, and they do "
+            "not fit: a part of an expert is missing or of another shape, or gate and up take turns, as in gpt-oss",
             fix="load the base with the library that saved the tuned checkpoint, save it to a folder, and give that",
             missing=missing,
         )

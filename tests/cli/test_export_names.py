@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.cli.conftest import Flora
 from tests.extract.models import save, tune
-from tests.extract.test_experts import built
+from tests.extract.moe_judge import built
 
 ROUTER = "model.layers.0.block_sparse_moe.router"
 
