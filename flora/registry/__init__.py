@@ -2,10 +2,11 @@
 
     registry.py   the door: add, resolve, load, aliases, remove
     home.py       what stands behind it, held together:
-    store.py        blobs by sha256; the one file that makes a path from a digest
+    store.py        blobs by sha256; the one file that makes a path from a digest;  disk.py  when a disk refuses
     database.py     the index, opened and locked; tables.py its SQL, migrations/ how it got there
     journal.py      what was given and taken, in order, from which the index can be rebuilt
     manifest.py   the record of one version, whose digest is the version's identity; packing.py writes and reads it
+    sharing.py    equal large tensors stored once: cutting.py cuts files up, parts.py lists where their bytes lie
     index.py      questions to the index;  changes.py  its changes;  refusals.py  what it says no to
     adding.py, aliases.py, removal.py      what the door does under the write lock
     labels.py, lineage.py, requirements.py    what is noted, what it was made of, what it must keep

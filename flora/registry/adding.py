@@ -18,10 +18,10 @@ from flora.registry import changes, index
 from flora.registry.aliases import point
 from flora.registry.home import Home
 from flora.registry.journal import Added
-from flora.registry.manifest import Manifest
-from flora.registry.packing import describe_version, put_adapter
+from flora.registry.packing import Packed, describe_version, put_adapter
 from flora.registry.records import Version
 from flora.registry.refusals import check_binding
+from flora.registry.sharing import share
 
 if TYPE_CHECKING:
     from flora.adapter import Adapter
@@ -36,8 +36,7 @@ class _Stored:
 
     adapter: "Adapter"
     name: str
-    manifest: Manifest
-    digest: str
+    packed: Packed
 
 
 def add_many(
@@ -60,6 +59,7 @@ def add_many(
                 if alias is not None:
                     point(home, connection, alias, [(each.name, each.digest, each.operation) for each in versions])
             added += versions
+            share(home, {each.packed.manifest.weights.digest for each in stored if each.packed.tensors})
     return added
 
 
@@ -73,29 +73,30 @@ def _check_bindings(connection: sa.Connection, wanted: Sequence[tuple[str, BaseB
 
 
 def _store_blobs(home: Home, adapter: "Adapter", name: str) -> _Stored:
-    return _Stored(adapter, name, *put_adapter(home.store, adapter))
+    return _Stored(adapter, name, put_adapter(home.store, adapter))
 
 
 def _add_rows(
     home: Home, connection: sa.Connection, batch: Sequence[_Stored], provenance: dict[str, Any]
 ) -> list[Version]:
     """The versions of the batch, in its order: those that were there, and rows for the others."""
-    _check_bindings(connection, [(stored.name, stored.manifest.header.base) for stored in batch])
-    known = index.known_versions(connection, {(stored.name, stored.digest) for stored in batch})
+    _check_bindings(connection, [(stored.name, stored.packed.manifest.header.base) for stored in batch])
+    known = index.known_versions(connection, {(stored.name, stored.packed.digest) for stored in batch})
     numbers = index.next_numbers(connection, {stored.name for stored in batch})
     versions, new = [], []
     for stored in batch:
-        version = known.get((stored.name, stored.digest))
+        _complete(home, stored)
+        version = known.get((stored.name, stored.packed.digest))
         if version is None:
-            _restore_if_taken(home, stored)
             number = numbers.get(stored.name, 1)
             version = _describe(stored, number)
             numbers[stored.name] = number + 1
-            known[stored.name, stored.digest] = version
-            new.append((version, stored.manifest, provenance))
+            known[stored.name, stored.packed.digest] = version
+            new.append((version, stored.packed.manifest, provenance))
         versions.append(version)
     if new:
         changes.insert_versions(connection, new)
+        changes.note_tensors(connection, {each.packed.manifest.weights.digest: each.packed.tensors for each in batch})
         home.journal.note(
             connection,
             [Added(each.name, each.number, each.digest, each.created_at.isoformat(), provenance) for each, _, _ in new],
@@ -105,17 +106,19 @@ def _add_rows(
 
 def _describe(stored: _Stored, number: int) -> Version:
     return describe_version(
-        stored.manifest,
+        stored.packed.manifest,
         stored.adapter.report,
         name=stored.name,
         number=number,
-        digest=stored.digest,
+        digest=stored.packed.digest,
         created_at=datetime.now(UTC),
     )
 
 
-def _restore_if_taken(home: Home, stored: _Stored) -> None:
-    """Writes the blobs again if a gc took them since: it cannot now, for we hold the write lock."""
-    needed = [stored.digest, *(blob.digest for blob in stored.manifest.blobs)]
-    if any(home.store.size(Digest(digest)) is None for digest in needed):
-        put_adapter(home.store, stored.adapter)
+def _complete(home: Home, stored: _Stored) -> None:
+    """Lets the parts of the weights count; writes what a gc took since. It cannot now, for we hold the write lock."""
+    manifest, parts = stored.packed.manifest, stored.packed.parts
+    is_there = parts is None or home.store.replace_by_parts(Digest(manifest.weights.digest), parts)
+    needed = [stored.packed.digest, *(blob.digest for blob in manifest.blobs)]
+    if not is_there or any(home.store.size(Digest(digest)) is None for digest in needed):
+        put_adapter(home.store, stored.adapter, is_whole=True)

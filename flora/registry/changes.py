@@ -24,6 +24,7 @@ from flora.registry.tables import (
     protections,
     version_blobs,
     versions,
+    weights_tensors,
 )
 
 _NAME_ID = select(names.c.id).where(names.c.name == bindparam("of_name")).scalar_subquery()
@@ -35,6 +36,9 @@ _VERSION_ID = (
 _RESERVE = sa.text(  # of one name the largest number counts; both databases know this upsert
     "INSERT INTO names (name, next_number) VALUES (:name, :next_number) ON CONFLICT (name) DO UPDATE SET next_number ="
     " CASE WHEN excluded.next_number > names.next_number THEN excluded.next_number ELSE names.next_number END"
+)
+_INSERT_TENSOR = sa.text(
+    "INSERT INTO weights_tensors (weights, tensor, size) VALUES (:weights, :tensor, :size) ON CONFLICT DO NOTHING"
 )
 _INSERT_VERSION = versions.insert().values(name_id=_NAME_ID)
 _INSERT_BLOB = version_blobs.insert().values(version_id=_VERSION_ID)
@@ -60,6 +64,23 @@ def insert_versions(connection: sa.Connection, items: Sequence[tuple[Version, Ma
         owner = {"of_name": version.name, "of_digest": version.digest}
         blobs += [owner | {"digest": digest, "size": size} for digest, size in sizes.items()]
     connection.execute(_INSERT_BLOB, blobs)
+
+
+def note_tensors(connection: sa.Connection, known: Mapping[str, Mapping[str, int]]) -> None:
+    """Notes which large tensors each weights file has: sizes by their digest, by the digest of the file."""
+    rows = [
+        {"weights": weights, "tensor": tensor, "size": size}
+        for weights, tensors in known.items()
+        for tensor, size in tensors.items()
+    ]
+    if rows:
+        connection.execute(_INSERT_TENSOR, rows)
+
+
+def forget_tensors(connection: sa.Connection) -> None:
+    """Forgets the tensors of weights files that no version has."""
+    kept = select(version_blobs.c.digest)
+    connection.execute(weights_tensors.delete().where(weights_tensors.c.weights.not_in(kept)))
 
 
 def _row(version: Version) -> dict[str, Any]:
@@ -142,7 +163,17 @@ def put_base(connection: sa.Connection, base_id: str, name: str, path: Path) -> 
 
 def clear(connection: sa.Connection) -> None:
     """Empties every table but the bases, whose places on this machine stand nowhere else."""
-    for table in (aliases, alias_moves, labels, mismatches, protections, version_blobs, versions, names):
+    for table in (
+        aliases,
+        alias_moves,
+        labels,
+        mismatches,
+        protections,
+        version_blobs,
+        versions,
+        names,
+        weights_tensors,
+    ):
         connection.execute(table.delete())
 
 

@@ -12,10 +12,10 @@ from flora.identity import BaseRecord
 from flora.names import Digest
 from flora.registry import index
 from flora.registry.binding import misfits
-from flora.registry.formats.tensors import load_tensors, to_exact, to_factors
+from flora.registry.formats.tensors import to_exact, to_factors
 from flora.registry.journal import Change, Journal, live_versions
 from flora.registry.manifest import Manifest, parse_manifest
-from flora.registry.packing import describe_version, get_report
+from flora.registry.packing import describe_version, get_report, load_weights
 from flora.registry.records import BaseEntry, Problem, Version
 from flora.registry.store import BlobStore
 
@@ -48,7 +48,8 @@ def snapshot(connection: sa.Connection, journal: Journal) -> Snapshot:
 
 def check(known: Snapshot, store: BlobStore, journal: Journal) -> list[Problem]:
     """Every problem of index, store and journal, the harmless ones last. Reads every blob."""
-    found = {str(blob.digest): _is_sound(store, blob.digest) for blob in store.files()}
+    files = list(store.files())
+    found = {digest: store.is_sound(Digest(digest)) for digest in sorted({str(file.digest) for file in files})}
     problems: list[Problem] = []
     records: dict[str, BaseRecord] = {}
     for base in known.bases:
@@ -59,19 +60,15 @@ def check(known: Snapshot, store: BlobStore, journal: Journal) -> list[Problem]:
     for name, alias in known.dangling:
         problems.append(Problem("alias", f"{name}:{alias}", "it points to no version of that name", _REINDEX))
     problems += _check_journal(known, journal)
-    for digest in sorted(set(found) - known.in_use):
+    lists = {str(file.digest) for file in files if file.is_list}
+    parts = {part.digest for digest in lists & known.in_use for part in store.parts(Digest(digest)) or ()}
+    for digest in sorted(set(found) - known.in_use - parts):
         problems.append(Problem("orphan", digest, "a blob that nothing refers to", "flora gc"))
+    for digest in sorted(lists & known.in_use & {str(file.digest) for file in files if not file.is_list}):
+        problems.append(Problem("leftover", digest, "it is stored whole and in parts", "flora gc"))
     for leftover in store.leftovers():
         problems.append(Problem("leftover", leftover.name, "a write that was not finished", "flora gc"))
     return problems
-
-
-def _is_sound(store: BlobStore, digest: Digest) -> bool:
-    try:
-        store.verified_path(digest)
-    except StoreError:
-        return False
-    return True
 
 
 def _check_blob(subject: str, role: str, digest: str, found: dict[str, bool]) -> Iterator[Problem]:
@@ -131,7 +128,7 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
     if described != version:
         yield Problem("index", version.ref, "its row says something else than its manifest", _REINDEX)
     try:
-        tensors = load_tensors(store.verified_path(Digest(manifest.weights.digest)))
+        tensors = load_weights(store, manifest)
         to_factors(manifest.header, tensors)
         to_exact(manifest.header, tensors)
     except AdapterInvalid as error:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from flora.errors import RegistryError, StoreError
 
-HEAD = "0003"  # the newest migration; a test compares it with migrations/versions
+HEAD = "0004"  # the newest migration; a test compares it with migrations/versions
 BUSY_TIMEOUT_MS = 30_000  # a bulk import holds the write lock for about a second at a time
 
 

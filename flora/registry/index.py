@@ -23,6 +23,7 @@ from flora.registry.tables import (
     protections,
     version_blobs,
     versions,
+    weights_tensors,
 )
 
 _DEFAULT_ALIASES = ("prod", "latest")  # what a bare name means, first hit
@@ -260,6 +261,22 @@ def blobs_in_use(connection: sa.Connection) -> set[str]:
     """What gc keeps: the required blobs, and records of bases that only adapters name."""
     named = select(versions.c.base_id).where(versions.c.base_id.is_not(None)).distinct()
     return blobs_required(connection) | {row[0] for row in connection.execute(named)}
+
+
+def common_tensors(connection: sa.Connection, weights: Collection[str] | None = None) -> list[tuple[str, str, int]]:
+    """(weights file, tensor, size) of the large tensors that other files have too; of `weights` alone, or None: all."""
+    ours, other = weights_tensors.alias("ours"), weights_tensors.alias("other")
+    elsewhere = sa.exists().where(other.c.tensor == ours.c.tensor, other.c.weights != ours.c.weights)
+    query = select(ours.c.weights, ours.c.tensor, ours.c.size).where(elsewhere)
+    if weights is not None:
+        query = query.where(ours.c.weights.in_(weights))
+    return [(row[0], row[1], row[2]) for row in connection.execute(query)]
+
+
+def holders(connection: sa.Connection, tensors: Collection[str]) -> list[tuple[str, str]]:
+    """(weights file, tensor) of every file that has one of these tensors."""
+    query = select(weights_tensors.c.weights, weights_tensors.c.tensor).where(weights_tensors.c.tensor.in_(tensors))
+    return [(row[0], row[1]) for row in connection.execute(query)]
 
 
 def dangling_aliases(connection: sa.Connection) -> list[tuple[str, str]]:

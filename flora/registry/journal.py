@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from flora.registry.store import store_error, sync_folder
+from flora.registry.disk import store_error, sync_folder
 from flora.registry.tables import journal_lines
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from flora.errors import NameInvalid, StoreError
 from flora.names import Digest
+from flora.registry.disk import store_error
 from flora.registry.manifest import parse_manifest
 from flora.registry.packing import describe_version, get_report
 from flora.registry.records import Version
-from flora.registry.store import BlobStore, store_error
+from flora.registry.store import BlobStore
 
 FOLDER = "leases"
 

@@ -1,53 +1,76 @@
 """An adapter as blobs: weights, report, extras, and the manifest that names them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flora.adapter import ChangeReport, to_json
 from flora.canonical import canonical_json
+from flora.errors import AdapterInvalid, FloraError
 from flora.names import Digest
-from flora.registry.formats.tensors import encode, load_tensors, to_exact, to_factors, to_tensors
+from flora.registry.cutting import large_tensors, put_cut
+from flora.registry.formats.tensors import as_bytes, encode, load_blob, stored_pieces, to_exact, to_factors, to_tensors
 from flora.registry.manifest import Manifest
+from flora.registry.parts import Part
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flora.adapter import Adapter
 
 
-def put_adapter(store: BlobStore, adapter: "Adapter") -> tuple[Manifest, str]:
-    """Stores every blob of the adapter, the manifest last; returns it with its digest. Raises StoreError."""
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An adapter whose blobs are in the store."""
+
+    manifest: Manifest
+    digest: str  # of the manifest: the version's
+    tensors: Mapping[str, int]  # sizes in bytes of the tensors that are shared where others have them too, by digest
+    parts: Sequence[Part] | None  # where the bytes of its weights lie, if they have no file; the caller lets them count
+
+
+def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False) -> Packed:
+    """Stores every blob of the adapter, the manifest last. Raises StoreError.
+
+    Tensors that others have too are not written again, unless the weights are to be a file, with `is_whole`.
+    """
+    tensors = to_tensors(adapter)
+    shareable = large_tensors(adapter.header, ((name, as_bytes(tensor)) for name, tensor in tensors.items()))
+    known = set() if is_whole else {digest for digest in shareable if store.size(Digest(digest)) is not None}
+    weights, parts = put_cut(store, encode(tensors), known) if known else (store.put(encode(tensors)), None)
     manifest = Manifest(
         header=adapter.header,
-        weights=store.put(encode(to_tensors(adapter))),
+        weights=weights,
         report=store.put([canonical_json(to_json(adapter.report))]) if adapter.report else None,
         extras={name: store.put([data]) for name, data in sorted(adapter.extras.items())},
         serving_digest=str(adapter.header.serving_digest),
     )
-    return manifest, store.put([manifest.to_json()]).digest
+    return Packed(manifest, store.put([manifest.to_json()]).digest, shareable, parts)
 
 
 def get_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     """The adapter that `manifest` describes, every blob checked. Raises StoreError."""
-    return _read_adapter(store, manifest, store.verified_path(Digest(manifest.weights.digest)))
+    store.verified(Digest(manifest.weights.digest))
+    return _read_adapter(store, manifest)
 
 
 @contextmanager
 def reading_adapter(store: BlobStore, manifest: Manifest) -> Iterator["Adapter"]:
     """As get_adapter, with the weights checked while the caller uses them. See BlobStore.verified_beside."""
-    with store.verified_beside(Digest(manifest.weights.digest)) as path:
-        yield _read_adapter(store, manifest, path)
+    with store.verified_beside(Digest(manifest.weights.digest)):
+        yield _read_adapter(store, manifest)
 
 
-def _read_adapter(store: BlobStore, manifest: Manifest, path: Path) -> "Adapter":
+def _read_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     from flora.adapter import Adapter
 
-    tensors = load_tensors(path)
+    tensors = load_weights(store, manifest)
     return Adapter(
         header=manifest.header,
         factors=to_factors(manifest.header, tensors),
@@ -55,6 +78,31 @@ def _read_adapter(store: BlobStore, manifest: Manifest, path: Path) -> "Adapter"
         report=get_report(store, manifest),
         extras={name: store.read(Digest(blob.digest)) for name, blob in manifest.extras.items()},
     )
+
+
+def load_weights(store: BlobStore, manifest: Manifest) -> "dict[str, Tensor]":
+    """The tensors of the weights, not checked, backed by file maps. Raises StoreError, AdapterInvalid."""
+    digest = Digest(manifest.weights.digest)
+    spans = store.spans(digest)
+    try:
+        return load_blob(spans)
+    except AdapterInvalid:
+        now = store.spans(digest)
+        if now == spans:
+            raise
+        return load_blob(now)  # cut into parts in between
+
+
+def shareable_tensors(store: BlobStore, manifest: Manifest) -> dict[str, int]:
+    """As Packed.tensors, of what is stored; none if it cannot be read."""
+
+    def stored() -> Iterator[tuple[str, memoryview]]:
+        yield from stored_pieces(store.spans(Digest(manifest.weights.digest)))
+
+    try:
+        return large_tensors(manifest.header, stored())
+    except FloraError:
+        return {}
 
 
 def get_report(store: BlobStore, manifest: Manifest) -> ChangeReport | None:

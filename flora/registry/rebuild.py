@@ -10,7 +10,7 @@ from flora.names import Digest, Reference
 from flora.registry import changes, index
 from flora.registry.journal import Added, Journal, Labeled, Mismatched, Moved, Protected, live_versions
 from flora.registry.manifest import parse_manifest
-from flora.registry.packing import describe_version, get_report
+from flora.registry.packing import describe_version, get_report, shareable_tensors
 from flora.registry.records import AliasMove, Mismatch
 from flora.registry.store import BlobStore
 
@@ -69,3 +69,4 @@ def _insert(connection: sa.Connection, store: BlobStore, added: Added) -> None:
         created_at=datetime.fromisoformat(added.created_at),
     )
     changes.insert_versions(connection, [(version, manifest, added.provenance)])
+    changes.note_tensors(connection, {manifest.weights.digest: shareable_tensors(store, manifest)})

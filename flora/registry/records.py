@@ -30,7 +30,7 @@ class Version:
     base_name: str
     max_rank: int
     num_modules: int
-    num_bytes: int  # of the stored weights
+    num_bytes: int  # of the weights, as one file
     kept_share: float | None  # of the whole change's energy; None where there is no report
     operation: str  # extract, prune, import or merge
     parents: tuple[str, ...]  # version digests
@@ -103,6 +103,7 @@ class GcReport:
     kept_young: int  # unreferenced too, but younger than the grace time: a writer may be about to name them
     dry_run: bool
     kept_leased: int = 0  # unreferenced, and in use by a running server
+    num_shared_bytes: int = 0  # freed besides, because equal tensors that a crash left apart are now stored once
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from flora.errors import AdapterNotFound, NotFound
 from flora.identity import BaseRecord
 from flora.names import Digest, Reference, check_alias, check_name, parse_reference
 from flora.registry import adding, aliases, changes, index, labels, mismatches, removal
+from flora.registry.disk import store_error
 from flora.registry.home import Home
 from flora.registry.journal import Event
 from flora.registry.lineage import Ancestor, lineage
@@ -38,7 +39,6 @@ from flora.registry.records import (
     Version,
 )
 from flora.registry.refusals import not_found
-from flora.registry.store import store_error
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -185,6 +185,14 @@ class Registry:
         with self._home.reading() as connection:
             return index.provenance_of(connection, version)
 
+    def shared_bytes(self, version: Version) -> int:
+        """How many bytes of its weights are stored once for it and others: large tensors that others have too."""
+        weights = self._home.manifest(version).weights.digest
+        if self._home.store.is_whole(Digest(weights)):
+            return 0
+        with self._home.reading() as connection:
+            return sum(size for _, _, size in index.common_tensors(connection, [weights]))
+
     # Aliases and removal
 
     def set_alias(
@@ -294,10 +302,19 @@ class Registry:
         """Takes blobs that nothing refers to and leftovers of crashed writes, once they are older than `grace_s`."""
         from flora.registry.collect import collect
         from flora.registry.leases import leased_blobs
+        from flora.registry.sharing import share_all
 
+        num_shared_bytes = share_all(self._home, dry_run=dry_run)
         with self._home.writing() as connection:  # the lock keeps writers from naming what is being taken
             leased = leased_blobs(self.root, self._home.store, grace_s=grace_s, take=not dry_run)
-            return collect(connection, self._home.store, dry_run=dry_run, grace_s=grace_s, leased=leased)
+            return collect(
+                connection,
+                self._home.store,
+                dry_run=dry_run,
+                grace_s=grace_s,
+                leased=leased,
+                num_shared_bytes=num_shared_bytes,
+            )
 
     def fsck(self) -> list[Problem]:
         """Every problem of index and store; changes nothing. Reads all weights."""

@@ -1,7 +1,10 @@
 """The blob store: bytes by their sha256, written once, checked whenever they are read.
 
-    blobs/sha256/<2 hex>/<64 hex>    a blob, read-only
-    tmp/<random>                     a write in progress, or what a crash left of one
+    blobs/sha256/<2 hex>/<64 hex>          a blob, read-only
+    blobs/sha256/<2 hex>/<64 hex>.parts    in its place: the blobs that its bytes lie in; see parts.py
+    tmp/<random>                           a write in progress, or what a crash left of one
+
+A blob that is there in both forms is read as its own file.
 
 This is the only file that makes a path from a digest.
 """
@@ -13,28 +16,20 @@ import hashlib
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from flora.errors import StoreError
+from flora.errors import NameInvalid, StoreError
 from flora.names import Digest
+from flora.registry.disk import damaged, store_error, sync_folder, unreadable
+from flora.registry.parts import Part, Span, encode_parts, parse_parts
 
+_PARTS = ".parts"
 _READ_BYTES = 1 << 22
 _MAX_VERIFIED = 10_000  # checked files that a store remembers
-_CAUSES = {
-    errno.ENOSPC: ("the disk is full", "free some space (`flora gc` takes what nothing refers to) and run this again"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space (`flora gc` helps) and run this again"),
-    errno.EFBIG: ("the file is larger than this system lets it be", "raise the limit (ulimit -f) and run this again"),
-    errno.EROFS: ("the file system is read-only", "name a registry that can be written, with --registry"),
-    errno.EACCES: ("this user may not write there", "name a registry of your own with --registry, or ask for access"),
-    errno.EIO: (
-        "the disk reports an input/output error",
-        "check the disk, then `flora fsck`, and run this again",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +42,12 @@ class Blob:
 
 @dataclass(frozen=True, slots=True)
 class BlobFile:
-    """A blob as it lies in the store."""
+    """A file of the store: a blob, or the list of its parts."""
 
     digest: Digest
-    size: int
+    size: int  # bytes, of this file
     modified_at: float  # seconds since the epoch
+    is_list: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ class BlobStore:
     """Blobs under one folder. Writing the same bytes twice is the same as once."""
 
     def __init__(self, root: Path) -> None:
-        self._verified: dict[str, tuple[int, int, int]] = {}  # by hex digest: inode, size and mtime when it was checked
+        self._verified: dict[str, object] = {}  # by hex digest: each file's inode, size and mtime when it was checked
         self._blobs = root / "blobs" / "sha256"
         self._tmp = root / "tmp"
 
@@ -75,6 +71,10 @@ class BlobStore:
 
         An older blob of the same digest is replaced, which heals it if it was damaged and renews its grace time.
         """
+        return self._write(pieces, lambda digest: self._path(digest))
+
+    def _write(self, pieces: Iterable[bytes | memoryview], place: Callable[[Digest], Path]) -> Blob:
+        """Writes the file that `place` names by the digest of what was written."""
         temporary = self._tmp / uuid.uuid4().hex
         try:
             self._make_folder(self._tmp)
@@ -86,7 +86,7 @@ class BlobStore:
                 file.flush()
                 os.fsync(file.fileno())
                 digest = Digest(f"sha256:{sha256.hexdigest()}")
-                path = self._path(digest)
+                path = place(digest)
                 self._make_folder(path.parent)
                 os.replace(temporary, path)
             sync_folder(path.parent)
@@ -97,73 +97,121 @@ class BlobStore:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
+    def replace_by_parts(self, digest: Digest, parts: Sequence[Part]) -> bool:
+        """Lets the parts stand for the blob, durably, in place of its file or of other parts; False if one is missing.
+
+        For the holder of the index's write lock: no gc takes a part at this moment. Raises StoreError.
+        """
+        try:
+            if not self._has_all(parts):
+                return False
+            self._write([encode_parts(parts)], lambda _: self._list_path(digest))
+            self._path(digest).unlink(missing_ok=True)
+        except OSError as error:
+            raise store_error(f"blob {digest}, which lies in parts, cannot be deleted", error) from error
+        return True
+
     def read(self, digest: Digest) -> bytes:
         """The blob's bytes, checked against `digest`. Raises StoreError if it is missing or damaged."""
         try:
-            data = self._path(digest).read_bytes()
+            data = b"".join(_read(span) for span in self.spans(digest))
         except OSError as error:
-            raise _unreadable(digest, error) from error
+            raise unreadable(digest, error) from error
         if hashlib.sha256(data).hexdigest() != digest.hex:
-            raise _damaged(digest)
+            raise damaged(digest)
         return data
 
-    def verified_path(self, digest: Digest) -> Path:
-        """The blob's file, after reading all of it and checking it against `digest`: for readers that map files.
+    def spans(self, digest: Digest) -> tuple[Span, ...]:
+        """Where the blob's bytes lie: its own file, or ranges of others. Raises StoreError if it is missing.
 
-        A file that this store has checked is not read again while its inode, size and mtime stay as they were.
+        Another process may cut a file into parts at any moment: a reader that finds it gone asks again.
         """
         path = self._path(digest)
+        for _ in range(2):  # whatever form it changes to is there before the other one goes
+            with contextlib.suppress(FileNotFoundError):
+                return (Span(path, 0, path.stat().st_size),)
+            if (parts := self.parts(digest)) is not None:
+                return self._locate(parts)
+        raise unreadable(digest, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+
+    def parts(self, digest: Digest) -> tuple[Part, ...] | None:
+        """The parts that are listed for the blob, none if the list is damaged; None if there is no list."""
         try:
-            with path.open("rb") as file:
-                stat = os.fstat(file.fileno())
-                state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if self._verified.get(digest.hex) == state:
-                    return path
-                sha256 = hashlib.sha256()
-                while piece := file.read(_READ_BYTES):
-                    sha256.update(piece)
+            return parse_parts(self._list_path(digest).read_bytes()) or ()
+        except FileNotFoundError:
+            return None
         except OSError as error:
-            raise _unreadable(digest, error) from error
-        if sha256.hexdigest() != digest.hex:
-            raise _damaged(digest)
-        if len(self._verified) >= _MAX_VERIFIED:
-            self._verified.pop(next(iter(self._verified)))
-        self._verified[digest.hex] = state
-        return path
+            raise unreadable(digest, error) from error
+
+    def verified(self, digest: Digest) -> tuple[Span, ...]:
+        """Where the blob's bytes lie, after reading them all and checking them against `digest`: for readers that map.
+
+        What this store has checked is not read again while inode, size and mtime of its files stay as they were.
+        """
+        try:
+            try:
+                return self._verify(digest, self.spans(digest))
+            except FileNotFoundError:  # cut into parts just now
+                return self._verify(digest, self.spans(digest))
+        except OSError as error:
+            raise unreadable(digest, error) from error
+
+    def is_sound(self, digest: Digest, *, in_parts: bool = False) -> bool:
+        """Whether the blob is there and has that digest; with `in_parts`, whether its parts make it up."""
+        try:
+            if in_parts:
+                self._verify(digest, self._locate(self.parts(digest) or ()))
+            else:
+                self.verified(digest)
+        except (StoreError, OSError):
+            return False
+        return True
 
     @contextlib.contextmanager
-    def verified_beside(self, digest: Digest) -> Iterator[Path]:
-        """The blob's file, checked by another thread while the caller reads it: reading and hashing take equally long.
+    def verified_beside(self, digest: Digest) -> Iterator[None]:
+        """The blob is checked by another thread while the caller reads it: reading and hashing take equally long.
 
-        What the caller made of the file counts once this has ended. Raises StoreError then if the file is missing or
+        What the caller made of it counts once this has ended. Raises StoreError then if the blob is missing or
         damaged, in place of whatever that made the caller raise.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="blob-check") as beside:
-            check = beside.submit(self.verified_path, digest)
+            check = beside.submit(self.verified, digest)
             try:
-                yield self._path(digest)
+                yield
             finally:
                 check.result()
 
     def size(self, digest: Digest) -> int | None:
-        """The stored size in bytes, or None if there is no such blob."""
+        """The blob's size in bytes, or None if it, or one of its parts, is not there."""
         try:
             return self._path(digest).stat().st_size
         except FileNotFoundError:
-            return None
+            parts = self.parts(digest)
+            return sum(part.size for part in parts) if parts and self._has_all(parts) else None
 
-    def delete(self, digest: Digest) -> None:
-        self._path(digest).unlink(missing_ok=True)
+    def is_whole(self, digest: Digest) -> bool:
+        """Whether the blob has a file of its own."""
+        return self._path(digest).is_file()
+
+    def delete(self, digest: Digest, *, is_list: bool = False) -> None:
+        """Takes the blob's file, or the list of its parts."""
+        (self._list_path(digest) if is_list else self._path(digest)).unlink(missing_ok=True)
 
     def files(self) -> Iterator[BlobFile]:
-        """Every blob in the store. Files whose names are no digests are left alone and not listed."""
-        for path in sorted(self._blobs.glob("??/*")):
-            try:
+        """Every file of the store, lists of parts first. Those whose names are no digests are left alone."""
+        yield from self.lists()
+        yield from self._list("??/*", "")
+
+    def lists(self) -> Iterator[BlobFile]:
+        """The lists of parts alone."""
+        yield from self._list(f"??/*{_PARTS}", _PARTS)
+
+    def _list(self, pattern: str, suffix: str) -> Iterator[BlobFile]:
+        for path in sorted(self._blobs.glob(pattern)):
+            with contextlib.suppress(FileNotFoundError, NameInvalid):  # taken by a gc at this moment; a stranger
+                digest = Digest(f"sha256:{path.name.removesuffix(suffix)}")
                 stat = path.stat()
-            except FileNotFoundError:  # taken by a gc at this moment
-                continue
-            with contextlib.suppress(Exception):
-                yield BlobFile(Digest(f"sha256:{path.name}"), stat.st_size, stat.st_mtime)
+                yield BlobFile(digest, stat.st_size, stat.st_mtime, is_list=bool(suffix))
 
     def leftovers(self, *, older_than_s: float = 0.0, take: bool = False) -> list[Leftover]:
         """Files under tmp/ that no living writer holds and that are as old; with `take` they are deleted."""
@@ -179,8 +227,38 @@ class BlobStore:
                     found.append(Leftover(path.name, stat.st_size))
         return found
 
+    def _verify(self, digest: Digest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
+        with contextlib.ExitStack() as opened:
+            files = {path: opened.enter_context(path.open("rb")) for path in dict.fromkeys(span.path for span in spans)}
+            stats = [(path, os.fstat(file.fileno())) for path, file in files.items()]
+            state = spans, [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+            if self._verified.get(digest.hex) == state:
+                return spans
+            sha256 = hashlib.sha256()
+            for span in spans:
+                files[span.path].seek(span.start)
+                left = span.size
+                while left and (piece := files[span.path].read(min(_READ_BYTES, left))):
+                    sha256.update(piece)
+                    left -= len(piece)
+        if sha256.hexdigest() != digest.hex:
+            raise damaged(digest)
+        if len(self._verified) >= _MAX_VERIFIED:
+            self._verified.pop(next(iter(self._verified)))
+        self._verified[digest.hex] = state
+        return spans
+
+    def _locate(self, parts: Iterable[Part]) -> tuple[Span, ...]:
+        return tuple(Span(self._path(Digest(part.digest)), part.start, part.size) for part in parts)
+
+    def _has_all(self, parts: Iterable[Part]) -> bool:
+        return all(self._path(Digest(digest)).is_file() for digest in {part.digest for part in parts})
+
     def _path(self, digest: Digest) -> Path:
         return self._blobs / digest.hex[:2] / digest.hex
+
+    def _list_path(self, digest: Digest) -> Path:
+        return self._blobs / digest.hex[:2] / f"{digest.hex}{_PARTS}"
 
     def _make_folder(self, folder: Path) -> None:
         """Makes `folder`, and syncs each folder above that gained an entry."""
@@ -191,19 +269,10 @@ class BlobStore:
         sync_folder(folder.parent)
 
 
-def store_error(what: str, error: OSError) -> StoreError:
-    """The StoreError of a failed write, with its cause and fix by errno."""
-    cause, fix = _CAUSES.get(error.errno or 0, (str(error), "mend the cause and run this again: it is safe to repeat"))
-    return StoreError(what, cause=cause, fix=fix, errno=error.errno)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes durable which entries the folder has."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _read(span: Span) -> bytes:
+    with span.path.open("rb") as file:
+        file.seek(span.start)
+        return file.read(span.size)
 
 
 def _create_locked(path: Path) -> BinaryIO:
@@ -214,23 +283,3 @@ def _create_locked(path: Path) -> BinaryIO:
         if os.fstat(descriptor).st_nlink:
             return os.fdopen(descriptor, "wb")
         os.close(descriptor)  # a gc came between creating and locking, and took it
-
-
-def _unreadable(digest: Digest, error: OSError) -> StoreError:
-    if isinstance(error, FileNotFoundError):
-        return StoreError(
-            f"blob {digest} is missing from the store",
-            cause="a file was deleted by hand, or a copy of the registry is incomplete",
-            fix="`flora fsck` lists what is affected; extract or import that adapter again",
-            digest=str(digest),
-        )
-    return store_error(f"blob {digest} cannot be read", error)
-
-
-def _damaged(digest: Digest) -> StoreError:
-    return StoreError(
-        f"blob {digest} is damaged: its bytes have another sha256",
-        cause="the disk or a copy changed it after it was written",
-        fix="`flora fsck` lists what is affected; extract or import that adapter again, which replaces the blob",
-        digest=str(digest),
-    )

@@ -58,6 +58,17 @@ version_blobs = sa.Table(  # what gc must keep, without reading every manifest
     sqlite_strict=True,
 )
 
+weights_tensors = sa.Table(  # large tensors of weights files: who has which, so that equal ones are stored once
+    "weights_tensors",
+    metadata,
+    sa.Column("weights", sa.Text, primary_key=True),  # digest of the file
+    sa.Column("tensor", sa.Text, primary_key=True),  # digest of its bytes there
+    sa.Column("size", _BIG, nullable=False),
+    sa.Index("weights_of_tensor", "tensor"),
+    sqlite_strict=True,
+    sqlite_with_rowid=False,
+)
+
 aliases = sa.Table(
     "aliases",
     metadata,

@@ -37,7 +37,7 @@ def check(changes: list[dict], ending: str) -> int:
         assert change["violations"] == [], change["change"]
         assert change["endings"].pop("done") == 1
         in_spite = change["endings"].pop("in spite", 0)  # of an error while tidying up, which does not matter
-        assert in_spite <= 5
+        assert in_spite <= (80 if change["change"] == "add a sibling" else 5)  # once it is added, it is cut up
         assert set(change["endings"]) == {ending}
         num_points += change["endings"][ending] + in_spite
     return num_points
@@ -46,7 +46,7 @@ def check(changes: list[dict], ending: str) -> int:
 def test_a_change_that_is_killed_at_any_point_leaves_a_sound_registry(folder):
     changes = run("tests.registry.crash_points", "kill", str(folder), STRIDE)
 
-    assert len(changes) == 7
+    assert len(changes) == 8
     assert check(changes, ending="killed") > 150 // int(STRIDE)
 
 
@@ -61,7 +61,7 @@ def test_a_disk_that_is_full_at_any_point_is_an_error_and_leaves_a_sound_registr
 def test_a_disk_that_fails_at_any_point_of_any_change_leaves_a_sound_registry(folder, fault):
     changes = run("tests.registry.crash_points", fault, str(folder), STRIDE)
 
-    assert len(changes) == 7
+    assert len(changes) == 8
     assert check(changes, ending="refused") > 150 // int(STRIDE)
 
 

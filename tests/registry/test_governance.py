@@ -221,7 +221,7 @@ def test_an_index_of_the_first_schema_is_brought_up_to_date(tmp_path):
         version = registry.add(random_adapter(), "sql")
     with sqlite3.connect(tmp_path / "index.sqlite") as index:
         index.executescript(
-            "DROP TABLE labels; DROP TABLE protections; DROP TABLE mismatches;"
+            "DROP TABLE labels; DROP TABLE protections; DROP TABLE mismatches; DROP TABLE weights_tensors;"
             "UPDATE alembic_version SET version_num='0001'"
         )
 

@@ -9,6 +9,7 @@ import pytest
 
 from flora.errors import StoreError
 from flora.names import Digest
+from flora.registry.parts import Span
 from flora.registry.store import BlobStore, Leftover
 
 DATA = b"an adapter's bytes"
@@ -30,7 +31,7 @@ def test_a_blob_is_named_by_its_sha256(store, tmp_path):
     assert (blob.digest, blob.size) == (str(DIGEST), len(DATA))
     assert stored_at(tmp_path).read_bytes() == DATA
     assert store.read(DIGEST) == DATA
-    assert store.verified_path(DIGEST) == stored_at(tmp_path)
+    assert store.verified(DIGEST) == (Span(stored_at(tmp_path), 0, len(DATA)),)
     assert store.size(DIGEST) == len(DATA)
     assert [(file.digest, file.size) for file in store.files()] == [(DIGEST, len(DATA))]
     assert store.leftovers() == []
@@ -53,7 +54,7 @@ def test_a_damaged_blob_is_never_given_out_and_healed_by_writing_it_again(store,
     stored_at(tmp_path).chmod(0o644)
     stored_at(tmp_path).write_bytes(damaged)
 
-    for read in (store.read, store.verified_path):
+    for read in (store.read, store.verified):
         with pytest.raises(StoreError, match="is damaged") as refused:
             read(DIGEST)
         assert refused.value.digest == str(DIGEST)
@@ -62,7 +63,7 @@ def test_a_damaged_blob_is_never_given_out_and_healed_by_writing_it_again(store,
 
 
 def test_a_missing_blob_is_an_error_with_a_fix(store):
-    for read in (store.read, store.verified_path):
+    for read in (store.read, store.verified):
         with pytest.raises(StoreError, match="is missing") as refused:
             read(DIGEST)
         assert "fsck" in refused.value.fix

@@ -12,51 +12,55 @@ from flora.registry.store import BlobStore
 def test_a_file_that_changed_since_it_was_checked_is_checked_again(tmp_path):
     store = BlobStore(tmp_path)
     digest = Digest(store.put([b"0123456789"]).digest)
-    path = store.verified_path(digest)
+    (span,) = store.verified(digest)
+    path = span.path
 
     os.chmod(path, 0o600)
     path.write_bytes(b"012345678X")  # the same length
     os.utime(path, ns=(1, 1))
 
     with pytest.raises(StoreError):
-        store.verified_path(digest)
+        store.verified(digest)
 
 
 def test_a_file_that_stayed_as_it_was_is_not_read_again(tmp_path, monkeypatch):
     store = BlobStore(tmp_path)
     digest = Digest(store.put([b"0123456789"]).digest)
-    store.verified_path(digest)
+    store.verified(digest)
     monkeypatch.setattr("flora.registry.store.hashlib.sha256", lambda: pytest.fail("it was hashed again"))
 
-    store.verified_path(digest)
+    store.verified(digest)
     with pytest.raises(pytest.fail.Exception):
-        BlobStore(tmp_path).verified_path(digest)  # another store has not checked it
+        BlobStore(tmp_path).verified(digest)  # another store has not checked it
 
 
 def test_a_file_is_checked_while_it_is_read_and_what_was_made_of_a_damaged_one_does_not_count(tmp_path):
     store = BlobStore(tmp_path)
     digest = Digest(store.put([b"0123456789"]).digest)
 
-    with store.verified_beside(digest) as path:
+    (span,) = store.spans(digest)
+    path = span.path
+    with store.verified_beside(digest):
         assert path.read_bytes() == b"0123456789"
 
     os.chmod(path, 0o600)
     path.write_bytes(b"012345678X")
-    with pytest.raises(StoreError, match="damaged"), store.verified_beside(digest) as path:
+    with pytest.raises(StoreError, match="damaged"), store.verified_beside(digest):
         path.read_bytes()  # as good as any, until the context ends
 
 
 def test_damage_is_the_error_whatever_it_made_the_reader_stumble_over(tmp_path):
     store = BlobStore(tmp_path)
     digest = Digest(store.put([b"0123456789"]).digest)
-    path = store.verified_path(digest)
+    (span,) = store.verified(digest)
+    path = span.path
     os.chmod(path, 0o600)
     path.write_bytes(b"")
 
-    with pytest.raises(StoreError) as caught, store.verified_beside(digest) as path:
+    with pytest.raises(StoreError) as caught, store.verified_beside(digest):
         raise ValueError("the header is cut off")
     assert isinstance(caught.value.__context__, ValueError)
 
     path.unlink()
-    with pytest.raises(StoreError), store.verified_beside(digest) as path:
+    with pytest.raises(StoreError), store.verified_beside(digest):
         path.read_bytes()

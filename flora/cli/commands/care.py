@@ -47,7 +47,7 @@ def gc(
     as_json: AsJson = False,
     quiet: IdsOnly = False,
 ) -> None:
-    """Free the bytes that no version refers to, and what interrupted writes left behind.
+    """Free the bytes that no version refers to, and what interrupted writes left behind or stored twice.
 
     [bold]Example[/bold]
 
@@ -64,12 +64,14 @@ def gc(
         "dry_run": dry_run,
         "num_removed": len(report.removed),
         "num_bytes": report.num_bytes,
+        "num_shared_bytes": report.num_shared_bytes,
         "kept_young": report.kept_young,
         "kept_leased": report.kept_leased,
         "removed": list(report.removed),
     }
     facts = [
         ("would free" if dry_run else "freed", f"{len(report.removed)} files, {show_bytes(report.num_bytes)}"),
+        *((("and by sharing", show_bytes(report.num_shared_bytes)),) if report.num_shared_bytes else ()),
         ("left, too young", str(report.kept_young)),
         ("left, in use by a server", str(report.kept_leased)),
     ]

@@ -81,11 +81,12 @@ def show(
         versions = store.versions(version.name)
         aliases = {alias: target.number for alias, target in store.aliases(version.name).items()}
         header, report = store.header(version), store.report(version)
-        provenance = store.provenance(version)
+        provenance, shared_bytes = store.provenance(version), store.shared_bytes(version)
     from flora.adapter import to_json
 
     record = {
         **version_row(version),
+        "shared_bytes": shared_bytes,
         "kept_share_of_modules": report.extracted_share if report else None,
         "tuned": header.recipe.tuned_name,
         "recipe": to_json(header.recipe),
@@ -111,7 +112,7 @@ def show(
         ("made by", f"{version.operation} {made_by}" + (f" from {', '.join(parents)}" if parents else "")),
         ("made", version.created_at.strftime("%Y-%m-%d %H:%M UTC")),
         ("modules", f"{version.num_modules}, ranks up to {version.max_rank}"),
-        ("size", show_bytes(version.num_bytes)),
+        ("size", show_bytes(version.num_bytes) + _sharing(shared_bytes)),
         ("kept energy", f"{percent(record['kept_share_of_modules'])} of the modules' change"),
         ("", f"{percent(version.kept_share)} of the whole change"),
         ("carries", ", ".join(sorted(header.extras)) or "nothing but weights"),
@@ -195,6 +196,10 @@ def version_row(version: Version) -> dict[str, Any]:
         "kept_share": version.kept_share,
         "created_at": version.created_at.isoformat(),
     }
+
+
+def _sharing(num_bytes: int) -> str:
+    return f", {show_bytes(num_bytes)} of it stored once with others" if num_bytes else ""
 
 
 def _day(moment: str) -> str:

@@ -34,6 +34,7 @@ from flora.adapter import (
 from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
 from flora.forms import EXPERT_KINDS, LINEAR, Form
+from flora.registry.disk import store_error
 from flora.registry.formats.paths import rename, rename_tensor
 from flora.registry.formats.peft_config import (
     CONFIG_FILE,
@@ -48,7 +49,6 @@ from flora.registry.formats.spelling import spell, spell_exact, spell_tied
 from flora.registry.formats.stacks import Stack, members_of, spell_stack, stacks_of
 from flora.registry.formats.targets import find_targets
 from flora.registry.formats.tensors import encode
-from flora.registry.store import store_error
 
 if TYPE_CHECKING:
     from torch import Tensor

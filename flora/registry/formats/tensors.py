@@ -6,13 +6,16 @@ that by the caps below: safetensors checks a container, not that it holds an ada
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.adapter import AdapterHeader
 from flora.errors import AdapterInvalid, PickleRefused
 from flora.registry.formats.spelling import spell, spell_exact, unspell
+from flora.registry.parts import Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,7 @@ _DTYPES = {
     "torch.bfloat16": "BF16",
     "torch.float8_e4m3fn": "F8_E4M3",
 }
+_NAMES = {code: name.removeprefix("torch.") for name, code in _DTYPES.items()}
 _PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")  # pickle protocol 2 and up; the zip that torch.save writes
 _MAX_HEADER_BYTES = 32 << 20
 _MAX_TENSORS = 100_000
@@ -36,8 +40,6 @@ def encode(tensors: Mapping[str, "Tensor"]) -> Iterator[bytes | memoryview]:
 
     tensors  fp32, fp16, bf16 or fp8 (e4m3), on the CPU.   Source: the format's description in huggingface/safetensors.
     """
-    import torch
-
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in sorted(tensors):
@@ -50,7 +52,15 @@ def encode(tensors: Mapping[str, "Tensor"]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
     for name in sorted(tensors):
-        yield tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield as_bytes(tensors[name])
+
+
+def as_bytes(tensor: "Tensor") -> memoryview:
+    """The tensor's bytes, row by row, as a file has them."""
+    import torch
+
+    data: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def check_file(path: Path) -> None:
@@ -97,6 +107,65 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise AdapterInvalid(f"{path.name} cannot be read", cause=str(error)) from error
+
+
+def load_blob(spans: Sequence[Span]) -> dict[str, "Tensor"]:
+    """As load_tensors, of a file that `encode` made, wherever its bytes lie: each tensor within one of the spans."""
+    if len(spans) == 1 and spans[0].start == 0:
+        return load_tensors(spans[0].path)
+    import torch
+
+    tensors = {}
+    try:
+        for name, told, data in _walk(spans):
+            if told:
+                dtype: torch.dtype = getattr(torch, _NAMES[told["dtype"]])
+                flat = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+                if flat.data_ptr() % dtype.itemsize:  # what was cut out before it may have had an odd number of bytes
+                    flat = flat.clone()
+                tensors[name] = flat.view(dtype).view(told["shape"])
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise AdapterInvalid("a weights file that lies in parts cannot be read", cause=str(error)) from error
+    return tensors
+
+
+def stored_pieces(spans: Sequence[Span]) -> Iterator[tuple[str, memoryview]]:
+    """The pieces that `encode` made the file of, with the tensor's name, "" for the header. Raises AdapterInvalid."""
+    try:
+        yield from ((name, data) for name, _, data in _walk(spans))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AdapterInvalid("a stored weights file cannot be read", cause=str(error)) from error
+
+
+def _walk(spans: Sequence[Span]) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
+    """The header, then each tensor of the file as they lie: its name, what the header tells of it, its bytes."""
+    pieces, starts, size = [], [], 0
+    maps: dict[Path, mmap.mmap] = {}
+    for span in spans:
+        if span.path not in maps:
+            with span.path.open("rb") as file:
+                maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
+        data = memoryview(maps[span.path])[span.start : span.start + span.size]
+        if len(data) != span.size:
+            raise ValueError(f"{span.path.name} has fewer bytes than {span.start + span.size}")
+        pieces.append(data)
+        starts.append(size)
+        size += span.size
+
+    def cut(begin: int, end: int) -> memoryview:
+        index = bisect_right(starts, begin) - 1
+        data = pieces[index][begin - starts[index] : end - starts[index]]
+        if not 0 <= begin <= end or len(data) != end - begin:
+            raise ValueError(f"bytes {begin} to {end} do not lie in one part")
+        return data
+
+    first = 8 + int.from_bytes(cut(0, 8), "little")
+    header = json.loads(bytes(cut(8, first)))
+    header.pop("__metadata__", None)
+    yield "", {}, cut(0, first)
+    for name, told in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = told["data_offsets"]
+        yield name, told, cut(first + begin, first + end)
 
 
 def to_tensors(adapter: "Adapter") -> dict[str, "Tensor"]:

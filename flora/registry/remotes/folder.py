@@ -11,10 +11,10 @@ from pathlib import Path
 
 from flora.digests import digest_file
 from flora.errors import NotFound
+from flora.registry.disk import store_error
 from flora.registry.formats.peft import OUR_FILES, check_replaceable
 from flora.registry.formats.peft_config import CONFIG_FILE
 from flora.registry.remotes.remote import Interrupted, Listing, Outgoing, RemoteFile
-from flora.registry.store import store_error
 
 _READ_BYTES = 1 << 20
 

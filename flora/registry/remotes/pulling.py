@@ -16,13 +16,13 @@ from pathlib import Path
 
 from flora.adapter import EXTRAS, Adapter
 from flora.errors import AdapterInvalid, CheckpointError, PickleRefused, RemoteError
+from flora.registry.disk import store_error
 from flora.registry.formats.peft import RECORD_FILE, load_peft
 from flora.registry.formats.peft_config import CONFIG_FILE, read_config
 from flora.registry.formats.peft_weights import WEIGHTS_FILE
 from flora.registry.remotes.address import open_remote
 from flora.registry.remotes.remote import Listing
 from flora.registry.remotes.transfer import Limits, Report, fetch
-from flora.registry.store import store_error
 
 _SMALL = (CONFIG_FILE, RECORD_FILE, *EXTRAS)
 _MAX_SMALL_BYTES = 64 << 20  # flora.json of a large adapter lists every tensor

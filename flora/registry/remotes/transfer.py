@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora.errors import RemoteError
+from flora.registry.disk import store_error
 from flora.registry.remotes.remote import Interrupted, Listing, Remote, RemoteFile
-from flora.registry.store import store_error
 
 GIB = 1 << 30
 _READ_BYTES = 1 << 20
