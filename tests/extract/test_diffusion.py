@@ -1,6 +1,7 @@
 """Image and video models, component by component: diffusers reads our factors and computes what the deltas do."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     WanPipeline,
     WanTransformer3DModel,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from flora.adapter import Adapter
 from flora.checkpoint import open_checkpoint
@@ -169,12 +172,12 @@ def test_diffusers_loads_the_factors_as_a_pipelines_lora(done):
     assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
 
 
-def pipeline_of(component: Component, model: nn.Module) -> DiffusionPipeline:
-    """The component's pipeline, with no other model."""
+def pipeline_of(component: Component, model: nn.Module, **others: nn.Module) -> DiffusionPipeline:
+    """The component's pipeline, with no other model than those given."""
     parameters = inspect.signature(component.pipeline.__init__).parameters
     parts = {name: None for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
     given = {name: part for name, part in parts.items() if name not in ("self", "args", "kwargs")}
-    return component.pipeline(**given | {component.prefix: model})
+    return component.pipeline(**given | others | {component.prefix: model})
 
 
 @pytest.mark.parametrize("file", ["diffusers", "kohya"])
@@ -216,6 +219,38 @@ def test_a_pipeline_loads_kohyas_file_in_the_authors_names(tmp_path, name, optio
     with torch.no_grad():
         got = component.forward(model)
     assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
+
+
+def understood(model: nn.Module) -> Tensor:
+    return model(torch.arange(3, 15)[None]).last_hidden_state
+
+
+TEXT_ENCODERS = {
+    "sd": Component(CLIPTextModel, understood, "text_encoder", StableDiffusionPipeline),
+    "sdxl": Component(CLIPTextModelWithProjection, understood, "text_encoder_2", StableDiffusionXLPipeline),
+}
+
+
+@pytest.mark.parametrize("save_file", [save_diffusers, save_kohya])
+@pytest.mark.parametrize("name", TEXT_ENCODERS)
+def test_a_pipeline_loads_the_exported_file_of_its_text_encoder(tmp_path, name, save_file):
+    component = TEXT_ENCODERS[name]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=80, max_position_embeddings=16, eos_token_id=2, projection_dim=16, **sizes)
+    model = component.make(config).eval()
+    _, _, adapter = extracted(model, tmp_path, rank=6, wish=Wish())
+    with torch.no_grad():
+        before, wanted = understood(model), understood(with_deltas(model, adapter))
+
+    save_file(adapter, tmp_path / "lora.safetensors", component.prefix)
+    pipeline_of(component, model, unet=unet()).load_lora_weights(tmp_path, weight_name="lora.safetensors")
+
+    with torch.no_grad():
+        got = understood(model)
+    assert float((got - wanted).norm() / (wanted - before).norm()) < ROUNDING
+    if save_file is save_kohya:  # by which ComfyUI knows it, whatever transformers saved
+        assert all(re.match("lora_te2?_text_model_", name) for name in load_file(tmp_path / "lora.safetensors"))
 
 
 def test_a_pipelines_folder_is_told_to_give_its_components(tmp_path):

@@ -36,6 +36,7 @@ class PipelinePart(StrEnum):
     TRANSFORMER = "transformer"
     UNET = "unet"
     TEXT_ENCODER = "text_encoder"
+    TEXT_ENCODER_2 = "text_encoder_2"
 
 
 class ExportProfile(StrEnum):

@@ -24,10 +24,12 @@ from flora.registry.formats.spelling import PREFIX as _PEFT_PREFIX
 from flora.registry.formats.spelling import spell
 from flora.registry.formats.tensors import encode
 
-Part = Literal["transformer", "unet", "text_encoder"]  # of the pipeline that the base is
+Part = Literal["transformer", "unet", "text_encoder", "text_encoder_2"]  # of the pipeline that the base is
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "lora.safetensors"
-_KOHYA = {"transformer": "lora_unet", "unet": "lora_unet", "text_encoder": "lora_te"}
+_KOHYA = {"transformer": "lora_unet", "unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+_CLIP = "CLIPTextModel"  # how architectures start whose modules lie in one that transformers 5 no longer has
+_CLIP_HOME = "text_model."
 
 
 def save_diffusers(adapter: Adapter, path: Path, part: Part) -> None:
@@ -61,6 +63,8 @@ def _by_authors_names(adapter: Adapter) -> Mapping[str, LowRank]:
         return flux.by_authors_names(adapter.factors, _widths(adapter))
     if architecture == wan.ARCHITECTURE:
         return wan.by_authors_names(adapter.factors)
+    if architecture.startswith(_CLIP):
+        return {_CLIP_HOME + name.removeprefix(_CLIP_HOME): lowrank for name, lowrank in adapter.factors.items()}
     return adapter.factors
 
 
