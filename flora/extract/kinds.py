@@ -8,7 +8,16 @@ from typing import Any
 from flora.checkpoint import FLOAT_DTYPES
 from flora.forms import Kind, is_expert
 
-EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "token_embedding")
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "word_embeddings",
+    "embed_in",
+    "tok_embeddings",
+    "shared",
+    "token_embedding",
+    "embeddings",
+)
 HEADS = ("lm_head", "embed_out", "output", "vocab_projector", "generator_lm_head")
 HEAD_PATHS = ("cls.predictions.decoder", "predictions.decoder", "lm_head.decoder")  # of encoders' masked-word heads
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt")  # their Conv1D keeps its weight as [in, out]
@@ -23,6 +32,10 @@ POSITION_READERS = (  # whose code reads that table past its layer
     "musicflamingo",
     "moss_transcribe_diarize",
 )
+READ_PAST = {  # projections of state-space layers, whose weight the code reads past the layer, so LoRA would be lost
+    "dt_proj": ("mamba", "falcon_mamba", "jamba"),
+    "out_proj": ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"),  # while training: PEFT refuses it
+}
 ROUTERS = (".gate", ".router", ".router.layer")
 _STACKS = (".input_linear.weight", ".output_linear.weight")  # of experts, where their name does not say so
 TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module tree; lm_head if not named here
@@ -90,6 +103,8 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
         return _classify_conv(name, shape, model_type)
     if model_type in CONV1D_MODELS and leaf in CONV1D_LAYERS:
         return Finding("conv1d")
+    if model_type in READ_PAST.get(leaf, ()):
+        return Finding(reason=f"a projection whose weight {model_type}'s code reads past its layer")
     return Finding("linear")
 
 

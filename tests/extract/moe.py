@@ -77,6 +77,29 @@ def dbrx() -> nn.Module:
     return hf.DbrxForCausalLM(hf.DbrxConfig(**sizes, attn_config=attention, ffn_config=experts))
 
 
+def gemma4() -> nn.Module:
+    """Beside its experts each layer has a dense part."""
+    sizes = HEADED | ENDS | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "global_head_dim": 8}
+    layers = {"layer_types": ["full_attention"] * 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 80}
+    return hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**sizes, **layers, enable_moe_block=True))
+
+
+def jamba() -> nn.Module:
+    """One layer is a state space, the other attention with experts."""
+    layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+    sizes = SIZES | ENDS | {"num_experts": 4, "mamba_d_state": 4, "use_mamba_kernels": False}
+    return hf.JambaForCausalLM(hf.JambaConfig(**sizes, **layers))
+
+
+def nemotron() -> nn.Module:
+    """Its experts have no gate; one layer is a state space."""
+    experts = {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+    states = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1}
+    layers = {"layers_block_type": ["moe", "mamba", "attention"]}
+    sizes = {name: size for name, size in HEADED.items() if name != "num_hidden_layers"}
+    return hf.NemotronHForCausalLM(hf.NemotronHConfig(**sizes | ENDS, **EXPERTS, **experts, **states, **layers))
+
+
 def privacy_filter() -> nn.Module:
     """gpt-oss's sibling, which says of each token what it is."""
     sizes = HEADED | ENDS | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_labels": 5}
@@ -125,6 +148,8 @@ SEPARATE: Mapping[str, Callable[[], nn.Module]] = {  # each expert's matrices in
     "deepseek": deepseek,
     "phimoe": phimoe,
     "qwen3.5": qwen3_5,
+    "jamba": jamba,
+    "nemotron": nemotron,
 }
 FUSED: Mapping[str, Callable[[], nn.Module]] = {  # the experts of a layer in one tensor
     "gpt-oss": gpt_oss,
@@ -135,4 +160,5 @@ FUSED: Mapping[str, Callable[[], nn.Module]] = {  # the experts of a layer in on
     "qwen3-vl": qwen3_vl,
     "jetmoe": jetmoe,
     "privacy-filter": privacy_filter,
+    "gemma4": gemma4,
 }

@@ -98,7 +98,7 @@ def test_the_page_has_a_line_for_every_kind_of_factors():
     from flora.forms import Kind
 
     assert {plain(row[3]) for row in TAKEN} == {*get_args(Kind), "whole"}
-    assert len(LEFT) == 6
+    assert len(LEFT) == 7
 
 
 def header(module: str, kind: str) -> AdapterHeader:

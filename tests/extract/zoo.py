@@ -52,6 +52,11 @@ def gemma3() -> nn.Module:
     return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**sizes, num_key_value_heads=1, intermediate_size=48))
 
 
+def mamba() -> nn.Module:
+    """No attention: state spaces, whose code reads some projections past their layers."""
+    return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=2))
+
+
 def opt() -> nn.Module:
     """It looks positions up in a table by what a mask says, not by what it is given."""
     sizes = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
@@ -145,6 +150,7 @@ ZOO: Mapping[str, Kind] = {
     "gpt2": Kind(gpt2, hf.AutoModelForCausalLM, logits),
     "gpt-neox": Kind(neox, hf.AutoModelForCausalLM, logits),
     "opt": Kind(opt, hf.AutoModelForCausalLM, logits),
+    "mamba": Kind(mamba, hf.AutoModelForCausalLM, logits),
     "gemma3": Kind(gemma3, hf.AutoModelForCausalLM, logits),
     "bert": Kind(bert, hf.AutoModel, hidden),
     "bert-masked-words": Kind(bert_for_words, hf.AutoModelForMaskedLM, logits),

@@ -10,8 +10,8 @@ be [experts, out, in] unless its class says otherwise; Llama 4's is [experts, in
 B trade places.
 
 Experts that the checkpoint keeps apart stay apart in the folder: PEFT fuses their factors, and vLLM reads them so. Of
-models that also see or hear it knows no such conversion, and there they are fused here: gate's and up's factors, r
-each, lie side by side in one pair of 2 * r, the one's rows of B above the other's.
+models that also see or hear, and of Nemotron-H, it knows no such conversion, and there they are fused here: gate's and
+up's factors, r each, lie side by side in one pair of 2 * r, the one's rows of B above the other's.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _SWAPPED = ("Llama4",)  # how architectures start whose experts' class does not say that they lie transposed
 _SENSING = "ForConditionalGeneration"  # how architectures end of models that see or hear, and talk
+_GATELESS = ("NemotronH",)  # how architectures start whose experts have no gate: up_proj is a parameter of its own
 _OUTER = "down_proj"
 _MODULES = ("input_linear", "output_linear")  # leaves that are modules, whose `weight` is the parameter
 _APART = {
@@ -61,11 +62,13 @@ def stacks_of(forms: Mapping[str, Form], architecture: str) -> list[Stack]:
     homes: dict[str, int] = {}  # the number of experts of each M.experts
     parts: dict[str, tuple[str, ...]] = {}  # adapted in any layer, and so in all
     for module, form in forms.items():
-        if form.experts and (form.kind in EXPERT_KINDS or architecture.endswith(_SENSING)):
+        is_gateless = architecture.startswith(_GATELESS)
+        if form.experts and (form.kind in EXPERT_KINDS or architecture.endswith(_SENSING) or is_gateless):
             parent, _, leaf = split_expert(module)
             homes[f"{parent}.experts"] = form.experts
-            fused = next((whole for whole, apart in _APART.items() if leaf in apart), leaf)
-            parts[fused] = (leaf,) if form.kind in EXPERT_KINDS else _APART.get(fused, (leaf,))
+            is_whole = form.kind in EXPERT_KINDS or is_gateless
+            fused = next((whole for whole, apart in _APART.items() if leaf in apart and not is_whole), leaf)
+            parts[fused] = _APART.get(fused, (leaf,)) if not is_whole else (leaf,)
     return [
         Stack(
             **_place(home, leaf, is_inner=leaf != _OUTER and _OUTER in parts),
