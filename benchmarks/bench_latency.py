@@ -45,7 +45,7 @@ def main() -> None:
         row = {
             "system": "flora",
             "bench": "latency",
-            "label": f"latency/beside-{args.beside_rows}" if args.beside_rows else "latency",
+            "label": "latency" if args.beside_rows is None else f"latency/beside-{args.beside_rows}",
             "version": flora.__version__,
             "shape": args.shape,
             "modules": args.modules,
@@ -78,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pool-gib", type=float, default=40.0)
     parser.add_argument("--host-gib", type=float, default=8.0)
     parser.add_argument("--loaders", type=int, default=4)
-    parser.add_argument("--beside-rows", type=int, default=0, help="EngineConfig.beside_rows")
+    parser.add_argument("--beside-rows", type=int, help="EngineConfig.beside_rows, where it is not the default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="where there is no git")
@@ -86,6 +86,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def engine_config(args: argparse.Namespace, base: Path, folder: Path) -> EngineConfig:
+    changes = {} if args.beside_rows is None else {"beside_rows": args.beside_rows}
     return EngineConfig(
         base=base,
         registry=str(folder / "registry"),
@@ -99,7 +100,7 @@ def engine_config(args: argparse.Namespace, base: Path, folder: Path) -> EngineC
         max_batch_tokens=2048,
         host_cache_bytes=int(args.host_gib * 2**30),
         num_loaders=args.loaders,
-        beside_rows=args.beside_rows,
+        **changes,
     )
 
 

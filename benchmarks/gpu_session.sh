@@ -5,9 +5,10 @@
 #     benchmarks/gpu_session.sh ROWS [SECONDS]     ROWS: folder of the rows and of session.log; default 560 seconds
 #     benchmarks/gpu_session.sh --list             the steps and what they take on an H100
 #
-# PYTHON         the interpreter (python3)            FLORA_COMMIT   where there is no git
-# REHEARSE=1     all of it so small that a CPU without a GPU goes through it; proves the road, and nothing of its speed
-# STEPS="a b"    only these                            VLLM           folder that has vLLM: its kernels beside ours
+# PYTHON          the interpreter (python3)           FLORA_COMMIT   where there is no git
+# PYTEST_ADDOPTS  for the tests: "-n 8" where pytest-xdist is, since they compile most of the time
+# REHEARSE=1      all of it so small that a CPU without a GPU goes through it; proves the road, and nothing of its speed
+# STEPS="a b"     only these                          VLLM           folder that has vLLM: its kernels beside ours
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,16 +24,15 @@ export FLORA_COMMIT
 steps="
 tests      170 300 the GPU tests: kernels, graphs, isolation, launches
 gate        90 200 bf16 error against float32, PEFT's beside it; nothing is timed before it has passed
-table      260 330 requests/s for 0, 5, 100, 1000, 2000 adapters; base beside adapters; all seven projections
+table      320 420 requests/s for 0, 5, 100, 1000, 2000 adapters; base beside adapters; all seven projections; leaks
 latency     75 150 one stream: time per token, first token by where the adapter lies
-beside     160 260 LoRA beside the base's products: one stream, 5 and 1,000 adapters
 kernels     90 200 shrink, expand, attention by graph replay; vLLM's kernels beside them where importable
 served     150 260 a storm of loads; 256 clients over HTTP
 paper      760 900 S-LoRA's list on its own shapes: S1, S2, merged, slots, early abort, capped, prefetch, clusters
 peft        75 140 transformers and PEFT on the same trace
 cost       110 200 2, 5, 20 fine-tunes of the 1B shape: checkpoints in turn, or adapters
 invariant   95 160 what --batch-invariant costs
-leak       100 200 10,000 requests for 500 adapters, 5 % of them given up
+after      160 260 LoRA after the base's products, not beside: one stream, 5 and 1,000 adapters
 "
 
 if [ "${1:-}" = --list ]; then
@@ -71,17 +71,17 @@ do_gate() {
     [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --pool-gib 0.1)
     "$PYTHON" benchmarks/bench_gate.py --out "$rows/gate.jsonl" --scratch "$GATE_DIR" ${small[@]+"${small[@]}"}
 }
-do_table() { suite table base linear; }
+do_table() { suite table base linear leak; } # one engine for all of them
 do_latency() {
     local small=()
     [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --rank 4 --pool-gib 0.1 --host-gib 0.1 --loaders 0)
     "$PYTHON" benchmarks/bench_latency.py --out "$rows/latency.jsonl" ${small[@]+"${small[@]}"}
 }
-do_beside() {
+do_after() {
     local small=()
     [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --rank 4 --pool-gib 0.1 --host-gib 0.1 --loaders 0)
-    "$PYTHON" benchmarks/bench_latency.py --beside-rows 64 --out "$rows/latency.jsonl" ${small[@]+"${small[@]}"} &&
-        suite beside
+    "$PYTHON" benchmarks/bench_latency.py --beside-rows 0 --out "$rows/latency.jsonl" ${small[@]+"${small[@]}"} &&
+        suite after
 }
 do_kernels() {
     [ -n "$REHEARSE" ] && return 0 # the interpreter takes minutes for them: bench_kernels.py --dry
@@ -101,9 +101,8 @@ do_cost() {
     "$PYTHON" benchmarks/bench_cost.py --fine-tunes 20,5,2 --out "$rows/cost.jsonl" ${small[@]+"${small[@]}"}
 }
 do_invariant() { suite invariant; }
-do_leak() { suite leak; }
 
-export -f do_tests do_gate do_table do_latency do_beside do_kernels do_served do_paper do_peft do_cost do_invariant do_leak
+export -f do_tests do_gate do_table do_latency do_after do_kernels do_served do_paper do_peft do_cost do_invariant
 export -f suite bench left
 export PYTHON REHEARSE VLLM rows budget
 
@@ -130,7 +129,7 @@ run_step() { # NAME EXPECTED MOST
     echo "--- $name ended with $code after $((SECONDS - started)) s" | tee -a "$log"
     if [ "$code" -eq 0 ]; then
         case $name in
-        table | beside | served | paper | invariant | leak) ;; # their own rows say what is there
+        table | after | served | paper | invariant) ;; # their own rows say what is there
         *) echo "done $name $FLORA_COMMIT" >>"$log" ;;
         esac
     fi

@@ -22,12 +22,13 @@ from flora.kernels.work import WorkList
 class SideStream:
     """A second stream of one GPU. What is launched within it runs beside what is launched after it, until `join`.
 
-    A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway. Its launches come first
-    where both wait for a multiprocessor: they are many and short, and a product's programs stay to its end.
+    A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway. Enter it before the
+    product is launched: cuBLAS's programs leave no room on a multiprocessor, and what comes after them waits to their
+    end. A higher priority was tried and costs a few us a layer.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._entered: torch.cuda.StreamContext | None = None
 
     def __enter__(self) -> None:

@@ -73,7 +73,7 @@ WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 def _short_lora() -> LoraTuning:
     """A program waits for one read after another, and here few of them run: twice as many that are half as long."""
-    return LoraTuning(split_elements=1024, max_splits=16, shrink_block_k=256, expand_vector_n=64, expand_matrix_n=64)
+    return LoraTuning(split_elements=1024, max_splits=16, expand_vector_n=64, expand_matrix_n=64)
 
 
 def _wide_lora() -> LoraTuning:

@@ -36,7 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dummy_weights: bool = False  # benchmarks: a base drawn at random from config.json alone
     num_threads: int | None = None  # of torch on a CPU; None: its own choice
     batch_invariant: bool = False  # a row's bits are the same in steps of any size; on a CPU they are so in any case
-    beside_rows: int = 0  # on a GPU, in steps of at most so many rows, LoRA runs beside the base's products; 0: never
+    beside_rows: int = 256  # on a GPU, in steps of at most so many rows, LoRA runs beside the base's products; 0: never
     poison: bool = False  # tests: refill freed pages with NaN
 
 

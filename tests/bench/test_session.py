@@ -12,9 +12,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_session.sh"
 STEPS = [
-    *("tests", "gate", "table", "latency", "beside", "kernels", "served", "paper", "peft", "cost", "invariant", "leak"),
+    *("tests", "gate", "table", "latency", "kernels", "served", "paper", "peft", "cost", "invariant", "after"),
 ]
-RESUMED_BY_ROWS = {"table", "beside", "served", "paper", "invariant", "leak"}
+RESUMED_BY_ROWS = {"table", "served", "paper", "invariant", "after"}
 STAND_IN = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$*" in *"$FAILS"*) exit 1 ;; esac
@@ -40,11 +40,11 @@ def session(tmp_path: Path):
 
 def named(call: str) -> str:
     """The step that a call belongs to."""
-    patterns = {"tests": "-m pytest", "gate": "bench_gate", "beside": "--beside-rows", "crowd": "suite beside",
+    patterns = {"tests": "-m pytest", "gate": "bench_gate", "after": "--beside-rows", "crowd": "suite after",
                 "latency": "bench_latency", "kernels": "bench_kernels",
-                "peft": "bench_peft", "cost": "bench_cost", "table": "suite table base linear",
+                "peft": "bench_peft", "cost": "bench_cost", "table": "suite table base linear leak",
                 "served": "suite storm", "clients": "suite http", "paper": "suite paper",
-                "invariant": "suite invariant", "leak": "suite leak", "claims": "bench claims"}  # fmt: skip
+                "invariant": "suite invariant", "claims": "bench claims"}  # fmt: skip
     return next(step for step, pattern in patterns.items() if pattern in call)
 
 
