@@ -21,6 +21,7 @@ class ModuleTree:
     tensors: "dict[str, Tensor]"  # of the whole tree, by its own names
     renamings: tuple[Any, ...] = ()  # of transformers: from the checkpoint's names to the tree's
     prefix: str = ""  # that names in a checkpoint may have or lack
+    converters: tuple[Any, ...] = ()  # of transformers: what it splits or joins while it loads
 
     def tensor_path(self, name: str) -> str | None:
         """What the tree calls the tensor; None if it has none of that name."""
@@ -32,6 +33,15 @@ class ModuleTree:
 
         key, _ = rename_source_key(name, list(self.renamings), [], self.prefix, self.tensors)
         return key if key in self.tensors else None
+
+    def is_converted(self, name: str) -> bool:
+        """Whether the library makes other tensors of this one: splits it, or joins it with others."""
+        if not self.converters:
+            return False
+        from transformers.core_model_loading import rename_source_key
+
+        names = name, list(self.renamings), list(self.converters), self.prefix, self.tensors
+        return rename_source_key(*names)[1] is not None
 
     def module_of(self, name: str) -> "nn.Module | None":
         """The module that the tensor belongs to."""
@@ -57,7 +67,7 @@ def _of_transformers(folder: Path) -> ModuleTree | None:
     import torch
     import transformers
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     made = getattr(transformers, config.architectures[0])
@@ -65,8 +75,10 @@ def _of_transformers(folder: Path) -> ModuleTree | None:
         return None
     with torch.device("meta"):
         model = made(config)
-    renamings = (entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming))
-    return ModuleTree(model, model.state_dict(), tuple(renamings), model.base_model_prefix)
+    entries = get_model_conversion_mapping(model)
+    renamings = tuple(entry for entry in entries if isinstance(entry, WeightRenaming))
+    converters = tuple(entry for entry in entries if isinstance(entry, WeightConverter))
+    return ModuleTree(model, model.state_dict(), renamings, model.base_model_prefix, converters)
 
 
 def _of_diffusers(config: dict[str, Any]) -> ModuleTree | None:

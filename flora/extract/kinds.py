@@ -46,6 +46,7 @@ TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module
     "distilbert": "vocab_projector",
     "electra": "generator_lm_head",
     "gpt_neox": "embed_out",
+    "biogpt": "output_projection",
     "whisper": "proj_out",
 }
 _TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|wpe|wte")
@@ -91,6 +92,8 @@ def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: st
         return Finding(reason="a bias of one expert, which libraries keep in one tensor with those of the others")
     if len(shape) == 2 and _is_router(name, names):
         return Finding("parameter")
+    if len(shape) == 1 and f"{name.rpartition('.')[0]}.running_mean" in names:
+        return Finding(reason="a norm with statistics of its own, without which PEFT carries none of it")
     if len(shape) < 2:
         return Finding(is_vector=len(shape) == 1 and name.endswith((".weight", ".bias")), reason=_vector(name, leaf))
     if not name.endswith(".weight"):

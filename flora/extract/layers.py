@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flora.checkpoint import Checkpoint
 from flora.extract.kinds import Finding
 from flora.extract.pair import TensorPair
+from flora.forms import is_expert
 from flora.tree import ModuleTree, module_tree
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def classes_say(base: Checkpoint, pairs: Iterable[TensorPair]) -> dict[str, Find
     asked = {
         pair.name: pair.base.name
         for pair in pairs
-        if pair.base and pair.status == "extractable" and pair.kind in _ASKED and not _USUAL.fullmatch(pair.module)
+        if pair.base and _is_asked(pair) and not _USUAL.fullmatch(pair.name.rpartition(".")[0])
     }
     tree = module_tree(base.path) if asked else None
     if tree is None:
@@ -36,12 +37,21 @@ def classes_say(base: Checkpoint, pairs: Iterable[TensorPair]) -> dict[str, Find
     return {name: finding for name, finding in found.items() if finding and finding.kind != kinds[name]}
 
 
+def _is_asked(pair: TensorPair) -> bool:
+    """Of what is carried whole, biases alone: they may belong to a matrix that is no layer's."""
+    if pair.status == "exact":
+        return pair.name.endswith(".bias")
+    return pair.status == "extractable" and pair.kind in _ASKED
+
+
 def _find(tree: ModuleTree, name: str) -> Finding | None:
     """The finding on one weight; None if the tree has no layer of its own for it, as for an expert."""
     from torch import nn
 
     layer = tree.module_of(name)
-    if layer is None:
+    if layer is None and tree.is_converted(name) and not is_expert(name.rpartition(".")[0]):
+        return Finding(reason="transformers splits it, or joins it with others, while it loads: no layer is left of it")
+    if layer is None or name.endswith(".bias"):
         return None
     if any(isinstance(parent, nn.MultiheadAttention) for parent in tree.parents_of(name)):
         return Finding(reason="a part of torch's MultiheadAttention, whose code reads the weight past its layer")

@@ -31,6 +31,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "regnet": test_layers.regnet,
     "convnext": test_layers.convnext,
     "dpt": test_layers.dpt,
+    "resnet": test_layers.resnet,
+    "nomic-bert": test_layers.nomic,
 }
 WISHES = {
     "": Wish(),
@@ -98,7 +100,7 @@ def test_the_page_has_a_line_for_every_kind_of_factors():
     from flora.forms import Kind
 
     assert {plain(row[3]) for row in TAKEN} == {*get_args(Kind), "whole"}
-    assert len(LEFT) == 7
+    assert len(LEFT) == 9
 
 
 def header(module: str, kind: str) -> AdapterHeader:

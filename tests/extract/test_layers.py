@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flora.extract import Wish
 from tests.extract.peft_judge import distance, extracted
-from tests.extract.zoo import ENCODER, Kind
+from tests.extract.zoo import ENCODER, Kind, hidden
 
 ROUNDING = 3e-4  # in units of the change
 IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
@@ -49,6 +49,16 @@ def siglip() -> nn.Module:
     return hf.SiglipVisionModel(config)
 
 
+def resnet() -> nn.Module:
+    """Its norms keep statistics of what they saw."""
+    return hf.ResNetModel(hf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic"))
+
+
+def nomic() -> nn.Module:
+    """Its checkpoints hold q, k and v as one matrix, which transformers splits."""
+    return hf.NomicBertModel(hf.NomicBertConfig(vocab_size=60, max_position_embeddings=32, **ENCODER))
+
+
 def seen(model: nn.Module) -> Tensor:
     return model(pixel_values=IMAGE).logits
 
@@ -79,13 +89,23 @@ REFUSED: Mapping[str, tuple[Kind, str, str]] = {  # the model, a tensor of it, a
         "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original1",
         "a parameter outside any layer that has a LoRA form",
     ),
+    "statistics": (
+        Kind(resnet, hf.ResNetModel, lambda model: model(pixel_values=IMAGE).last_hidden_state),
+        "embedder.embedder.normalization.weight",
+        "a norm with statistics of its own, without which PEFT carries none of it",
+    ),
+    "split": (
+        Kind(nomic, hf.NomicBertModel, hidden),
+        "encoder.layers.0.attn.Wqkv.weight",
+        "transformers splits it, or joins it with others, while it loads: no layer is left of it",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_fits_no_factors_is_named_and_peft_computes_the_rest(tmp_path, name):
     kind, tensor, reason = REFUSED[name]
-    base, _, adapter = extracted(kind.build(), tmp_path, rank=4, wish=Wish())
+    base, _, adapter = extracted(kind.build(), tmp_path, rank=4, wish=Wish(embeddings=True, vectors=True))
 
     change = adapter.report.by_name()[tensor]
     assert (change.status, change.reason) == ("not_extractable", reason)

@@ -57,6 +57,12 @@ def mamba() -> nn.Module:
     return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=2))
 
 
+def biogpt() -> nn.Module:
+    """Its head, which is tied, has a name of its own."""
+    sizes = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return hf.BioGptForCausalLM(hf.BioGptConfig(**sizes, intermediate_size=48, max_position_embeddings=32))
+
+
 def opt() -> nn.Module:
     """It looks positions up in a table by what a mask says, not by what it is given."""
     sizes = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
@@ -150,6 +156,7 @@ ZOO: Mapping[str, Kind] = {
     "gpt2": Kind(gpt2, hf.AutoModelForCausalLM, logits),
     "gpt-neox": Kind(neox, hf.AutoModelForCausalLM, logits),
     "opt": Kind(opt, hf.AutoModelForCausalLM, logits),
+    "biogpt": Kind(biogpt, hf.AutoModelForCausalLM, logits),
     "mamba": Kind(mamba, hf.AutoModelForCausalLM, logits),
     "gemma3": Kind(gemma3, hf.AutoModelForCausalLM, logits),
     "bert": Kind(bert, hf.AutoModel, hidden),
