@@ -39,6 +39,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "How large may a registry grow?",
         ("num_adapters", "add_ms_each", "resolve_p50_ms", "ls_50_ms", "ls_ms", "load_average"),
     ),
+    "shared_tensors": (
+        "What does it cost a reader that equal tensors are stored once?",
+        ("tensor_bytes", "whole_warm_ms", "parts_warm_ms", "whole_cold_ms", "parts_cold_ms", "load_average"),
+    ),
     "front_end": (
         "What does a streamed token cost the front end?",
         ("streams", "interval_ms", "us_per_token", "tokens_per_core_s", "tok_s", "load"),
