@@ -76,6 +76,7 @@ def test_writers_at_the_same_time_lose_nothing(folder):
     assert (result["moves"], result["chain"]) == (20, True)
     assert result["names"] == ["own-0", "own-1", "own-2", "own-3", "shared"]
     assert result["rebuilt"]
+    assert (result["in_parts"], result["stored_twice"]) == (40, 0)
 
 
 def test_a_limit_of_the_system_is_an_error_and_leaves_nothing_half_written(folder):

@@ -3,8 +3,9 @@
     python -m tests.registry.writers FOLDER
 
 Four forked writers add ten adapters each, half of them under one name that all share, and move an alias of it by
-compare-and-set; a fifth process collects garbage without any grace time all the while. Every writer notes what it was
-told. Prints one JSON line: what was told, and what is wrong with the registry afterwards.
+compare-and-set; a fifth process collects garbage without any grace time all the while. Each adapter has one of three
+tables, which are stored once for all that have it. Every writer notes what it was told. Prints one JSON line: what was
+told, and what is wrong with the registry afterwards.
 """
 
 import json
@@ -17,18 +18,26 @@ from typing import Any
 
 import torch
 
+from flora.adapter import Adapter, make_adapter
 from flora.errors import AliasConflict
-from flora.registry import Registry
-from tests.registry.adapters import random_adapter
+from flora.registry import Registry, cutting
+from tests.registry.adapters import BASE, random_adapter
 
 WRITERS, ADDS = 4, 10
+cutting.MIN_SHARED_BYTES = 1024  # of a table, and of no factor
+
+
+def adapter_with_table(seed: int) -> Adapter:
+    own = random_adapter(seed)
+    table = torch.full((32, 16), float(seed % 3)).bfloat16()
+    return make_adapter(own.factors, BASE, own.header.recipe, exact={"table": table})
 
 
 def write(folder: Path, writer: int, told: Path) -> None:
     with Registry.open(folder) as registry, told.open("w") as notes:
         for i in range(ADDS):
             name = "shared" if i % 2 else f"own-{writer}"
-            version = registry.add(random_adapter(seed=100 * writer + i), name)
+            version = registry.add(adapter_with_table(100 * writer + i), name)
             notes.write(json.dumps([version.ref, version.digest]) + "\n")
             while name == "shared":
                 current = registry.aliases("shared").get("prod")
@@ -87,6 +96,9 @@ def main(root: Path) -> None:
         }
         listing = registry.names()
         registry.reindex()
+        registry.gc(grace_s=0)
+        result["stored_twice"] = registry.gc(dry_run=True).num_shared_bytes
+        result["in_parts"] = len(list(folder.rglob("*.parts")))
         result["rebuilt"] = registry.names() == listing and registry.history("shared", "prod") == moves
     print(json.dumps(result))  # noqa: T201
 
