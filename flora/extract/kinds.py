@@ -47,6 +47,8 @@ TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module
     "electra": "generator_lm_head",
     "gpt_neox": "embed_out",
     "biogpt": "output_projection",
+    "blip-2": "language_model.lm_head",
+    "instructblip": "language_model.lm_head",
     "whisper": "proj_out",
 }
 _TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|wpe|wte")

@@ -152,6 +152,19 @@ def described(model: nn.Module) -> Tensor:
     return model(input_ids=tokens, pixel_values=PIXELS, attention_mask=torch.ones_like(tokens)).logits
 
 
+def blip2() -> nn.Module:
+    """Its language model is whole inside it, with the head."""
+    text = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
+    config = hf.Blip2Config(
+        vision_config={"image_size": 16, "patch_size": 8, **ENCODER},
+        qformer_config={"vocab_size": 80, "encoder_hidden_size": 32, **ENCODER},
+        text_config=hf.OPTConfig(**text, word_embed_proj_dim=32, max_position_embeddings=32).to_dict(),
+        num_query_tokens=4,
+        image_token_index=79,
+    )
+    return hf.Blip2ForConditionalGeneration(config)
+
+
 ZOO: Mapping[str, Kind] = {
     "gpt2": Kind(gpt2, hf.AutoModelForCausalLM, logits),
     "gpt-neox": Kind(neox, hf.AutoModelForCausalLM, logits),
@@ -166,6 +179,7 @@ ZOO: Mapping[str, Kind] = {
     "vit": Kind(vit, hf.AutoModelForImageClassification, lambda model: model(pixel_values=PIXELS).logits),
     "clip": Kind(clip, hf.AutoModel, clip_pairs),
     "llava": Kind(llava, hf.AutoModelForImageTextToText, described),
+    "blip-2": Kind(blip2, hf.AutoModelForImageTextToText, described),
     "t5": Kind(t5, hf.AutoModelForSeq2SeqLM, translated),
     "t5-untied": Kind(t5_untied, hf.AutoModelForSeq2SeqLM, translated),
     "bart": Kind(bart, hf.AutoModelForSeq2SeqLM, translated),
