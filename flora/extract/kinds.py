@@ -51,6 +51,7 @@ TIED_HEADS = {  # where a tied head of no tensor of its own stands in the module
     "instructblip": "language_model.lm_head",
     "whisper": "proj_out",
 }
+_LANGUAGE = "language_model."
 _TABLE = re.compile(r"(?:word|token|token_type|position|class|time|label)_embeddings?|wpe|wte")
 _HEADED = re.compile(r"ForCausalLM|LMHead|ForConditionalGeneration|ForMaskedLM|ForSpeechSeq2Seq|ForPreTraining")
 
@@ -146,7 +147,10 @@ def tied_heads(embedding: str, model_type: str, config: dict[str, Any], names: S
     has_head = any(is_head(name) for name in names)
     if has_head or not _HEADED.search(architecture) or config.get("tie_word_embeddings") is False:
         return tables
-    return (*tables, TIED_HEADS.get(model_type, "lm_head"))
+    head = TIED_HEADS.get(model_type, "lm_head")
+    if head.startswith(_LANGUAGE) and not embedding.startswith(_LANGUAGE):
+        return tables  # the table of a part that reads questions, as InstructBLIP's
+    return (*tables, head)
 
 
 def is_embedding(name: str) -> bool:

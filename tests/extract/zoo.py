@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers as hf
@@ -152,17 +153,31 @@ def described(model: nn.Module) -> Tensor:
     return model(input_ids=tokens, pixel_values=PIXELS, attention_mask=torch.ones_like(tokens)).logits
 
 
+def _blip_parts() -> dict[str, Any]:
+    text = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
+    return {
+        "vision_config": {"image_size": 16, "patch_size": 8, **ENCODER},
+        "qformer_config": {"vocab_size": 80, "encoder_hidden_size": 32, **ENCODER},
+        "text_config": hf.OPTConfig(**text, word_embed_proj_dim=32, max_position_embeddings=32).to_dict(),
+        "num_query_tokens": 4,
+        "image_token_index": 79,
+    }
+
+
 def blip2() -> nn.Module:
     """Its language model is whole inside it, with the head."""
-    text = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
-    config = hf.Blip2Config(
-        vision_config={"image_size": 16, "patch_size": 8, **ENCODER},
-        qformer_config={"vocab_size": 80, "encoder_hidden_size": 32, **ENCODER},
-        text_config=hf.OPTConfig(**text, word_embed_proj_dim=32, max_position_embeddings=32).to_dict(),
-        num_query_tokens=4,
-        image_token_index=79,
-    )
-    return hf.Blip2ForConditionalGeneration(config)
+    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(**_blip_parts()))
+
+
+def instructblip() -> nn.Module:
+    """Likewise, and a second part of it reads, with a table of its own."""
+    return hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(**_blip_parts()))
+
+
+def instructed(model: nn.Module) -> Tensor:
+    tokens = torch.cat([torch.full((1, 4), 79), TOKENS], 1)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return model(**inputs, pixel_values=PIXELS, qformer_input_ids=TOKENS).logits
 
 
 ZOO: Mapping[str, Kind] = {
@@ -180,6 +195,7 @@ ZOO: Mapping[str, Kind] = {
     "clip": Kind(clip, hf.AutoModel, clip_pairs),
     "llava": Kind(llava, hf.AutoModelForImageTextToText, described),
     "blip-2": Kind(blip2, hf.AutoModelForImageTextToText, described),
+    "instructblip": Kind(instructblip, hf.AutoModelForImageTextToText, instructed),
     "t5": Kind(t5, hf.AutoModelForSeq2SeqLM, translated),
     "t5-untied": Kind(t5_untied, hf.AutoModelForSeq2SeqLM, translated),
     "bart": Kind(bart, hf.AutoModelForSeq2SeqLM, translated),
