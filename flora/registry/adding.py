@@ -96,11 +96,11 @@ def _add_rows(
         versions.append(version)
     if new:
         changes.insert_versions(connection, new)
-        changes.note_tensors(connection, {each.packed.manifest.weights.digest: each.packed.tensors for each in batch})
         home.journal.note(
             connection,
             [Added(each.name, each.number, each.digest, each.created_at.isoformat(), provenance) for each, _, _ in new],
         )
+    changes.note_tensors(connection, {each.packed.manifest.weights.digest: each.packed.tensors for each in batch})
     return versions
 
 

@@ -24,6 +24,7 @@ from flora.registry.manifest import parse_manifest
 from flora.registry.packing import describe_version, get_report
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
+from flora.registry.unfinished import create_locked
 
 FOLDER = "leases"
 
@@ -37,8 +38,7 @@ class Lease:
         try:
             (root / FOLDER).mkdir(exist_ok=True)
             self._path = root / FOLDER / uuid.uuid4().hex
-            self._file = self._path.open("ab", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._file = create_locked(self._path)
         except OSError as error:
             raise store_error(f"a lease cannot be written to {root}", error) from error
 
@@ -49,6 +49,7 @@ class Lease:
             return
         line = f"{Digest(version.digest)} {version.name} {version.number} {version.created_at.isoformat()}\n"
         self._file.write(line.encode())
+        self._file.flush()
         self._kept.add(version.digest)
 
     def close(self) -> None:

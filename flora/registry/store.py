@@ -11,21 +11,19 @@ This is the only file that makes a path from a digest.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from flora.errors import NameInvalid, StoreError
 from flora.names import Digest
 from flora.registry.disk import damaged, store_error, sync_folder, unreadable
 from flora.registry.parts import Part, Span, encode_parts, parse_parts
+from flora.registry.unfinished import Leftover, create_locked, find_leftovers
 
 _PARTS = ".parts"
 _READ_BYTES = 1 << 22
@@ -50,14 +48,6 @@ class BlobFile:
     is_list: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """A file under tmp/ whose writer is gone."""
-
-    name: str
-    size: int  # bytes
-
-
 class BlobStore:
     """Blobs under one folder. Writing the same bytes twice is the same as once."""
 
@@ -78,7 +68,7 @@ class BlobStore:
         temporary = self._tmp / uuid.uuid4().hex
         try:
             self._make_folder(self._tmp)
-            with _create_locked(temporary) as file:
+            with create_locked(temporary) as file:
                 sha256, size = hashlib.sha256(), 0
                 for piece in pieces:
                     sha256.update(piece)
@@ -215,17 +205,7 @@ class BlobStore:
 
     def leftovers(self, *, older_than_s: float = 0.0, take: bool = False) -> list[Leftover]:
         """Files under tmp/ that no living writer holds and that are as old; with `take` they are deleted."""
-        limit = time.time() - older_than_s
-        found = []
-        for path in sorted(self._tmp.glob("*")):
-            with contextlib.suppress(OSError), path.open("rb") as file:  # OSError: held, or renamed at this moment
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                stat = os.fstat(file.fileno())
-                if stat.st_mtime <= limit:
-                    if take:
-                        path.unlink()
-                    found.append(Leftover(path.name, stat.st_size))
-        return found
+        return find_leftovers(self._tmp, older_than_s, take)
 
     def _verify(self, digest: Digest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
         with contextlib.ExitStack() as opened:
@@ -273,13 +253,3 @@ def _read(span: Span) -> bytes:
     with span.path.open("rb") as file:
         file.seek(span.start)
         return file.read(span.size)
-
-
-def _create_locked(path: Path) -> BinaryIO:
-    """A new file, held by a lock that ends with its writer: what `leftovers` finds unlocked, a crash has left."""
-    while True:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)  # a blob never changes after this
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return os.fdopen(descriptor, "wb")
-        os.close(descriptor)  # a gc came between creating and locking, and took it

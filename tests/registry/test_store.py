@@ -10,7 +10,8 @@ import pytest
 from flora.errors import StoreError
 from flora.names import Digest
 from flora.registry.parts import Span
-from flora.registry.store import BlobStore, Leftover
+from flora.registry.store import BlobStore
+from flora.registry.unfinished import Leftover
 
 DATA = b"an adapter's bytes"
 DIGEST = Digest("sha256:" + hashlib.sha256(DATA).hexdigest())
