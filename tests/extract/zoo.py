@@ -166,12 +166,18 @@ def _blip_parts() -> dict[str, Any]:
 
 def blip2() -> nn.Module:
     """Its language model is whole inside it, with the head."""
-    return hf.Blip2ForConditionalGeneration(hf.Blip2Config(**_blip_parts()))
+    return _with_queries(hf.Blip2ForConditionalGeneration(hf.Blip2Config(**_blip_parts())))
 
 
 def instructblip() -> nn.Module:
     """Likewise, and a second part of it reads, with a table of its own."""
-    return hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(**_blip_parts()))
+    return _with_queries(hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(**_blip_parts())))
+
+
+def _with_queries(model: nn.Module) -> nn.Module:
+    """They are made as zeros, of which a norm makes any change the whole."""
+    nn.init.normal_(model.query_tokens, std=0.02)
+    return model
 
 
 def instructed(model: nn.Module) -> Tensor:
