@@ -57,8 +57,8 @@ def _clean(registry: Registry, name: str) -> None:
         pass
 
 
-def _adapter(seed: int) -> "Adapter":
-    """A small adapter whose numbers are those of `seed`."""
+def _adapter(seed: int, *, has_table: bool = False) -> "Adapter":
+    """A small adapter whose numbers are those of `seed`; with a table of 1 MiB that is the same for every seed."""
     import torch
 
     from flora.adapter import BaseBinding, Recipe, make_adapter, report_of_factors
@@ -73,7 +73,8 @@ def _adapter(seed: int) -> "Adapter":
         )
     }
     base = BaseBinding(name="flora/conformance", base_id="sha256:" + "0" * 64)
-    return make_adapter(factors, base, Recipe(operation="extract"), report_of_factors(factors))
+    exact = {"model.embed_tokens.weight": torch.full((1024, 512), 0.5).bfloat16()} if has_table else None
+    return make_adapter(factors, base, Recipe(operation="extract"), report_of_factors(factors), exact=exact)
 
 
 def _require(condition: bool, failure: str) -> None:
@@ -231,6 +232,18 @@ def _leased(registry: Registry, name: str, url: str | None) -> None:
         lease.close()
 
 
+def _shared(registry: Registry, name: str, url: str | None) -> None:
+    """A large tensor that two versions have is stored once, and each of them comes back when the other one is gone."""
+    import torch
+
+    first, second = (registry.add(_adapter(seed, has_table=True), name) for seed in (1, 2))
+    _require(registry.shared_bytes(first) == registry.shared_bytes(second) == 1 << 20, "it is stored twice")
+    registry.remove(first.ref, force=True)
+    exact = registry.load(second).exact
+    wanted = _adapter(2, has_table=True).exact
+    _require(all(torch.equal(exact[tensor], wanted[tensor]) for tensor in wanted), "the table differs")
+
+
 CHECKS: tuple[Callable[[Registry, str, str | None], None], ...] = (
     _comes_back,
     _idempotent,
@@ -244,4 +257,5 @@ CHECKS: tuple[Callable[[Registry, str, str | None], None], ...] = (
     _removed,
     _told,
     _leased,
+    _shared,
 )
