@@ -74,11 +74,11 @@ def build_engine(
         engine_pid=os.getpid(),
         merged=config.merge.serving_digest if config.merge else None,
     )
-    if loader is None:
-        loader = _make_loader(config, geometry, dtype, device, on_loaded)
     limits = Limits(config.page_tokens, config.max_sequences, config.max_batch_tokens, config.max_waiting)
     model = LlamaModel(model_config, weights, max_context, ops)
     pool = DevicePool(geometry, dtype, device)
+    if loader is None:  # after what fails at once for want of memory: its processes and page-locked memory take a while
+        loader = _make_loader(config, geometry, dtype, device, on_loaded)
     return Engine(
         ready,
         _make_runner(config, model, pool, limits, max_context),

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flora.errors import UsageError
 from flora.serve.engine.layout import PoolGeometry
 
 _NAN_BYTE = 0xFF  # repeated, it is a NaN in float32, float16 and bfloat16
@@ -16,8 +17,9 @@ class DevicePool:
     """All KV and every resident adapter's weights: the only copy that the forward pass reads."""
 
     def __init__(self, geometry: PoolGeometry, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises UsageError where the device has less memory left."""
         self.geometry = geometry
-        self.storage = torch.empty(geometry.num_pages * geometry.page_bytes, dtype=torch.uint8, device=device)
+        self.storage = _allocate(geometry.num_pages * geometry.page_bytes, device)
         self.storage.fill_(_NAN_BYTE)
         self.cells: Tensor = self.storage.view(dtype).view(geometry.num_cells, geometry.cell_elements)
         self._planes = self.cells.view(geometry.num_planes, geometry.num_pages, geometry.cell_elements)
@@ -38,3 +40,18 @@ class DevicePool:
         """Fills pages with NaN: whoever still reads them shows it."""
         if pages:
             self._planes[:, torch.tensor(pages, device=self.cells.device)] = float("nan")
+
+
+def _allocate(num_bytes: int, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's allocator has no name for it
+        what = f"a pool of {num_bytes / 2**30:.1f} GiB does not fit in the memory of {device}"
+        if device.type != "cuda":
+            raise UsageError(what, fix="give it less: --pool SIZE") from error
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        raise UsageError(
+            what,
+            cause=f"{free:.1f} of {total:.1f} GiB are free, once the base's weights lie there",
+            fix="give it less (--pool SIZE), or end what else runs on this GPU: nvidia-smi names it",
+        ) from error

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flora.errors import UsageError
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.pool import DevicePool
 from flora.serve.engine.schedule.pages import NULL_PAGE
@@ -16,6 +17,13 @@ GEOMETRY = PoolGeometry(num_planes=3, num_pages=5, page_tokens=4, num_kv_heads=2
 def new_pool(dtype: torch.dtype = torch.float32) -> DevicePool:
     geometry = PoolGeometry(3, 5, 4, 2, 8, itemsize=dtype.itemsize)
     return DevicePool(geometry, dtype, torch.device("cpu"))
+
+
+def test_more_than_the_device_has_is_refused_by_its_size():
+    endless = PoolGeometry(32, 2**30, 16, 8, 128, itemsize=2)  # 2 PiB
+
+    with pytest.raises(UsageError, match=r"a pool of 2097152\.0 GiB does not fit in the memory of cpu"):
+        DevicePool(endless, torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
