@@ -6,6 +6,14 @@ from typing import Any
 
 # file -> the question that it answers, and the columns to show. Of other files, whatever differs between rows is shown.
 _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
+    "suite": (
+        "What does Flora claim of its engine?",
+        ("label", "modules", "adapters", "order", "req_s", "out_tok_s", "step_ms_p50", "gap_p99_ratio", "gpu"),
+    ),
+    "gate": (
+        "Is it as exact as PEFT? (The first row's judge was wrong, see the notes.)",
+        ("shape", "layers", "dtype", "error_flora", "error_peft", "error_ratio", "rows", "gpu"),
+    ),
     "many_adapters": (
         "How fast are many adapters of one base served?",
         ("system", "modules", "adapters", "order", "req_s", "out_tok_s", "ttft_s_p50", "loads", "gpu"),
