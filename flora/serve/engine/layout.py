@@ -85,15 +85,31 @@ class PlacedModule:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """What the kernels must know of an adapter. Made where it is loaded: an engine reads it between two steps."""
+
+    records: bytes  # int32 [num_layers, len(MODULES), 3]: rank, a_chunk and b_chunk; rank 0 where there is no module
+    scales: bytes  # float32 [num_layers, len(MODULES)]
+    max_rank: int
+    num_elements: int  # of its stream
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterLayout:
     """Layer by layer, first every A in the order of MODULES, then every B: what one launch reads lies together."""
 
     modules: tuple[PlacedModule, ...]
+    num_layers: int  # of the base
     num_elements: int
 
-    @property
-    def max_rank(self) -> int:
-        return max((module.rank for module in self.modules), default=0)
+    def table(self) -> AdapterTable:
+        records = np.zeros((self.num_layers, len(MODULES), 3), dtype=np.int32)
+        scales = np.zeros((self.num_layers, len(MODULES)), dtype=np.float32)
+        for placed in self.modules:
+            records[placed.layer, placed.module] = placed.rank, placed.a_chunk, placed.b_chunk
+            scales[placed.layer, placed.module] = placed.scale
+        max_rank = max((placed.rank for placed in self.modules), default=0)
+        return AdapterTable(records.tobytes(), scales.tobytes(), max_rank, self.num_elements)
 
 
 def adapter_layout(
@@ -133,7 +149,7 @@ def adapter_layout(
             PlacedModule(module.name, layer, index, module.rank, *shape, module.scale, a_chunk, b_chunk)
             for (index, module), shape, a_chunk, b_chunk in zip(present, shapes, a_chunks, b_chunks, strict=True)
         ]
-    return AdapterLayout(tuple(placed), chunk * CHUNK)
+    return AdapterLayout(tuple(placed), config.num_layers, chunk * CHUNK)
 
 
 def stream_alignment(config: ModelConfig, geometry: PoolGeometry) -> int:

@@ -68,7 +68,7 @@ class SerialRunner:
     def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
         """See Runner.write_adapter."""
         cells = self.pool.write_adapter(resident.pages, packed.cells)
-        self.tables.publish(resident.slot, packed.layout, cells)
+        self.tables.publish(resident.slot, packed.table, cells)
 
     def settle(self, digest: str) -> None:
         """Copies are done when write_adapter returns."""

@@ -124,7 +124,7 @@ class AdapterSupply:
         assert packed is not None, "an adapter is placed from host memory"
         self.sync()
         self._runner.write_adapter(resident, packed)
-        resident.rank = packed.layout.max_rank
+        resident.rank = packed.table.max_rank
         logger.info(
             "adapter resident label=%s digest=%s rank=%d pages=%d load_ms=%.1f",
             resident.label,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flora.kernels import CHUNK, MODULES, AdapterWeights, Group
-from flora.serve.engine.layout import AdapterLayout
+from flora.serve.engine.layout import AdapterTable
 
 
 class AdapterTables:
@@ -47,19 +47,16 @@ class AdapterTables:
         """Which groups of modules any of these slots' adapters touches."""
         return frozenset[Group]().union(*(self._groups[slot] for slot in slots))
 
-    def publish(self, slot: int, layout: AdapterLayout, cells: NDArray[np.int64]) -> None:
+    def publish(self, slot: int, table: AdapterTable, cells: NDArray[np.int64]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""
         self._make_room(len(cells))
+        modules = np.frombuffer(table.records, np.int32).reshape(self._modules.shape[1:])
+        scales = np.frombuffer(table.scales, np.float32).reshape(self._scales.shape[1:])
         self._fill(self._cells[slot, : len(cells)], cells.astype(np.int32))
-        modules = np.zeros(self._modules.shape[1:], dtype=np.int32)
-        scales = np.zeros(self._scales.shape[1:], dtype=np.float32)
-        for placed in layout.modules:
-            modules[placed.layer, placed.module] = (placed.rank, placed.a_chunk, placed.b_chunk)
-            scales[placed.layer, placed.module] = placed.scale
-        self._fill(self._modules[slot], modules)
-        self._fill(self._scales[slot], scales)
-        self._max_ranks[slot] = layout.max_rank
-        touched = {placed.module for placed in layout.modules}
+        self._fill(self._modules[slot], modules.copy())  # torch warns of memory that is only to be read
+        self._fill(self._scales[slot], scales.copy())
+        self._max_ranks[slot] = table.max_rank
+        touched = set(np.flatnonzero(modules[:, :, 0].any(axis=0)).tolist())
         self._groups[slot] = frozenset(group for group in Group if touched.intersection(group.value))
 
     def clear(self, slot: int) -> None:

@@ -2,14 +2,14 @@
 
 import torch
 
-from flora.serve.engine.layout import AdapterLayout
+from flora.serve.engine.layout import AdapterTable
 from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.packing import PackedAdapter
 
 
 def packed(digest: str, num_bytes: int = 400) -> PackedAdapter:
     cells = torch.zeros(1, num_bytes // 4)
-    return PackedAdapter(digest, AdapterLayout((), 0), cells, num_pages=1, load_s=0.0)
+    return PackedAdapter(digest, AdapterTable(b"", b"", 0, 0), cells, num_pages=1, load_s=0.0)
 
 
 def nobody(digest: str) -> bool:

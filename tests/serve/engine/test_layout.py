@@ -1,6 +1,7 @@
 """Where an adapter lies in the pool: arithmetic that every process repeats with the same result."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from flora.adapter import AdapterHeader, BaseBinding, ChangeReport, ExactTensor, Module, Recipe, TensorChange
@@ -86,7 +87,24 @@ def test_a_layers_a_factors_lie_together_and_then_its_b_factors(config):
     assert (v.a_chunk, v.b_chunk) == (3 * 2, 8 + 3 * 2)
     assert (down.a_chunk, down.b_chunk) == (15, 15 + 2 * 3)
     assert layout.num_elements == (15 + 2 * 3 + 2 * 2) * CHUNK
-    assert layout.max_rank == 3
+
+
+def test_an_adapters_table_has_a_record_for_every_place_and_rank_zero_where_nothing_is(config):
+    header = header_of(
+        module(module_name(0, "q"), 100, 80, rank=3, alpha=6.0), module(module_name(1, "down"), 130, 100)
+    )
+    layout = adapter_layout(config, header)
+
+    table = layout.table()
+
+    records = np.frombuffer(table.records, np.int32).reshape(config.num_layers, len(MODULES), 3)
+    scales = np.frombuffer(table.scales, np.float32).reshape(config.num_layers, len(MODULES))
+    q, down = layout.modules
+    assert records[0, MODULES.index("q")].tolist() == [3, q.a_chunk, q.b_chunk]
+    assert records[1, MODULES.index("down")].tolist() == [down.rank, down.a_chunk, down.b_chunk]
+    assert scales[0, MODULES.index("q")] == 2.0
+    assert np.count_nonzero(records[:, :, 0]) == np.count_nonzero(scales) == 2
+    assert (table.max_rank, table.num_elements) == (3, layout.num_elements)
 
 
 def test_the_order_of_the_header_does_not_matter(config):

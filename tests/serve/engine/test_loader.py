@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flora.errors import AdapterNotFound, ServeError
-from flora.serve.engine.layout import AdapterLayout
+from flora.serve.engine.layout import AdapterTable
 from flora.serve.engine.loading.loader import LoadFailed, ThreadLoader
 from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
@@ -17,7 +17,9 @@ def target(digest: str) -> AdapterTarget:
 
 
 def packed(asked: AdapterTarget) -> PackedAdapter:
-    return PackedAdapter(asked.serving_digest, AdapterLayout((), 0), torch.zeros(1, 64), num_pages=1, load_s=0.0)
+    return PackedAdapter(
+        asked.serving_digest, AdapterTable(b"", b"", 0, 0), torch.zeros(1, 64), num_pages=1, load_s=0.0
+    )
 
 
 def test_a_load_runs_on_another_thread_and_wakes_whoever_waits():

@@ -87,7 +87,7 @@ class CudaRunner:
         cells = self.pool.geometry.cell_ids(resident.pages, len(packed.cells))
         host = packed.cells if packed.cells.is_pinned() else packed.cells.pin_memory()
         self._copied[packed.digest] = self._copies.write(host, cells)
-        self.tables.publish(resident.slot, packed.layout, cells)
+        self.tables.publish(resident.slot, packed.table, cells)
 
     def settle(self, digest: str) -> None:
         """See Runner.settle."""

@@ -6,7 +6,7 @@ engine ── Read ──► loader ── Found ──► engine ── Pack �
 
 import msgspec
 
-from flora.serve.engine.layout import AdapterLayout
+from flora.serve.engine.layout import AdapterTable
 from flora.serve.request import AdapterTarget
 
 
@@ -17,7 +17,7 @@ class Read(msgspec.Struct, frozen=True, tag=True):
 class Found(msgspec.Struct, frozen=True, tag=True):
     """The adapter exists, belongs to the base, and needs this much room."""
 
-    layout: AdapterLayout
+    table: AdapterTable
     num_cells: int
 
 

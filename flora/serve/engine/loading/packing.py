@@ -10,7 +10,7 @@ from torch import Tensor
 from flora.adapter import Adapter
 from flora.errors import NotFinite
 from flora.kernels import CHUNK, padded
-from flora.serve.engine.layout import AdapterLayout, PlacedModule
+from flora.serve.engine.layout import AdapterLayout, AdapterTable, PlacedModule
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,7 +18,7 @@ class PackedAdapter:
     """What a load brings: everything that residency needs, under a serving digest."""
 
     digest: str
-    layout: AdapterLayout
+    table: AdapterTable
     cells: Tensor  # [num_cells, cell_elements] in the pool's dtype; padding is never read
     num_pages: int
     load_s: float

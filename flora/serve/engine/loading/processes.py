@@ -152,9 +152,9 @@ class ProcessLoader:
         return [
             PackedAdapter(
                 target.serving_digest,
-                found.layout,
+                found.table,
                 cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
-                self._geometry.pages_for_elements(found.layout.num_elements),
+                self._geometry.pages_for_elements(found.table.num_elements),
                 load_s=message.load_s,
                 release=lambda: self._arena.release(start, num_bytes),
             )

@@ -62,7 +62,7 @@ class RegistrySource:
         cells = torch.empty(found.num_cells, self.geometry.cell_elements, dtype=self.dtype)
         self.pack(found, cells)
         return PackedAdapter(
-            target.serving_digest, found.layout, cells, found.num_pages, load_s=time.perf_counter() - started_s
+            target.serving_digest, found.layout.table(), cells, found.num_pages, load_s=time.perf_counter() - started_s
         )
 
     def find(self, target: AdapterTarget) -> FoundAdapter:

@@ -40,7 +40,7 @@ def main() -> None:
                 started_s = time.perf_counter()
                 found = source.find(asked.target)
                 read_s = time.perf_counter() - started_s
-                answer(Found(found.layout, found.num_cells))
+                answer(Found(found.layout.table(), found.num_cells))
                 room = decoder.decode(connection.recv_bytes())
                 assert isinstance(room, Pack)
                 started_s = time.perf_counter()
