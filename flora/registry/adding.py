@@ -14,7 +14,7 @@ import sqlalchemy as sa
 import flora
 from flora.adapter import BaseBinding
 from flora.names import Digest, check_alias, check_name
-from flora.registry import changes, index
+from flora.registry import changes, lookups
 from flora.registry.aliases import point
 from flora.registry.home import Home
 from flora.registry.journal import Added
@@ -65,7 +65,7 @@ def add_many(
 
 def _check_bindings(connection: sa.Connection, wanted: Sequence[tuple[str, BaseBinding]]) -> None:
     """Raises NameInvalid, and UsageError if one of the names belongs to another base than it would get."""
-    bases = index.bases_of(connection, {check_name(name) for name, _ in wanted})
+    bases = lookups.bases_of(connection, {check_name(name) for name, _ in wanted})
     for name, base in wanted:
         known = bases.setdefault(name, [])
         check_binding(name, known, base)
@@ -81,8 +81,8 @@ def _add_rows(
 ) -> list[Version]:
     """The versions of the batch, in its order: those that were there, and rows for the others."""
     _check_bindings(connection, [(stored.name, stored.packed.manifest.header.base) for stored in batch])
-    known = index.known_versions(connection, {(stored.name, stored.packed.digest) for stored in batch})
-    numbers = index.next_numbers(connection, {stored.name for stored in batch})
+    known = lookups.known_versions(connection, {(stored.name, stored.packed.digest) for stored in batch})
+    numbers = lookups.next_numbers(connection, {stored.name for stored in batch})
     versions, new = [], []
     for stored in batch:
         _complete(home, stored)

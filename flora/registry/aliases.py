@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from flora.errors import AliasConflict, UsageError
 from flora.names import Digest, Reference, check_alias, check_name
-from flora.registry import changes, index
+from flora.registry import changes, index, lookups
 from flora.registry.home import Home
 from flora.registry.journal import Moved, Protected
 from flora.registry.place import current_user
@@ -61,8 +61,8 @@ def point(
     What is there already stays. Raises UsageError if one is protected, unless `force`.
     """
     among = {name for name, _, _ in wanted}
-    before = index.alias_ends(connection, alias, among)
-    protected = set() if force else index.names_that_protect(connection, alias, among)
+    before = lookups.alias_ends(connection, alias, among)
+    protected = set() if force else lookups.names_that_protect(connection, alias, among)
     now: dict[str, str | None] = {name: digest for name, (digest, _) in before.items()}
     actor, moved_at = current_user(), datetime.now(UTC)
     moves = []

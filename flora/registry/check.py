@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from flora.errors import AdapterInvalid, StoreError
 from flora.identity import BaseRecord
 from flora.names import Digest
-from flora.registry import index
+from flora.registry import index, listing, needs
 from flora.registry.binding import misfits
 from flora.registry.formats.tensors import to_exact, to_factors
 from flora.registry.journal import Change, Journal, live_versions
@@ -38,9 +38,9 @@ class Snapshot:
 def snapshot(connection: sa.Connection, journal: Journal) -> Snapshot:
     return Snapshot(
         versions=index.every_version(connection),
-        bases=index.base_entries(connection),
-        required=index.blobs_required(connection),
-        in_use=index.blobs_in_use(connection),
+        bases=listing.base_entries(connection),
+        required=needs.blobs_required(connection),
+        in_use=needs.blobs_in_use(connection),
         dangling=index.dangling_aliases(connection),
         pending=journal.pending(connection),
     )

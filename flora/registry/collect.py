@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import sqlalchemy as sa
 
-from flora.registry import changes, index
+from flora.registry import changes, needs
 from flora.registry.disk import store_error
 from flora.registry.records import GcReport
 from flora.registry.store import BlobFile, BlobStore
@@ -35,7 +35,7 @@ def collect(
     A writer stores its blobs before it takes the lock to name them: the grace time is theirs. `leased` blobs stay.
     Of a blob that is there whole and in parts, as a crash may leave it, the parts stay if they are sound.
     """
-    used = index.blobs_in_use(connection)
+    used = needs.blobs_in_use(connection)
     limit = time.time() - grace_s
     marks = _mark(store, used.union(leased), limit)
     removed: list[str] = []

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from flora.errors import NotFound
 from flora.names import Digest
 from flora.registry.database import Database
+from flora.registry.disk import store_error
 from flora.registry.journal import Journal
 from flora.registry.manifest import Manifest, parse_manifest
+from flora.registry.place import locate
 from flora.registry.rebuild import rebuild
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
@@ -49,3 +52,22 @@ class Home:
 
     def close(self) -> None:
         self._database.close()
+
+
+def open_home(url: str | Path | None, *, create: bool) -> Home:
+    """The parts of the registry that `url` means (see place.locate), made where they are missing.
+
+    Raises UsageError (another kind of URL), NotFound (not there, and create is False), StoreError.
+    """
+    root, index_file = locate(url)
+    if isinstance(index_file, str) or not index_file.exists():
+        if not create and not isinstance(index_file, str):
+            raise NotFound(
+                f"there is no registry at {root}",
+                fix="`flora extract … --name NAME` makes one; --registry names another",
+            )
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise store_error(f"the registry folder {root} cannot be made", error) from error
+    return Home(root, index_file)

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from flora.adapter import BaseBinding
 from flora.errors import AdapterNotFound, UsageError
 from flora.names import Reference
-from flora.registry import index
+from flora.registry import index, listing
 
 
 def not_found(connection: sa.Connection, reference: Reference) -> AdapterNotFound:
@@ -15,7 +15,7 @@ def not_found(connection: sa.Connection, reference: Reference) -> AdapterNotFoun
     name = reference.name
     known = index.versions_of(connection, name)
     if not known:
-        near = index.near_names(connection, name)
+        near = listing.near_names(connection, name)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         return AdapterNotFound(
             f"no adapter is named {name}",

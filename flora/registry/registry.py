@@ -6,26 +6,14 @@ index as it was before or as it is after; what it may leave besides are blobs wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from flora.adapter import AdapterHeader, ChangeReport, to_json
-from flora.canonical import canonical_json
-from flora.errors import AdapterNotFound, NotFound
-from flora.identity import BaseRecord
+from flora.errors import AdapterNotFound
 from flora.names import Digest, Reference, check_alias, check_name, parse_reference
-from flora.registry import adding, aliases, changes, index, labels, mismatches, removal
-from flora.registry.disk import store_error
-from flora.registry.home import Home
-from flora.registry.journal import Event
-from flora.registry.lineage import Ancestor, lineage
+from flora.registry import adding, aliases, bases, index, labels, listing, mismatches, removal
+from flora.registry.home import Home, open_home
+from flora.registry.lineage import lineage
 from flora.registry.packing import get_adapter, get_report, reading_adapter
-from flora.registry.place import locate
-from flora.registry.rebuild import RebuildReport, rebuild
 from flora.registry.records import (
     UNSET,
     AliasMove,
@@ -39,12 +27,19 @@ from flora.registry.records import (
     Version,
 )
 from flora.registry.refusals import not_found
+from flora.registry.sharing import shared_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
+    from pathlib import Path
 
-    from flora.adapter import Adapter
+    from flora.adapter import Adapter, AdapterHeader, ChangeReport
+    from flora.identity import BaseRecord
+    from flora.registry.journal import Event
     from flora.registry.leases import Lease
+    from flora.registry.lineage import Ancestor
+    from flora.registry.rebuild import RebuildReport
 
 
 class Registry:
@@ -64,18 +59,7 @@ class Registry:
 
         Raises UsageError (another kind of URL), NotFound (not there, and create is False), StoreError.
         """
-        root, index_file = locate(url)
-        if isinstance(index_file, str) or not index_file.exists():
-            if not create and not isinstance(index_file, str):
-                raise NotFound(
-                    f"there is no registry at {root}",
-                    fix="`flora extract … --name NAME` makes one; --registry names another",
-                )
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise store_error(f"the registry folder {root} cannot be made", error) from error
-        return cls(Home(root, index_file))
+        return cls(open_home(url, create=create))
 
     def close(self) -> None:
         self._home.close()
@@ -133,7 +117,7 @@ class Registry:
     def names(self, *, prefix: str = "", limit: int | None = None, after: str = "") -> list[Entry]:
         """One entry per name, in the order of names; the next page begins after the last name of the one before."""
         with self._home.reading() as connection:
-            return index.entries(connection, prefix, limit, after)
+            return listing.entries(connection, prefix, limit, after)
 
     def versions(self, name: str) -> list[Version]:
         """All versions of `name`, oldest first. Raises AdapterNotFound."""
@@ -187,11 +171,7 @@ class Registry:
 
     def shared_bytes(self, version: Version) -> int:
         """How many bytes of its weights are stored once for it and others: large tensors that others have too."""
-        weights = self._home.manifest(version).weights.digest
-        if self._home.store.is_whole(Digest(weights)):
-            return 0
-        with self._home.reading() as connection:
-            return sum(size for _, _, size in index.common_tensors(connection, [weights]))
+        return shared_bytes(self._home, version)
 
     # Aliases and removal
 
@@ -234,7 +214,7 @@ class Registry:
     def search(self, wanted: Search, *, limit: int | None = None) -> list[Version]:
         """Versions that fit all that is wanted, in the order of names and numbers."""
         with self._home.reading() as connection:
-            return index.search(connection, wanted, limit)
+            return listing.search(connection, wanted, limit)
 
     def allow_mismatch(self, version: Version, base_id: str) -> None:
         """Records, for good, that the version is served on the weights of that other base.
@@ -281,53 +261,32 @@ class Registry:
 
     def register_base(self, record: BaseRecord, *, name: str, path: Path) -> None:
         """Keeps the base's record as a blob, and in the index where it lies on this machine."""
-        self._home.store.put([canonical_json(to_json(record))])
-        with self._home.writing() as connection:
-            changes.put_base(connection, str(record.base_id), name, path.resolve())
+        bases.register_base(self._home, record, name=name, path=path)
 
     def bases(self) -> list[BaseEntry]:
         with self._home.reading() as connection:
-            return index.base_entries(connection)
+            return listing.base_entries(connection)
 
     def base_record(self, base_id: str) -> BaseRecord | None:
         """The record of that base, if it was registered here. Raises NameInvalid, StoreError."""
-        digest = Digest(base_id)
-        if self._home.store.size(digest) is None:
-            return None
-        return msgspec.json.decode(self._home.store.read(digest), type=BaseRecord)
+        return bases.base_record(self._home, base_id)
 
     # Care
 
     def gc(self, *, dry_run: bool = False, grace_s: float = 3600.0) -> GcReport:
         """Takes blobs that nothing refers to and leftovers of crashed writes, once they are older than `grace_s`."""
-        from flora.registry.collect import collect
-        from flora.registry.leases import leased_blobs
-        from flora.registry.sharing import share_all
+        from flora.registry import care
 
-        num_shared_bytes = share_all(self._home, dry_run=dry_run)
-        with self._home.writing() as connection:  # the lock keeps writers from naming what is being taken
-            leased = leased_blobs(self.root, self._home.store, grace_s=grace_s, take=not dry_run)
-            return collect(
-                connection,
-                self._home.store,
-                dry_run=dry_run,
-                grace_s=grace_s,
-                leased=leased,
-                num_shared_bytes=num_shared_bytes,
-            )
+        return care.gc(self._home, dry_run=dry_run, grace_s=grace_s)
 
     def fsck(self) -> list[Problem]:
         """Every problem of index and store; changes nothing. Reads all weights."""
-        from flora.registry.check import check, snapshot
+        from flora.registry import care
 
-        with self._home.reading() as connection:  # not while weights are read: it would make writers wait
-            before = snapshot(connection, self._home.journal)
-        problems = check(before, self._home.store, self._home.journal)
-        with self._home.reading() as connection:
-            gone = {version.ref for version in before.versions} - {v.ref for v in index.every_version(connection)}
-        return [problem for problem in problems if problem.subject not in gone]
+        return care.fsck(self._home)
 
     def reindex(self) -> RebuildReport:
         """Makes the index anew from the journal and the manifests, all or nothing."""
-        with self._home.writing() as connection:
-            return rebuild(connection, self._home.store, self._home.journal)
+        from flora.registry import care
+
+        return care.reindex(self._home)

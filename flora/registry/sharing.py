@@ -17,12 +17,13 @@ import sqlalchemy as sa
 
 from flora.errors import FloraError, StoreError
 from flora.names import Digest
-from flora.registry import index
+from flora.registry import needs
 from flora.registry.cutting import put_cut
 from flora.registry.disk import store_error
 from flora.registry.formats.tensors import stored_pieces
 from flora.registry.home import Home
 from flora.registry.parts import Part
+from flora.registry.records import Version
 from flora.registry.store import BlobStore
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def share(home: Home, weights: Collection[str]) -> None:
         return
     try:
         with home.reading() as connection:
-            if not index.common_tensors(connection, weights):
+            if not needs.common_tensors(connection, weights):
                 return
         with _turn(home.root):
             with home.reading() as connection:
@@ -52,7 +53,7 @@ def share(home: Home, weights: Collection[str]) -> None:
 def share_all(home: Home, *, dry_run: bool = False) -> int:
     """As `share`, of everything that is still to be cut; the bytes that this frees, or with `dry_run` would free."""
     with home.reading() as connection:
-        common = index.common_tensors(connection)
+        common = needs.common_tensors(connection)
     plan: dict[str, set[str]] = defaultdict(set)
     copies: dict[str, int] = defaultdict(int)
     sizes = {tensor: size for _, tensor, size in common}
@@ -73,12 +74,21 @@ def share_all(home: Home, *, dry_run: bool = False) -> int:
     return num_bytes
 
 
+def shared_bytes(home: Home, version: Version) -> int:
+    """How many bytes of the version's weights are stored once for it and others."""
+    weights = home.manifest(version).weights.digest
+    if home.store.is_whole(Digest(weights)):
+        return 0
+    with home.reading() as connection:
+        return sum(size for _, _, size in needs.common_tensors(connection, [weights]))
+
+
 def _plan(connection: sa.Connection, store: BlobStore, weights: Collection[str]) -> _Plan:
     plan: dict[str, set[str]] = defaultdict(set)
-    for file, tensor, _ in index.common_tensors(connection, weights):
+    for file, tensor, _ in needs.common_tensors(connection, weights):
         plan[file].add(tensor)
     new = {tensor for tensors in plan.values() for tensor in tensors if _is_absent(store, tensor)}
-    for file, tensor in index.holders(connection, new):  # of a tensor that is a blob, the others were cut before
+    for file, tensor in needs.holders(connection, new):  # of a tensor that is a blob, the others were cut before
         plan[file].add(tensor)
     return plan
 

@@ -24,10 +24,9 @@ from flora.names import Digest
 from flora.registry.disk import damaged, store_error, sync_folder, unreadable
 from flora.registry.parts import Part, Span, encode_parts, parse_parts
 from flora.registry.unfinished import Leftover, create_locked, find_leftovers
+from flora.registry.verified import Verified
 
 _PARTS = ".parts"
-_READ_BYTES = 1 << 22
-_MAX_VERIFIED = 10_000  # checked files that a store remembers
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class BlobStore:
     """Blobs under one folder. Writing the same bytes twice is the same as once."""
 
     def __init__(self, root: Path) -> None:
-        self._verified: dict[str, object] = {}  # by hex digest: each file's inode, size and mtime when it was checked
+        self._verified = Verified()
         self._blobs = root / "blobs" / "sha256"
         self._tmp = root / "tmp"
 
@@ -140,9 +139,9 @@ class BlobStore:
         """
         try:
             try:
-                return self._verify(digest, self.spans(digest))
+                return self._verified.check(digest, self.spans(digest))
             except FileNotFoundError:  # cut into parts just now
-                return self._verify(digest, self.spans(digest))
+                return self._verified.check(digest, self.spans(digest))
         except OSError as error:
             raise unreadable(digest, error) from error
 
@@ -150,7 +149,7 @@ class BlobStore:
         """Whether the blob is there and has that digest; with `in_parts`, whether its parts make it up."""
         try:
             if in_parts:
-                self._verify(digest, self._locate(self.parts(digest) or ()))
+                self._verified.check(digest, self._locate(self.parts(digest) or ()))
             else:
                 self.verified(digest)
         except (StoreError, OSError):
@@ -206,27 +205,6 @@ class BlobStore:
     def leftovers(self, *, older_than_s: float = 0.0, take: bool = False) -> list[Leftover]:
         """Files under tmp/ that no living writer holds and that are as old; with `take` they are deleted."""
         return find_leftovers(self._tmp, older_than_s, take)
-
-    def _verify(self, digest: Digest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
-        with contextlib.ExitStack() as opened:
-            files = {path: opened.enter_context(path.open("rb")) for path in dict.fromkeys(span.path for span in spans)}
-            stats = [(path, os.fstat(file.fileno())) for path, file in files.items()]
-            state = spans, [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-            if self._verified.get(digest.hex) == state:
-                return spans
-            sha256 = hashlib.sha256()
-            for span in spans:
-                files[span.path].seek(span.start)
-                left = span.size
-                while left and (piece := files[span.path].read(min(_READ_BYTES, left))):
-                    sha256.update(piece)
-                    left -= len(piece)
-        if sha256.hexdigest() != digest.hex:
-            raise damaged(digest)
-        if len(self._verified) >= _MAX_VERIFIED:
-            self._verified.pop(next(iter(self._verified)))
-        self._verified[digest.hex] = state
-        return spans
 
     def _locate(self, parts: Iterable[Part]) -> tuple[Span, ...]:
         return tuple(Span(self._path(Digest(part.digest)), part.start, part.size) for part in parts)

@@ -3,13 +3,14 @@
 import pytest
 
 from flora.registry import Registry, aliases
-from flora.registry.conformance import CHECKS, run
+from flora.registry.conformance import run
+from flora.registry.promises import PROMISES
 from tests.registry.postgres import find_binaries, serve_postgres
 
 
 def failures(url: str) -> dict[str, str]:
     results = list(run(url))
-    assert len(results) == len(CHECKS)
+    assert len(results) == len(PROMISES)
     return {result.promise: result.failure for result in results if result.failure is not None}
 
 

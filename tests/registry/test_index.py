@@ -14,7 +14,7 @@ import flora.registry.database as database
 from flora.errors import RegistryError, StoreError
 from flora.registry import Registry
 from flora.registry.database import HEAD, Database, journal_mode
-from flora.registry.index import entries
+from flora.registry.listing import entries
 from flora.registry.tables import metadata
 from tests.registry.adapters import random_adapter
 

@@ -27,7 +27,7 @@ def test_a_file_that_stayed_as_it_was_is_not_read_again(tmp_path, monkeypatch):
     store = BlobStore(tmp_path)
     digest = Digest(store.put([b"0123456789"]).digest)
     store.verified(digest)
-    monkeypatch.setattr("flora.registry.store.hashlib.sha256", lambda: pytest.fail("it was hashed again"))
+    monkeypatch.setattr("flora.registry.verified.hashlib.sha256", lambda: pytest.fail("it was hashed again"))
 
     store.verified(digest)
     with pytest.raises(pytest.fail.Exception):
