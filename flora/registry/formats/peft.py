@@ -119,7 +119,7 @@ def peft_files(
     header = adapter.header
     adapter = _renamed(adapter, paths or {})
     if profile == "portable":
-        factors: Mapping[str, LowRank] = pad_factors(adapter, paths, partners=True)
+        factors: Mapping[str, LowRank] = pad_factors(adapter)
         forms = pad_forms(adapter, factors)
         config = make_config(adapter.header, [])
         rank = adapter.header.max_rank
