@@ -27,6 +27,7 @@ def kinds() -> dict[str, AdapterHeader]:
         "one rank for all": _header(first, second),
         "a rank for each module": _header(first, _module(second.name, 8)),
         "a layer left out": _header(first, _module("model.layers.1.mlp.down_proj", 16)),
+        "q and k, no v": _header(*(_module(f"model.layers.0.self_attn.{leaf}", 16) for leaf in ("q_proj", "k_proj"))),
         "rank 600": _header(_module(first.name, 600), _module(second.name, 600)),
         "`--dtype float8`": _header(*_both(dtype="float8_e4m3fn")),
         "`--embeddings`": _header(first, second, _module("model.embed_tokens", 16, kind="embedding")),

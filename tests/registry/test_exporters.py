@@ -188,7 +188,7 @@ def answers(adapter: Adapter) -> dict[str, str]:
 
 
 def test_one_rank_everywhere_is_taken_by_every_engine_as_it_is():
-    both = {f"model.layers.{layer}.self_attn.o_proj": 4 for layer in range(2)}
+    both = {f"model.layers.{layer}.self_attn.o_proj": 8 for layer in range(2)}
 
     assert set(answers(random_adapter(ranks=both)).values()) == {"yes"}
 

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flora.adapter import CHAT_TEMPLATE, Adapter, ChangeReport, Recipe, TensorChange, make_adapter
 from flora.errors import AdapterInvalid, FloraError, NotFound, UsageError
+from flora.lowrank import LowRank
 from flora.registry.formats.peft import load_peft, save_peft
 from tests.registry.adapters import BASE, HIDDEN, MLP, Q_PROJ, random_adapter
 from tests.registry.peft_folders import CONFIG, RECORD, WEIGHTS, as_foreign, edit_config
@@ -88,11 +89,11 @@ def test_the_portable_profile_has_one_rank_and_every_layer_of_a_used_kind(tmp_pa
 
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())
-    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {7}
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {8}
     assert not tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].any()
-    assert len(tensors) == 2 * 6  # q, k and down, in both layers
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (7, 7, {})
-    assert config["target_modules"] == ["down_proj", "k_proj", "q_proj"]
+    assert len(tensors) == 2 * 8  # q, k and down, in both layers, and the v that an engine joins with q and k
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (8, 8, {})
+    assert config["target_modules"] == ["down_proj", "k_proj", "q_proj", "v_proj"]
 
 
 def test_the_portable_profile_takes_layers_from_the_report_that_the_adapter_never_touches(tmp_path):
@@ -109,14 +110,38 @@ def test_the_portable_profile_takes_layers_from_the_report_that_the_adapter_neve
     save_peft(adapter, tmp_path / "out", "portable")
 
     tensors = load_file(tmp_path / "out" / WEIGHTS)
-    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"].shape == (2, 10)
-    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"].shape == (20, 2)
+    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"].shape == (8, 10)
+    assert tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight"].shape == (20, 8)
+    assert load_peft(tmp_path / "out").header == adapter.header
+
+
+def test_the_portable_profile_knows_the_layers_of_a_base_that_its_library_names_otherwise(tmp_path):
+    theirs, ours = "language_model.model.layers", "model.language_model.layers"
+    name = f"{theirs}.1.self_attn.q_proj"
+    report = ChangeReport(
+        tensors=tuple(
+            TensorChange(
+                name=f"{theirs}.{layer}.self_attn.{leaf}.weight", shape=shape, status=status, norm_squared=norm
+            )
+            for layer, status, norm in ((0, "unchanged", 0.0), (1, "extracted", 40.0))
+            for leaf, shape in (("q_proj", (10, 4)), ("v_proj", (5, 4)))
+        )
+    )
+    recipe = Recipe(operation="extract", tuned_id="sha256:" + "c" * 64)
+    adapter = make_adapter({name: LowRank(torch.ones(1, 4), torch.ones(10, 1))}, BASE, recipe, report)
+
+    save_peft(adapter, tmp_path / "out", "portable", {name: f"{ours}.1.self_attn.q_proj"})
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in load_file(tmp_path / "out" / WEIGHTS).items()}
+    assert {key: shape for key, shape in shapes.items() if "lora_B" in key} == {
+        f"base_model.model.{ours}.{layer}.self_attn.{leaf}.lora_B.weight": (size, 8)
+        for layer in (0, 1)
+        for leaf, size in (("q_proj", 10), ("v_proj", 5))
+    }
     assert load_peft(tmp_path / "out").header == adapter.header
 
 
 def test_a_portable_mixture_of_experts_has_every_expert_of_every_layer_seen(tmp_path):
-    from flora.lowrank import LowRank
-
     experts = ["model.layers.0.mlp.experts.0.up_proj", "model.layers.3.mlp.experts.10.up_proj"]
     factors = {name: LowRank(torch.ones(1, 4), torch.ones(6, 1)) for name in experts}
 

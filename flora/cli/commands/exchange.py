@@ -245,7 +245,7 @@ def compat(
     form = choose_format(as_json=as_json, ids_only=quiet)
     with open_registry(registry) as store:
         version = store.resolve(ref)
-        verdicts = judge(store.header(version))
+        verdicts = judge(store.header(version), store.report(version))
     rows = [
         {
             "engine": verdict.engine,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Literal
 
-from flora.adapter import AdapterHeader
+from flora.adapter import AdapterHeader, ChangeReport
 from flora.forms import EXPERT_KINDS
 
 TABLE_VERSION = "2026-11"
@@ -30,6 +30,7 @@ class _Facts:
     """What engines ask about."""
 
     rank: int
+    portable_rank: int
     ranks_differ: bool
     misses_layers: bool  # some layer lacks a kind of module that another has
     kinds: frozenset[str]  # `forms.Kind`
@@ -37,8 +38,8 @@ class _Facts:
     architecture: str
     leaves: frozenset[str]
     is_fp8: bool
-    parted_in_layers: frozenset[str]  # leaves that some layer lacks beside others of one joined matrix
-    parted: frozenset[str]  # those that every layer lacks, so that no padding brings them
+    parted: frozenset[str]  # leaves that are missing beside others of one joined matrix
+    unmended: frozenset[str]  # those of them that no padding brings
 
 
 _WORDS = {
@@ -59,9 +60,12 @@ class _Engine:
     limit: Callable[[_Facts], str] = lambda facts: ""  # what to start the engine with
 
 
-def judge(header: AdapterHeader) -> list[Verdict]:
-    """One verdict per engine, in a fixed order."""
-    facts = _facts(header)
+def judge(header: AdapterHeader, report: ChangeReport | None = None) -> list[Verdict]:
+    """One verdict per engine, in a fixed order.
+
+    report  lists the base's matrices: layers that the adapter never touches are known by it alone
+    """
+    facts = _facts(header, report)
     return [_judge(engine, facts) for engine in _ENGINES]
 
 
@@ -96,12 +100,29 @@ def _layers(facts: _Facts) -> str | None:
     return "it drops a kind of module that one layer lacks" if facts.misses_layers else None
 
 
-def _parted_in_layers(facts: _Facts) -> str | None:
-    return _missing(facts.parted_in_layers)
-
-
 def _parted(facts: _Facts) -> str | None:
     return _missing(facts.parted)
+
+
+def _unmended(facts: _Facts) -> str | None:
+    return _missing(facts.unmended)
+
+
+def _lorax_rank(facts: _Facts) -> str | None:
+    return _rounded(facts.rank)
+
+
+def _lorax_rank_left(facts: _Facts) -> str | None:
+    return _rounded(facts.portable_rank)
+
+
+def _rounded(rank: int) -> str | None:
+    return None if rank == 8 or rank % 16 == 0 else f"it scales rank {rank} wrong: it keeps 8 and multiples of 16"
+
+
+def _trt_names(facts: _Facts) -> str | None:
+    found = sorted(facts.leaves - _TRT_LEAVES)
+    return f"it knows no modules {', '.join(found)}" if found else None
 
 
 def _missing(leaves: Set[str]) -> str | None:
@@ -160,6 +181,9 @@ def vllm_rank(rank: int) -> int:
     return next((size for size in (1, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
+_TRT_LEAVES = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down", "gate_up")} | {
+    *("w1", "w2", "w3", "gate", "embed_tokens", "lm_head")  # the last two it passes over, told by rules of their own
+}
 _PORTABLE = "flora export REF --profile portable --out DIR"
 _ENGINES = (
     _Engine("PEFT", "0.21", (), (), "flora export REF --out DIR"),
@@ -169,7 +193,7 @@ _ENGINES = (
         (_fp8,),
         (_exact, _linear_and_experts, _above(512)),
         "flora export REF --out DIR",
-        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.rank)}",
+        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.portable_rank)}",
     ),
     _Engine(
         "vLLM",
@@ -177,22 +201,28 @@ _ENGINES = (
         (_ranks, _fp8),
         (_exact, _only_linear, _above(512)),
         _PORTABLE,
-        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.rank)}",
+        lambda facts: f"; vllm serve --enable-lora --max-lora-rank {vllm_rank(facts.portable_rank)}",
     ),
     _Engine(
         "SGLang",
         "0.5",
-        (_ranks, _parted_in_layers, _fp8),
-        (_exact, _parted, _expert_names, _only_linear),
+        (_ranks, _parted, _fp8),
+        (_exact, _unmended, _expert_names, _only_linear),
         _PORTABLE,
-        lambda facts: f"; sglang --max-lora-rank {facts.rank}",
+        lambda facts: f"; sglang --max-lora-rank {facts.portable_rank}",
     ),
-    _Engine("LoRAX", "2026-05", (_ranks, _layers, _fp8), (_exact, _embedding, _only_linear), _PORTABLE),
+    _Engine(
+        "LoRAX",
+        "2026-05",
+        (_ranks, _lorax_rank, _layers, _fp8),
+        (_exact, _embedding, _lorax_rank_left, _only_linear),
+        _PORTABLE,
+    ),
     _Engine(
         "TensorRT-LLM / NIM",
         "2.0",
         (_ranks, _fp8),
-        (_exact, _embedding, _only_linear, _above(512)),
+        (_exact, _embedding, _head, _trt_names, _only_linear, _above(512)),
         "flora export REF --format nim --out $NIM_PEFT_SOURCE",
     ),
     _Engine(
@@ -229,38 +259,24 @@ _ENGINES = (
 )
 
 
-def _facts(header: AdapterHeader) -> _Facts:
-    from flora.registry.formats.kinds import kind_of, missing_modules
+def _facts(header: AdapterHeader, report: ChangeReport | None) -> _Facts:
+    from flora.registry.formats.kinds import kind_of
+    from flora.registry.formats.padding import missing_partners, padding_of, portable_rank
 
     modules = header.modules
-    names = [module.name for module in modules]
+    linear = [module.name for module in modules if module.kind == "linear"]
+    padding = padding_of(header, report)
     return _Facts(
         rank=header.max_rank,
+        portable_rank=portable_rank(header),
         ranks_differ=len({(module.rank, module.alpha) for module in modules}) > 1,
-        misses_layers=bool(missing_modules(names)),
+        misses_layers=bool(padding.layers),
         kinds=frozenset(module.kind for module in modules),
         has_exact=bool(header.exact_tensors),
         architecture=header.base.architecture,
-        leaves=frozenset(kind_of(name).rpartition(".")[2] for name in names)
+        leaves=frozenset(kind_of(module.name).rpartition(".")[2] for module in modules)
         | frozenset(tied.rpartition(".")[2] for module in modules for tied in module.tied),
         is_fp8=any(module.dtype == "float8_e4m3fn" for module in modules),
-        parted_in_layers=_lacking(names),
-        parted=_lacking({kind_of(name) for name in names}),
+        parted=frozenset(name.rpartition(".")[2] for name in missing_partners(linear)),
+        unmended=padding.lacking,
     )
-
-
-def _lacking(names: Iterable[str]) -> frozenset[str]:
-    """Leaves without which the others of their parent cannot be joined: a missing k or up counts as zeros."""
-    leaves: dict[str, set[str]] = {}
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        leaves.setdefault(parent, set()).add(leaf)
-    lacking = set()
-    for found in leaves.values():
-        if "q_proj" in found and "v_proj" not in found:
-            lacking.add("v_proj")
-        if found & {"k_proj", "v_proj"} and "q_proj" not in found:
-            lacking.add("q_proj")
-        if "up_proj" in found and "gate_proj" not in found:
-            lacking.add("gate_proj")
-    return frozenset(lacking)

@@ -12,6 +12,11 @@ def kind_of(name: str) -> str:
     return _NUMBER.sub("*", name)
 
 
+def numbers_of(name: str) -> list[str]:
+    """What stands in `name` where `kind_of` has stars."""
+    return _NUMBER.findall(name)
+
+
 def expected_modules(present: Iterable[str], known: Iterable[str] = ()) -> set[str]:
     """Every module of the kinds in `present`: those that are known, and all combinations of indices seen."""
     present = set(present)
@@ -22,16 +27,10 @@ def expected_modules(present: Iterable[str], known: Iterable[str] = ()) -> set[s
         if match := _NUMBER.search(name):
             layers.setdefault(name[: match.start()], set()).add(match.group())
     for kind in kinds:
-        members = [_NUMBER.findall(name) for name in present if kind_of(name) == kind]
+        members = [numbers_of(name) for name in present if kind_of(name) == kind]
         stem, *pieces = kind.split("*")
         if pieces:
             inner = [sorted({indices[i] for indices in members}) for i in range(1, len(pieces))]
             for indices in product(sorted(layers[stem]), *inner):
                 expected.add(stem + "".join(index + piece for index, piece in zip(indices, pieces, strict=True)))
     return expected
-
-
-def missing_modules(present: Iterable[str]) -> set[str]:
-    """Modules that some layers have and others lack, of those that lack them."""
-    present = set(present)
-    return expected_modules(present) - present

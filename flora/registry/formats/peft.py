@@ -35,6 +35,7 @@ from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
 from flora.forms import EXPERT_KINDS, LINEAR, Form
 from flora.registry.disk import store_error
+from flora.registry.formats.padding import portable_rank
 from flora.registry.formats.paths import rename, rename_tensor
 from flora.registry.formats.peft_config import (
     CONFIG_FILE,
@@ -84,7 +85,7 @@ def save_peft(
     """Writes the adapter to `folder`, whole or not at all, and returns its files.
 
     compact   true per-module ranks, in rank_pattern and alpha_pattern
-    portable  one rank, zero-padded: for engines that know no patterns
+    portable  one rank, zero-padded, and zeros where an engine would miss a module: `padding.py`
     paths     of modules that the loading library names otherwise: `paths.tree_paths`
 
     A folder that Flora wrote is replaced. Raises UsageError if anything else is there, StoreError.
@@ -113,16 +114,16 @@ def peft_files(
         # PEFT stacks the experts of a layer: all must be there, and of one rank; and finds no pattern for a parameter
         profile = "portable"
     if profile == "portable":
-        from flora.registry.formats.portable import fold_scales, pad_factors, pad_forms
+        from flora.registry.formats.portable import fold_scales, pad_forms, pad_portable
 
         adapter = fold_scales(adapter)
     header = adapter.header
     adapter = _renamed(adapter, paths or {})
     if profile == "portable":
-        factors: Mapping[str, LowRank] = pad_factors(adapter)
+        factors: Mapping[str, LowRank] = pad_portable(adapter, paths)
         forms = pad_forms(adapter, factors)
         config = make_config(adapter.header, [])
-        rank = adapter.header.max_rank
+        rank = portable_rank(adapter.header)
         config |= {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
         config |= find_targets(adapter, forms, short=True)
     else:
