@@ -10,29 +10,27 @@ import logging
 import time
 from collections.abc import Callable
 
-from flora.errors import DeadlineMissed, EngineDead, FloraError, Overloaded, PromptTooLong, RequestInvalid
+from flora.errors import EngineDead, FloraError, Overloaded, RequestInvalid
+from flora.serve.engine.answers import Answers
 from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.loader import Loader
 from flora.serve.engine.outbox import Outbox, Outgoing
+from flora.serve.engine.refusals import check_adapter, check_prompt, too_late
 from flora.serve.engine.runner import LaunchedStep, Runner
-from flora.serve.engine.sampler import Drawn
 from flora.serve.engine.schedule.pages import PagePool, Use
 from flora.serve.engine.schedule.policy import Policy
-from flora.serve.engine.schedule.scheduler import Chunk, Limits, Plan, Scheduler
+from flora.serve.engine.schedule.scheduler import Limits, Plan, Scheduler
 from flora.serve.engine.schedule.sequence import Key, Sequence, State
 from flora.serve.engine.supply import AdapterSupply
 from flora.serve.messages import (
     Cancel,
-    FinishReason,
     Heartbeat,
     LoadAdapter,
     Ready,
     ResidentAdapter,
     Submit,
-    TokenEvent,
     UnloadAdapter,
 )
-from flora.serve.request import AdapterTarget
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +59,7 @@ class Engine:
         self.scheduler = Scheduler(limits, policy, pages, num_slots, self.host.num_pages)
         self.residency = self.scheduler.residency
         self._outbox = Outbox()
+        self._answers = Answers(self.scheduler, self._outbox)
         self.supply = AdapterSupply(self.scheduler, pages, self.host, loader, runner, self._outbox, clock)
         self.loader = loader
         self._clock = clock
@@ -70,7 +69,6 @@ class Engine:
         self._launched: LaunchedStep | None = None  # the step whose tokens are still to be collected
         self._steps = 0
         self._prompt_tokens = 0
-        self._generated_tokens = 0
         self._aborts = 0
 
     # --- what front ends ask ---
@@ -87,12 +85,12 @@ class Engine:
         """Ends a request in whatever phase it is. One that is not here has ended already."""
         sequence = self.scheduler.get((client, message.request_id))
         if sequence:
-            self._end(sequence, "cancelled")
+            self._answers.end(sequence, "cancelled")
 
     def load_adapter(self, message: LoadAdapter, client: bytes = b"") -> None:
         """Makes an adapter resident as soon as there is room; answered by AdapterLoaded or Rejected."""
         try:
-            self._check_adapter(message.adapter)
+            check_adapter(message.adapter, self.ready)
             self.supply.load(message, client)
         except FloraError as error:
             self._outbox.reject((client, message.request_id), error)
@@ -104,7 +102,7 @@ class Engine:
     def abandon(self, client: bytes) -> None:
         """Ends every request of a front end that is gone."""
         for sequence in self.scheduler.of_client(client):
-            self._end(sequence, "cancelled")
+            self._answers.end(sequence, "cancelled")
 
     def refuse(self, client: bytes, request_id: str | None, error: FloraError) -> None:
         """Ends one request, wherever it is, with this error."""
@@ -112,7 +110,7 @@ class Engine:
             return
         sequence = self.scheduler.get((client, request_id))
         if sequence:
-            self._refuse(sequence, error)
+            self._answers.refuse(sequence, error)
         else:
             self._outbox.reject((client, request_id), error)
 
@@ -188,7 +186,7 @@ class Engine:
             host_cache_bytes=self.host.num_bytes,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated_tokens,
+            generated_tokens=self._answers.num_generated,
             preemptions=scheduler.num_preemptions,
             adapter_loads=self.supply.num_loads,
             adapter_load_seconds=self.supply.load_s,
@@ -199,33 +197,27 @@ class Engine:
             aborts=self._aborts,
         )
 
-    # --- one request ---
+    # --- requests in the loop ---
 
     def _receive(self, wait_s: float) -> None:
         """Takes what the loader finished; waiting sequences that can never run are refused."""
         for sequence, error in self.supply.receive(wait_s):
-            self._refuse(sequence, error)
+            self._answers.refuse(sequence, error)
 
     def _abort_late(self, now_s: float) -> None:
         """Refuses who waits and can no longer have a first token in time, so that others can."""
         for sequence in self.scheduler.late(now_s):
             self._aborts += 1
-            slo_s = self.scheduler.policy.slo_ttft_s
-            waited_s = now_s - sequence.arrived_s
-            error = DeadlineMissed(
-                f"the first token cannot come within {slo_s:g} s",
-                cause=f"the request waited {waited_s:.1f} s, and {self.scheduler.num_waiting} wait for their turn",
-                fix="try again later, or send fewer requests at once",
-            )
-            self._refuse(sequence, error)
+            slo_s, num_waiting = self.scheduler.policy.slo_ttft_s, self.scheduler.num_waiting
+            self._answers.refuse(sequence, too_late(slo_s, now_s - sequence.arrived_s, num_waiting))
 
     def _submit(self, message: Submit, key: Key) -> None:
         if self.is_draining:
             raise Overloaded("the server is shutting down", fix="send the request to another server")
         if self.scheduler.get(key):
             raise RequestInvalid(f"request {message.request_id} is here already")
-        self._check_prompt(message.prompt)
-        self._check_adapter(message.adapter)
+        check_prompt(message.prompt, self.ready)
+        check_adapter(message.adapter, self.ready)
         sequence = Sequence(
             key,
             message.prompt,
@@ -237,76 +229,6 @@ class Engine:
         )
         self.scheduler.submit(sequence)
         self._arrivals += 1
-
-    def _check_prompt(self, prompt: tuple[int, ...]) -> None:
-        if not prompt:
-            raise RequestInvalid("the prompt has no tokens")
-        if len(prompt) >= self.ready.max_context:
-            raise PromptTooLong(
-                f"the prompt has {len(prompt)} tokens, and the context is {self.ready.max_context}",
-                cause="prompt and answer share the context, and an answer has at least one token",
-                num_tokens=len(prompt),
-            )
-        if not 0 <= min(prompt) <= max(prompt) < self.ready.vocab_size:
-            raise RequestInvalid(f"the prompt has a token id outside 0 to {self.ready.vocab_size - 1}")
-
-    def _check_adapter(self, adapter: AdapterTarget | None) -> None:
-        if adapter and self.ready.merged:
-            raise RequestInvalid(
-                f"adapter {adapter.label} cannot be applied: another one is merged into the base",
-                fix="start the server without --merge",
-            )
-
-    def _advance(self, chunk: Chunk, drawn: Drawn) -> None:
-        """Puts the drawn token in its place, or ends the sequence."""
-        sequence, token = chunk.sequence, drawn.token
-        place = chunk.start + chunk.count
-        if token is None:
-            error = "the model's output is not finite: weights of the base or of the adapter overflow"
-            self._end(sequence, "error", error=error)
-            return
-        sampling = sequence.sampling
-        if token in sampling.stop_token_ids and not sampling.ignore_eos:
-            self._end(sequence, "stop", stop_token=token)
-            return
-        sequence.tokens[place] = token
-        self._generated_tokens += 1
-        ends = place + 1 >= sequence.max_len
-        client, request_id = sequence.key
-        event = TokenEvent(
-            request_id=request_id,
-            token_ids=(token,),
-            logprobs=(drawn.logprobs,) if drawn.logprobs else (),
-            finish_reason="length" if ends else None,
-            cached_tokens=sequence.num_cached,
-        )
-        if ends:
-            self.scheduler.finish(sequence)
-        self._outbox.tell(client, event)
-
-    def _end(
-        self, sequence: Sequence, reason: FinishReason, *, stop_token: int | None = None, error: str | None = None
-    ) -> None:
-        """Takes the sequence out, with no token more."""
-        self.scheduler.finish(sequence, is_sound=reason != "error")
-        client, request_id = sequence.key
-        event = TokenEvent(
-            request_id=request_id,
-            token_ids=(),
-            finish_reason=reason,
-            stop_token=stop_token,
-            cached_tokens=sequence.num_cached,
-            error=error,
-        )
-        self._outbox.tell(client, event)
-
-    def _refuse(self, sequence: Sequence, error: FloraError) -> None:
-        """Ends a sequence. One that has told tokens already ends with an event."""
-        if sequence.num_generated:
-            self._end(sequence, "error", error=error.what)
-        else:
-            self.scheduler.finish(sequence)
-            self._outbox.reject(sequence.key, error)
 
     # --- one step ---
 
@@ -326,7 +248,7 @@ class Engine:
         except Exception as error:
             logger.exception("step failed requests=%d", len(plan.chunks))
             for chunk in plan.chunks:
-                self._end(chunk.sequence, "error", error=f"the engine failed in this request's step: {error!r}")
+                self._answers.end(chunk.sequence, "error", error=f"the engine failed in this request's step: {error!r}")
             for digest in unwritten:
                 self.residency.remove(digest)
             return None
@@ -341,4 +263,4 @@ class Engine:
         """Tells a step's tokens. Sequences that ended since it was launched get none of them."""
         for chunk, drawn in launched.collect():
             if chunk.sequence.state is not State.FINISHED:
-                self._advance(chunk, drawn)
+                self._answers.advance(chunk, drawn)

@@ -6,18 +6,16 @@ behind it until it is in.
 """
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import Enum
 
 from flora.serve.engine.schedule.early_abort import EarlyAbort
-from flora.serve.engine.schedule.eviction import Eviction
-from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.pages import Use
 from flora.serve.engine.schedule.policy import Policy
-from flora.serve.engine.schedule.prefix import PrefixCache
-from flora.serve.engine.schedule.residency import Residency, Resident
-from flora.serve.engine.schedule.room import Room
+from flora.serve.engine.schedule.residency import Resident
 from flora.serve.engine.schedule.sequence import Sequence, State
 from flora.serve.engine.schedule.service import PROMPT_PRICE, Service
+from flora.serve.engine.schedule.space import Space
 from flora.serve.engine.schedule.waiting import Waiting
 
 
@@ -34,35 +32,22 @@ class Admission:
         self,
         policy: Policy,
         max_sequences: int,
-        page_tokens: int,
-        pages: PagePool,
-        eviction: Eviction,
-        residency: Residency,
-        prefixes: PrefixCache,
-        room: Room,
+        space: Space,
         service: Service,
         waiting: Waiting,
-        packed_pages: Callable[[str], int | None],
     ) -> None:
-        """packed_pages  of a serving digest: the pages it needs, if it lies packed in host memory"""
         self.early_abort = EarlyAbort(policy.slo_ttft_s) if policy.slo_ttft_s is not None else None
         self.num_prompt_tokens = 0  # of admitted prompts, and those that the prefix cache had
         self.num_cached_tokens = 0
         self._policy = policy
         self._max_sequences = max_sequences
-        self._page_tokens = page_tokens
-        self._pages = pages
-        self._eviction = eviction
-        self._residency = residency
-        self._prefixes = prefixes
-        self._room = room
+        self._space = space
         self._service = service
         self._waiting = waiting
-        self._packed_pages = packed_pages
 
     def is_full(self, num_running: int) -> bool:
         """Not a page to give beside those that running sequences may need next."""
-        return self._eviction.reclaimable <= num_running
+        return self._space.eviction.reclaimable <= num_running
 
     def admit(self, now_s: float, running: list[Sequence], placed: list[Resident]) -> Iterator[Sequence]:
         """Those who may run, one after the other, now among `running`. What is planned for one comes before the next.
@@ -92,31 +77,32 @@ class Admission:
         return len(running) >= self._max_sequences or self.is_full(len(running))
 
     def _ask(self, sequence: Sequence, now_s: float, running: list[Sequence], placed: list[Resident]) -> _Answer:
-        residency, digest, adapter = self._residency, sequence.digest, sequence.adapter
+        space, digest, adapter = self._space, sequence.digest, sequence.adapter
+        residency = space.residency
         resident = residency.get(digest) if digest else None
-        new_pages = self._packed_pages(digest) if digest and resident is None else 0  # of the adapter
+        new_pages = space.packed_pages(digest) if digest and resident is None else 0  # of the adapter
         if new_pages is None:
             return _Answer.NOT_READY
-        found = self._prefixes.find(digest, sequence.tokens) if self._policy.prefix_cache else []
-        kv_pages = self._room.for_tokens(len(sequence.tokens)) - len(found)
+        found = space.prefixes.find(digest, sequence.tokens) if self._policy.prefix_cache else []
+        kv_pages = space.room.for_tokens(len(sequence.tokens)) - len(found)
         own_idle = len(resident.pages) if resident and not resident.running and not resident.pinned else 0
         own_idle += sum(not page.holders for page in found)
-        if kv_pages + new_pages + len(running) > self._eviction.reclaimable - own_idle:
+        if kv_pages + new_pages + len(running) > space.eviction.reclaimable - own_idle:
             return _Answer.NO_ROOM
         if adapter and resident is None and not residency.can_place(new_pages):
             return _Answer.NO_ROOM
-        self._prefixes.hold(found)
+        space.prefixes.hold(found)
         if adapter and resident is None:
             resident = residency.place(adapter, new_pages)
             placed.append(resident)
         if resident:
             residency.acquire(resident.digest)
-        self._eviction.reclaim(kv_pages)
+        space.eviction.reclaim(kv_pages)
         self._waiting.remove(sequence)
         sequence.slot = resident.slot if resident else None
         sequence.prefix = found
-        sequence.pages = [page.page for page in found] + self._pages.allocate(kv_pages, Use.KV)
-        sequence.num_computed = len(found) * self._page_tokens
+        sequence.pages = [page.page for page in found] + space.pages.allocate(kv_pages, Use.KV)
+        sequence.num_computed = len(found) * space.page_tokens
         sequence.state = State.RUNNING
         insort(running, sequence, key=_age)
         if sequence.admitted_s is None:

@@ -20,14 +20,12 @@ import msgspec
 
 from flora.errors import Overloaded
 from flora.serve.engine.schedule.admission import Admission
-from flora.serve.engine.schedule.eviction import Eviction
 from flora.serve.engine.schedule.pages import PagePool, Use
 from flora.serve.engine.schedule.policy import Policy
-from flora.serve.engine.schedule.prefix import PrefixCache
-from flora.serve.engine.schedule.residency import Residency, Resident
-from flora.serve.engine.schedule.room import Room
+from flora.serve.engine.schedule.residency import Resident
 from flora.serve.engine.schedule.sequence import PENDING, Key, Sequence, State
 from flora.serve.engine.schedule.service import ANSWER_PRICE, Service
+from flora.serve.engine.schedule.space import make_space
 from flora.serve.engine.schedule.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
@@ -77,26 +75,15 @@ class Scheduler:
         self.policy = policy
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        self.eviction = Eviction(pages)
-        self.residency = Residency(pages, self.eviction, num_slots)
-        self.prefixes = PrefixCache(pages, self.eviction, limits.page_tokens)
-        self.room = Room(pages, self.residency, packed_pages, limits.page_tokens)
+        space = make_space(pages, limits.page_tokens, num_slots, packed_pages)
+        self.eviction = space.eviction
+        self.residency = space.residency
+        self.prefixes = space.prefixes
+        self.room = space.room
         self._pages = pages
         self._service = Service()
         self._waiting = Waiting(policy, self._service, self.residency, packed_pages)
-        self._admission = Admission(
-            policy,
-            limits.max_sequences,
-            limits.page_tokens,
-            pages,
-            self.eviction,
-            self.residency,
-            self.prefixes,
-            self.room,
-            self._service,
-            self._waiting,
-            packed_pages,
-        )
+        self._admission = Admission(policy, limits.max_sequences, space, self._service, self._waiting)
         self._by_key: dict[Key, Sequence] = {}
 
     # --- what there is ---
