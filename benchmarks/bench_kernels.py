@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
-from peer_kernels import NoVllm, VllmLora, expected, slotted_module
+from peer_kernels import NoPeer, PeerLora, expected, slotted_module
+from peer_sglang import SglangLora
+from peer_vllm import VllmLora
 from torch import Tensor
 
 from flora.kernels import (
@@ -264,39 +266,42 @@ def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: lis
     padded_baseline(bench, n, max(ranks))
 
 
-def bench_vllm(bench: Bench, ranks: list[int], layers: int) -> None:
-    """vLLM's own kernels, distinct adapters as in bench_lora; a row says why where there are none."""
+def bench_peer(bench: Bench, make: Callable[[list[int]], PeerLora], ranks: list[int], layers: int) -> None:
+    """Another engine's kernels, distinct adapters as in bench_lora; a row says why where there are none.
+
+    make  the engine's, for rows that want these slots
+    """
     n, model, slots = len(ranks), bench.model, list(range(len(ranks)))
     try:
-        vllm = VllmLora(slots, n, bench.device)
-    except NoVllm as error:
-        bench.record(op="vllm lora", skipped=str(error)[:200])
+        peer = make(slots)
+    except NoPeer as error:
+        bench.record(op="peer lora", skipped=str(error)[:200])
         return
     data = lora_inputs(bench, n, ALL)
     for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
-        modules = [
-            [(g, slotted_module(ranks, model.inputs[g.value[0]], model.outs(g)[1], bench.dtype, bench.device))
-             for g in groups]
-            for _ in range(layers)
-        ]  # fmt: skip
-        buffers = {g: torch.zeros(len(g.value), n, max(ranks), device=bench.device) for g in groups}
-        for group, module in modules[0]:
-            x, y = data[group]
-            result = y.clone()
-            vllm.add(result, x, module, buffers[group])
-            bench.check(
-                check="vllm lora", group=group.name, error=relative(result.float(), expected(y, x, module, slots))
-            )
+        layers_of_packed = []
+        for layer in range(layers):
+            packed_of = {}
+            for group in groups:
+                x, y = data[group]
+                module = slotted_module(ranks, x.shape[1], model.outs(group)[1], bench.dtype, bench.device)
+                packed_of[group] = peer.packed(module, n)
+                if layer == 0:
+                    result = y.clone()
+                    peer.add(result, x, packed_of[group])
+                    error = relative(result.float(), expected(y, x, module, slots))
+                    bench.check(check=peer.name, group=group.name, error=error)
+            layers_of_packed.append(packed_of)
 
-        def step(modules: list = modules, buffers: dict = buffers) -> None:
-            for layer in modules:
-                for group, module in layer:
+        def step(layers_of_packed: list = layers_of_packed) -> None:
+            for packed_of in layers_of_packed:
+                for group, packed in packed_of.items():
                     x, y = data[group]
-                    vllm.add(y, x, module, buffers[group])
+                    peer.add(y, x, packed)
 
         seconds, read = bench.seconds(step), sum(lora_bytes(model, ranks, groups, layers))
         bench.record(
-            op="vllm lora", modules=name, adapters=n, version=vllm.version, us_per_layer=seconds / layers * 1e6,
+            op=peer.name, modules=name, adapters=n, version=peer.version, us_per_layer=seconds / layers * 1e6,
             tb_s=read / seconds / 1e12,
         )  # fmt: skip
 
@@ -573,6 +578,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="with --sweep: only each N-th tiling from the I-th on, as I/N")
     parser.add_argument("--adapters", type=int, default=128)
     parser.add_argument("--vllm", type=Path, metavar="FOLDER", help="where vLLM is installed: its kernels beside ours")
+    parser.add_argument("--sglang", type=Path, metavar="FOLDER", help="where SGLang's wheel is unpacked: likewise")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on this machine's CPU, under TRITON_INTERPRET=1")
     args = parser.parse_args()
     torch.manual_seed(SEED)
@@ -596,11 +602,13 @@ def main() -> None:
         bench_cases(bench, ops, weights, ranks)
         if not args.dry:
             bench_attention(bench, ops)
+        layers = weights.modules.shape[1]
+        del weights  # slots of the highest rank take twice as much
         if args.vllm:
-            layers = weights.modules.shape[1]
-            del weights  # slots of the highest rank take twice as much
             sys.path.append(str(args.vllm))  # last: its own pydantic and the like stay behind ours
-            bench_vllm(bench, ranks, layers)
+            bench_peer(bench, lambda slots: VllmLora(slots, len(slots), device), ranks, layers)
+        if args.sglang:
+            bench_peer(bench, lambda slots: SglangLora(args.sglang, slots, ranks, device), ranks, layers)
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps(environment(bench, ops) | {"rows": bench.rows}) + "\n")

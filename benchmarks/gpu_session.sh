@@ -8,12 +8,14 @@
 # PYTHON          the interpreter (python3)           FLORA_COMMIT   where there is no git
 # PYTEST_ADDOPTS  for the tests: "-n 8" where pytest-xdist is, since they compile most of the time
 # REHEARSE=1      all of it so small that a CPU without a GPU goes through it; proves the road, and nothing of its speed
-# STEPS="a b"     only these                          VLLM           folder that has vLLM: its kernels beside ours
+# STEPS="a b"     only these
+# VLLM, SGLANG    folders that have vLLM, and SGLang's wheel unpacked: their kernels beside ours
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 VLLM=${VLLM:-}
+SGLANG=${SGLANG:-}
 REHEARSE=${REHEARSE:-}
 STEPS=${STEPS:-}
 export PYTHONUNBUFFERED=1 PYTHONPATH=${PYTHONPATH:-}${PYTHONPATH:+:}$PWD
@@ -26,7 +28,7 @@ tests      170 300 the GPU tests: kernels, graphs, isolation, launches
 gate        90 200 bf16 error against float32, PEFT's beside it; nothing is timed before it has passed
 table      320 420 requests/s for 0, 5, 100, 1000, 2000 adapters; base beside adapters; all seven projections; leaks
 latency     75 150 one stream: time per token, first token by where the adapter lies
-kernels     90 200 shrink, expand, attention by graph replay; vLLM's kernels beside them where importable
+kernels     90 200 shrink, expand, attention by graph replay; vLLM's and SGLang's kernels beside them where they are
 served     150 260 a storm of loads; 256 clients over HTTP
 paper      760 900 S-LoRA's list on its own shapes: S1, S2, merged, slots, early abort, capped, prefetch, clusters
 peft        75 140 transformers and PEFT on the same trace
@@ -85,7 +87,8 @@ do_after() {
 }
 do_kernels() {
     [ -n "$REHEARSE" ] && return 0 # the interpreter takes minutes for them: bench_kernels.py --dry
-    "$PYTHON" benchmarks/bench_kernels.py --out "$rows/kernels.jsonl" ${VLLM:+--vllm "$VLLM"}
+    "$PYTHON" benchmarks/bench_kernels.py --out "$rows/kernels.jsonl" ${VLLM:+--vllm "$VLLM"} \
+        ${SGLANG:+--sglang "$SGLANG"}
 }
 do_served() { suite storm && suite http; } # processes of their own: a server needs all of the GPU's memory
 do_paper() { suite paper; }
@@ -104,7 +107,7 @@ do_invariant() { suite invariant; }
 
 export -f do_tests do_gate do_table do_latency do_after do_kernels do_served do_paper do_peft do_cost do_invariant
 export -f suite bench left
-export PYTHON REHEARSE VLLM rows budget
+export PYTHON REHEARSE VLLM SGLANG rows budget
 
 run_step() { # NAME EXPECTED MOST
     local name=$1 expected=$2 most=$3 remaining
