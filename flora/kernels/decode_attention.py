@@ -109,14 +109,14 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     i_seq = tl.program_id(0).to(tl.int64)
     i_kv_head = tl.program_id(1)
     row = tl.load(p_starts + i_seq).to(tl.int64)
     num_queries = tl.load(p_starts + i_seq + 1) - row
     seq_len = tl.load(p_seq_lens + i_seq)
+    if OVERLAP:  # what comes before is of the step's inputs, which no launch writes
+        gdc_wait()
+        gdc_launch_dependents()
     num_splits = tl.maximum(tl.cdiv(seq_len, SPLIT_TOKENS), 1)  # an empty context still writes its zeros
     if num_queries == 1:
         o_heads = tl.arange(0, BLOCK_HEADS)

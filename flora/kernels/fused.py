@@ -3,9 +3,9 @@
 A decode step of 32 layers would launch some thirty small kernels a layer for these in plain torch, and each costs as
 much as its launch. Rounding follows `pointwise.py`: float32 inside, and a rounding wherever that file has one.
 
-overlap, everywhere: start while the launch before ends (programmatic dependent launch). A kernel touches no memory
-before `gdc_wait`, which waits for all of that launch, so only the latency of starting is hidden. What reads low-rank
-terms waits for two streams and starts after both.
+overlap, everywhere: start while the launch before ends (programmatic dependent launch). What that launch may write is
+read after `gdc_wait`, which waits for all of it; the model's weights and the step's inputs, which no launch of the step
+writes, are read before. What reads low-rank terms waits for two streams and starts after both.
 
 terms, everywhere: what the product read here still lacks; see `terms.py`. A row without an adapter has the same bits
 where terms are read as where none are: products and sums are rounded apart, since the compiler fuses other ones in each
@@ -145,7 +145,7 @@ def _launch_norm(
 def _with_terms(b_y, p_terms, p_adapter_row, mask):  # type: ignore[no-untyped-def]
     """A row's product with its low-rank terms; its very bits, whatever lies in p_terms, if the row has no adapter."""
     has_adapter = tl.load(p_adapter_row) != 0
-    b_terms = tl.load(p_terms, mask=mask & has_adapter, other=0.0)
+    b_terms = tl.load(p_terms, mask=mask, other=0.0)  # of every row: a load that waits for the other costs 0.6 us
     b_sum = (b_y.to(tl.float32) + b_terms.to(tl.float32)).to(b_y.dtype)
     return tl.where(has_adapter, b_sum, b_y)
 
@@ -165,12 +165,13 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     o_row = tl.program_id(0).to(tl.int64) * size
     o = tl.arange(0, BLOCK)
     mask = o < size
+    b_weight = tl.load(p_weight + o, mask=mask, other=0.0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     b_x = tl.load(p_x + o_row + o, mask=mask, other=0.0)
     if ADD:
         # the sum is rounded to x's dtype first, as the reference's two torch calls do
@@ -181,9 +182,8 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_x + o_row + o, b_x, mask=mask)
     b_x32 = b_x.to(tl.float32)
     inverse_rms = 1.0 / tl.sqrt(tl.sum(b_x32 * b_x32, axis=0) / size + eps)
-    b_weight = tl.load(p_weight + o, mask=mask, other=0.0).to(tl.float32)
     b_normed = (b_x32 * inverse_rms).to(p_x.dtype.element_ty).to(tl.float32)
-    tl.store(p_out + o_row + o, (b_weight * b_normed).to(p_out.dtype.element_ty), mask=mask)
+    tl.store(p_out + o_row + o, (b_weight.to(tl.float32) * b_normed).to(p_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -211,13 +211,16 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     TERMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     o_head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     o_dim = tl.arange(0, HALF)
     half = HEAD_DIM // 2
+    position, slot = tl.load(p_positions + row), tl.load(p_slots + row)
+    b_cos = tl.load(p_cos + position * table_stride + o_dim, mask=o_dim < half, other=0.0)[None, :]
+    b_sin = tl.load(p_sin + position * table_stride + o_dim, mask=o_dim < half, other=0.0)[None, :]
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     m = (o_head[:, None] < NUM_Q_HEADS + 2 * NUM_KV_HEADS) & (o_dim[None, :] < half)
     o_first = row * row_stride + o_head[:, None] * HEAD_DIM + o_dim[None, :]
     p_first = p_qkv + o_first
@@ -227,9 +230,6 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
         b_first = _with_terms(b_first, p_terms + o_first, p_adapter_rows + row, m)
         b_second = _with_terms(b_second, p_terms + o_first + half, p_adapter_rows + row, m)
 
-    position = tl.load(p_positions + row)
-    b_cos = tl.load(p_cos + position * table_stride + o_dim, mask=o_dim < half, other=0.0)[None, :]
-    b_sin = tl.load(p_sin + position * table_stride + o_dim, mask=o_dim < half, other=0.0)[None, :]
     first32, second32 = b_first.to(tl.float32), b_second.to(tl.float32)
     dtype = p_qkv.dtype.element_ty
     rotated_first = (first32 * b_cos - second32 * b_sin).to(dtype)
@@ -239,7 +239,6 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_first, rotated_first, mask=m & is_q)
     tl.store(p_first + half, rotated_second, mask=m & is_q)
 
-    slot = tl.load(p_slots + row)
     if slot >= 0:
         # slot is int64, and with it every offset: a plane may pass 2**31 elements
         p_token = p_kv + slot // PAGE_TOKENS * page_stride + slot % PAGE_TOKENS * token_stride
