@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from flora.child_process import end_child
 from flora.errors import FloraError, ServeError
 from flora.serve import ServeConfig, serve
 from flora.serve.config import decode_engine_config, encode_engine_config
@@ -44,12 +45,7 @@ def running_server(config: ServeConfig, log: Path) -> Iterator[str]:
             raise ServeError("the server under measurement did not come up", cause="\n".join(last) or "it said nothing")
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(_END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_child(process, _END_TIMEOUT_S)
         process.stdout.close()
 
 

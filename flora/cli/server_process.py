@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flora.child_process import end_child
 from flora.errors import ServeError
 
 _SERVING_AT = re.compile(r"serving at (http://\S+)")
@@ -37,7 +38,7 @@ def running_server(arguments: Sequence[str], home: Path) -> Iterator[str]:
     try:
         yield reader.wait_for_url(time.monotonic() + _START_TIMEOUT_S)
     finally:
-        _end(process)
+        end_child(process, _END_TIMEOUT_S)
 
 
 class _LogReader:
@@ -69,12 +70,3 @@ class _LogReader:
             if match := _SERVING_AT.search(line):
                 self._urls.put(match[1])
         self._urls.put(None)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.terminate()
-    try:
-        process.wait(_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
