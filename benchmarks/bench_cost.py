@@ -9,48 +9,42 @@ the weights fill on the device and in host memory.
 
 import argparse
 import logging
-import os
 from pathlib import Path
 
-import torch
-
 from flora.bench.cost import measure_cost
-from flora.bench.facts import Surroundings
-from flora.bench.row import append_row, commit_of_this_code, encode_row
+from flora.bench.row import append_row, encode_row
+from flora.bench.script import ints, make_parser, sized_engine, surroundings
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.shapes import SHAPES
-from flora.serve.config import EngineConfig
 
 
 def main() -> None:
     args = parse_args()
     logging.getLogger("flora.serve").setLevel(logging.ERROR)
-    engine = EngineConfig(
-        base=Path(),
-        registry="",
-        cache_dir=Path(),
-        device=args.device,
-        dtype="float32" if args.device == "cpu" else "bfloat16",
-        pool_bytes=int(args.pool_gib * 2**30),
+    engine = sized_engine(
+        args.device,
+        args.pool_gib,
+        args.host_gib,
         max_context=1024,
         max_sequences=args.max_sequences,
         max_batch_tokens=2048 if args.device != "cpu" else 64,
-        host_cache_bytes=int(args.host_gib * 2**30),
         num_loaders=args.loaders,
         prefix_cache=False,  # one checkpoint's keys and values are none of another's
     )
     setting = Setting(args.shape, "all", args.ranks, args.fine_tunes, args.requests, args.lengths)
     bench = ServeBench(setting=setting, engine=engine, seeds=(args.seed,), rate=args.rate)
-    gpu = torch.cuda.get_device_name(0) if args.device != "cpu" else None
-    where = Surroundings(args.commit or os.environ.get("FLORA_COMMIT") or commit_of_this_code(), gpu)
-    for row in measure_cost(bench, where, scratch=args.scratch, tell=lambda text: print("#", text, flush=True)):
+    for row in measure_cost(bench, surroundings(args), scratch=args.scratch, tell=tell):
         print(encode_row(row), flush=True)
         if args.out:
             append_row(args.out, row)
 
 
+def tell(text: str) -> None:
+    print("#", text, flush=True)
+
+
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", default="llama3-1b", choices=sorted(SHAPES))
     parser.add_argument("--fine-tunes", type=ints, default=(2, 5, 20))
     parser.add_argument("--ranks", type=ints, default=(64,), help="of the adapters, on all seven projections")
@@ -58,19 +52,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lengths", type=ints, default=(8, 512), help="low,high of prompts and answers")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pool-gib", type=float, default=40.0)
     parser.add_argument("--host-gib", type=float, default=8.0)
     parser.add_argument("--max-sequences", type=int, default=256)
     parser.add_argument("--loaders", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="where config, registry and adapters go (default: the system's)")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where there is no git")
     return parser.parse_args()
-
-
-def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

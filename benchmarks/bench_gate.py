@@ -11,8 +11,6 @@ of their spread over the vocabulary. Exit status 1 where the engine's is more th
 
 import argparse
 import gc
-import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from flora.adapter import BaseBinding, Recipe, make_adapter
-from flora.bench.row import commit_of_this_code
+from flora.bench.row import append_row, encode_row
+from flora.bench.script import make_parser, place_facts, surroundings
 from flora.bench.shapes import ALL_LINEAR, SHAPES, random_factors
 from flora.lowrank import LowRank
 from flora.registry import Registry
@@ -66,24 +65,20 @@ def main() -> int:
         model.float()
         truth = [judge(model, case, tokens) for case, (tokens, _) in zip(cases, answers, strict=True)]
     row = compare(truth, peft, [told for _, told in answers]) | facts(args, kernels)
-    print(json.dumps(row), flush=True)
+    print(encode_row(row), flush=True)
     if args.out:
-        with args.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        append_row(args.out, row)
     return 0 if row["error_ratio"] <= MOST else 1
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", help="of the engine")
     parser.add_argument("--pool-gib", type=float, default=4.0)
     parser.add_argument("--scratch", type=Path, help="for the checkpoint: memory is quickest (/dev/shm)")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where there is no git")
     args = parser.parse_args()
     args.layers = args.layers or SHAPES[args.shape]["num_hidden_layers"]
     return args
@@ -245,12 +240,9 @@ def facts(args: argparse.Namespace, kernels: dict[str, str]) -> dict[str, Any]:
         "ranks": list(RANKS),
         "dtype": args.dtype,
         "kernels": kernels,
-        "gpu": torch.cuda.get_device_name() if args.device != "cpu" else None,
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "commit": args.commit or os.environ.get("FLORA_COMMIT") or commit_of_this_code(),
-    }
+    } | place_facts(surroundings(args))
 
 
 if __name__ == "__main__":

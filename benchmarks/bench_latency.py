@@ -9,19 +9,18 @@ One JSON line a row.
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 import triton
 
 import flora
 from flora.bench.registering import register_random_adapters
-from flora.bench.row import commit_of_this_code
+from flora.bench.row import append_row, encode_row
+from flora.bench.script import make_parser, place_facts, sized_engine, surroundings
 from flora.bench.shapes import SHAPES, write_config
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
@@ -58,20 +57,16 @@ def main() -> None:
             "ttft_resident_ms": summary([ask(engine, targets[0], 1)[0] for _ in range(REPEATS)]),
             "ttft_file_ms": summary([ask(engine, targets[i], 1)[0] for i in range(1, REPEATS + 1)]),
             "ttft_host_ms": summary([ask(engine, evicted(engine, targets[i]), 1)[0] for i in range(1, REPEATS + 1)]),
-            "gpu": torch.cuda.get_device_name() if args.device != "cpu" else None,
-            "torch": torch.__version__,
             "triton": triton.__version__,
-            "commit": args.commit or os.environ.get("FLORA_COMMIT") or commit_of_this_code(),
-        }
+        } | place_facts(surroundings(args))
         engine.close()
-    print(json.dumps(row), flush=True)
+    print(encode_row(row), flush=True)
     if args.out:
-        with args.out.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        append_row(args.out, row)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--modules", default="all", choices=("attention", "all"))
     parser.add_argument("--rank", type=int, default=64)
@@ -79,26 +74,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--host-gib", type=float, default=8.0)
     parser.add_argument("--loaders", type=int, default=4)
     parser.add_argument("--beside-rows", type=int, help="EngineConfig.beside_rows, where it is not the default")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where there is no git")
     return parser.parse_args()
 
 
 def engine_config(args: argparse.Namespace, base: Path, folder: Path) -> EngineConfig:
     changes = {} if args.beside_rows is None else {"beside_rows": args.beside_rows}
-    return EngineConfig(
+    return sized_engine(
+        args.device,
+        args.pool_gib,
+        args.host_gib,
         base=base,
         registry=str(folder / "registry"),
         cache_dir=folder / "cache",
-        device=args.device,
-        dtype="float32" if args.device == "cpu" else "bfloat16",
         dummy_weights=True,
-        pool_bytes=int(args.pool_gib * 2**30),
         max_context=2048,
         max_sequences=256,
         max_batch_tokens=2048,
-        host_cache_bytes=int(args.host_gib * 2**30),
         num_loaders=args.loaders,
         **changes,
     )

@@ -11,20 +11,18 @@ trace, which would take the best part of an hour.
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
 
-from flora.bench.row import commit_of_this_code
+from flora.bench.row import append_row, encode_row
+from flora.bench.script import ints, make_parser, place_facts, surroundings
 from flora.bench.shapes import FILES_PER_RANK, MODULE_SETS, SHAPES
 from flora.bench.trace import Trace, Workload, draw_trace
 
@@ -50,14 +48,13 @@ def main() -> None:
         with torch.inference_mode():
             run(model, warm_up, Batch([0], [name_of(args, warm_up, 0)]), way)
             row = facts(args, trace, way, start_s) | measure(args, model, trace, way)
-        print(json.dumps(row), flush=True)
+        print(encode_row(row), flush=True)
         if args.out:
-            with args.out.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            append_row(args.out, row)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--shape", default="llama-7b", choices=sorted(SHAPES))
     parser.add_argument("--adapters", type=int, default=100, help="0 is the base alone")
     parser.add_argument("--modules", default="attention", choices=sorted(MODULE_SETS))
@@ -69,15 +66,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ways", type=lambda text: text.split(","), default=["switch"], help="switch,mixed")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0, help="after which no batch begins")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", help="where there is no git")
     return parser.parse_args()
-
-
-def ints(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
 
 
 def make_model(args: argparse.Namespace) -> Any:
@@ -185,14 +175,11 @@ def facts(args: argparse.Namespace, trace: Trace, way: str, start_s: float) -> d
         "order": "warm",
         "batch_size": args.batch_size,
         "start_s": round(start_s, 1),
-        "gpu": torch.cuda.get_device_name() if args.device != "cpu" else None,
         "device": args.device,
         "version": peft.__version__,
         "transformers": transformers.__version__,
-        "torch": torch.__version__,
         "kernels": {"attention": "torch sdpa", "lora": "torch"},
-        "commit": args.commit or os.environ.get("FLORA_COMMIT") or commit_of_this_code(),
-    }
+    } | place_facts(surroundings(args))
 
 
 if __name__ == "__main__":

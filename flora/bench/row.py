@@ -2,6 +2,7 @@
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -71,12 +72,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     kv_pages_left: int | None = None  # after everything has ended: 0, or something leaks
 
 
-def encode_row(row: msgspec.Struct) -> str:
+def encode_row(row: msgspec.Struct | dict[str, Any]) -> str:
     """One line of JSON, without its end."""
     return msgspec.json.encode(row).decode()
 
 
-def append_row(path: Path, row: msgspec.Struct) -> None:
+def append_row(path: Path, row: msgspec.Struct | dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as out:
         out.write(encode_row(row) + "\n")
 
