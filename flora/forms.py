@@ -60,13 +60,6 @@ def as_matrix(kind: Kind, weight: "Tensor") -> "Tensor":
     return weight.T if kind == "conv1d" else weight.flatten(1)
 
 
-def as_weight(form: Form, matrix: "Tensor") -> "Tensor":
-    """A view of [out, in] in the shape of the weight; of an expert in that of its slice."""
-    if form.kind in ("conv1d", "expert_transposed"):
-        return matrix.T
-    return matrix.unflatten(1, (-1, *form.kernel)) if form.kernel else matrix
-
-
 def is_expert(module: str) -> bool:
     """Whether this names one expert of a mixture, wherever its weight lies."""
     return _EXPERT.fullmatch(module) is not None

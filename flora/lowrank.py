@@ -120,12 +120,6 @@ def pad(factors: LowRank, rank: int) -> LowRank:
     )
 
 
-def unpad(factors: LowRank) -> LowRank:
-    """Without the trailing terms that are zero on both sides."""
-    used = (factors.A != 0).any(1) | (factors.B != 0).any(0)
-    return trim(factors, int(used.nonzero().max()) + 1 if used.any() else 0)
-
-
 def _largest_cosine(rows: Tensor) -> float:
     """The largest absolute cosine between two different rows; 0 for fewer than two."""
     unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)

@@ -8,17 +8,7 @@ One product with D as thin as the rank; everything after it is summed in float64
 import torch
 from torch import Tensor
 
-from flora.extract.factorize import wide
-from flora.lowrank import LowRank
-
 _COLUMNS = 4096  # held in float64 at once
-
-
-def kept_energy(delta: Tensor, factors: LowRank) -> float:
-    """‖delta‖² - ‖delta - scale * B @ A‖², for a delta [out, in] in float32."""
-    small, large = (factors.B.T, factors.A) if delta.shape[0] <= delta.shape[1] else (factors.A, factors.B.T)
-    small = factors.scale * small.float()
-    return float(kept_by_rank(small @ wide(delta), small, large)[-1])
 
 
 def kept_by_rank(product: Tensor, small: Tensor, large: Tensor) -> Tensor:

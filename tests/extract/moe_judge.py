@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from flora.adapter import Adapter
 from flora.checkpoint import open_checkpoint
-from flora.forms import EXPERT_KINDS, as_weight, expert_slice, stack_name
+from flora.forms import EXPERT_KINDS, expert_slice, stack_name
 from tests.extract.moe import FUSED, SEPARATE
+from tests.extract.peft_judge import as_weight
 
 TOKENS = torch.arange(20)[None]
 ROUNDING = 3e-4  # float32, in units of the change

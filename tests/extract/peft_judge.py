@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flora.adapter import Adapter
 from flora.checkpoint import Checkpoint
 from flora.extract import ExtractConfig, Wish, extract
-from flora.forms import as_weight
+from flora.forms import Form
 from flora.rank import RankRule
 from flora.registry.formats.paths import rename_tensor, tree_paths
 from flora.registry.formats.peft import load_peft, save_peft
@@ -19,6 +19,13 @@ from tests.extract.models import save, tune
 
 EVERYTHING = Wish(embeddings=True, vectors=True)
 Forward = Callable[[nn.Module], Tensor]
+
+
+def as_weight(form: Form, matrix: Tensor) -> Tensor:
+    """A view of [out, in] in the shape of the weight; of an expert in that of its slice."""
+    if form.kind in ("conv1d", "expert_transposed"):
+        return matrix.T
+    return matrix.unflatten(1, (-1, *form.kernel)) if form.kernel else matrix
 
 
 def extracted(

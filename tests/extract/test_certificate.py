@@ -6,12 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flora.extract.certificate import kept_energy
+from flora.extract.certificate import kept_by_rank
 from flora.extract.factorize import factorize, wide
 from flora.extract.fit import fit
 from flora.lowrank import LowRank, is_svd_ordered, trim
 from tests.extract.models import best_share, residual_share
 from tests.extract.test_factorize import matrix
+
+
+def kept_energy(delta: torch.Tensor, factors: LowRank) -> float:
+    """What the certificate says that all terms keep."""
+    small, large = (factors.B.T, factors.A) if delta.shape[0] <= delta.shape[1] else (factors.A, factors.B.T)
+    small = factors.scale * small.float()
+    return float(kept_by_rank(small @ wide(delta), small, large)[-1])
 
 
 def fitted(delta: torch.Tensor, rank: int, dtype: torch.dtype = torch.bfloat16):
