@@ -4,6 +4,7 @@ What records hold is spelled here, two to three times faster than by the library
 that a double cannot hold, values that JSON does not know) is left to it, refusals included. A test holds the two equal.
 """
 
+import json
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -22,6 +23,11 @@ def canonical_json(value: Any) -> bytes:
         return _spell(value).encode()
     except (_Unusual, UnicodeEncodeError, TypeError):
         return rfc8785.dumps(value)
+
+
+def indented_json(value: Any) -> bytes:
+    """UTF-8 for people to read, in a file that stays the same for equal values: sorted keys, and a line's end."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
 
 
 def _spell(value: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG
+from flora.canonical import indented_json
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import StoreError, UsageError
 
@@ -129,9 +130,5 @@ def _copy_sidecars(base: Checkpoint, folder: Path, extras: Mapping[str, bytes], 
     if GENERATION_CONFIG in extras:
         file = folder / GENERATION_CONFIG
         settings = json.loads(file.read_bytes()) if file.exists() else {}
-        file.write_bytes(_pretty(settings | json.loads(extras[GENERATION_CONFIG])))
-    (folder / RECORD_FILE).write_bytes(_pretty(record))
-
-
-def _pretty(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        file.write_bytes(indented_json(settings | json.loads(extras[GENERATION_CONFIG])))
+    (folder / RECORD_FILE).write_bytes(indented_json(record))

@@ -7,7 +7,6 @@
 A folder with a flora.json comes back as the adapter that was saved, with its digests; any other is an import.
 """
 
-import json
 import os
 import shutil
 import uuid
@@ -15,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -31,6 +30,7 @@ from flora.adapter import (
     tensor_sha256,
     to_json,
 )
+from flora.canonical import indented_json
 from flora.digests import digest_bytes
 from flora.errors import AdapterInvalid, NotFound, UsageError
 from flora.forms import EXPERT_KINDS, LINEAR, Form
@@ -139,9 +139,9 @@ def peft_files(
         paths=dict(paths or {}),
     )
     files: dict[str, Iterable[bytes | memoryview]] = {
-        CONFIG_FILE: [_pretty(config)],
+        CONFIG_FILE: [indented_json(config)],
         WEIGHTS_FILE: encode(_spell_all(adapter, factors, forms)),
-        RECORD_FILE: [_pretty(to_json(record))],
+        RECORD_FILE: [indented_json(to_json(record))],
     }
     return files | {name: [data] for name, data in adapter.extras.items() if name in EXTRAS}
 
@@ -304,7 +304,3 @@ def _replace(temporary: Path, folder: Path) -> None:
     os.rename(folder, aside)
     os.rename(temporary, folder)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _pretty(value: Any) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

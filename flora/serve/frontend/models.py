@@ -3,12 +3,8 @@
 The registry is asked on every request, so an alias that moved or a new version counts at once.
 """
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 from flora.errors import AdapterNotFound, BaseMismatch, NameInvalid
 from flora.names import Reference, parse_reference
@@ -16,10 +12,10 @@ from flora.registry import Entry, Registry, Version
 from flora.serve.frontend.carried import Carried, base_end_tokens
 from flora.serve.frontend.template import base_template
 from flora.serve.frontend.tokenizer import Tokenizer
+from flora.serve.frontend.work_threads import WorkThreads
 from flora.serve.request import AdapterTarget
 
 _MAX_NICKNAMES = 4096
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +55,7 @@ class Models:
         self._carried = Carried(registry)
         self._nicknames: dict[str, Reference] = {}
         self._merged = self._serve_merged(merged) if merged else None
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="registry")
+        self._threads = WorkThreads(4, "registry")  # it reads files: never on the event loop
 
     @property
     def default_name(self) -> str:
@@ -76,7 +72,7 @@ class Models:
         if model is None or model == self.base_name:
             return self._base
         reference = self._reference(model)
-        return await self._call(lambda: self._serve(reference, label=model))
+        return await self._threads.run(lambda: self._serve(reference, label=model))
 
     async def nickname(self, name: str, reference: str) -> Served:
         """Let `name` stand for the adapter that `reference` means, on this server until it ends.
@@ -98,8 +94,8 @@ class Models:
                 param="lora_path",
             )
         wanted = parse_reference(reference)
-        served = await self._call(lambda: self._serve(wanted, label=name))
-        known = await self._call(lambda: self._find(name))
+        served = await self._threads.run(lambda: self._serve(wanted, label=name))
+        known = await self._threads.run(lambda: self._find(name))
         if served.version == known:
             return served
         if known is not None or name == self.base_name:
@@ -123,14 +119,10 @@ class Models:
         """
         if self.merged is not None:
             return [], False
-        return await self._call(lambda: self._page(after, limit))
+        return await self._threads.run(lambda: self._page(after, limit))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    async def _call(self, work: Callable[[], _T]) -> _T:
-        """The registry reads files: never on the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._threads.close()
 
     def _reference(self, model: str) -> Reference:
         if nickname := self._nicknames.get(model):
@@ -175,7 +167,7 @@ class Models:
         if model == self.base_name:
             raise refused
         reference = self._reference(model)
-        version = await self._call(lambda: self._registry.resolve(reference))
+        version = await self._threads.run(lambda: self._registry.resolve(reference))
         if version.serving_digest != merged.version.serving_digest:
             raise refused
         return merged

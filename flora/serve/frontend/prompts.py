@@ -1,17 +1,15 @@
 """A request's prompts as token ids, within the model's bounds. Encoding is work, so it runs beside the event loop."""
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 from flora.errors import PromptTooLong, RequestInvalid
 from flora.serve.frontend.template import TemplateRenderer
 from flora.serve.frontend.tokenizer import Tokenizer
+from flora.serve.frontend.work_threads import WorkThreads
 
 _OUTSIDE_ROLES = frozenset(("user", "tool", "function"))  # whose text may come from people that the client never met
-_T = TypeVar("_T")
 
 
 class Prompts:
@@ -22,7 +20,7 @@ class Prompts:
         self.vocab_size = vocab_size  # of the model
         self._tokenizer = tokenizer
         self._renderer = renderer
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenizer")
+        self._threads = WorkThreads(2, "tokenizer")
         self._guard = lru_cache(maxsize=64)(tokenizer.guard)
 
     async def of_texts(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -30,7 +28,7 @@ class Prompts:
         for prompt in prompts:
             if isinstance(prompt, str):
                 self._check_length(prompt, "prompt")
-        encoded = await self._call(
+        encoded = await self._threads.run(
             lambda: [self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         )
         for token_ids in encoded:
@@ -50,26 +48,23 @@ class Prompts:
             raise RequestInvalid(
                 "this model has no chat template", fix="send a prompt to /v1/completions", param="messages"
             )
-        variables = await self._call(lambda: self._guarded(messages, template, template_kwargs or {}))
+        variables = await self._threads.run(lambda: self._guarded(messages, template, template_kwargs or {}))
         rendered = await self._renderer.render(template, variables | {"add_generation_prompt": add_generation_prompt})
         self._check_length(rendered, "messages")
-        token_ids = await self._call(lambda: self._tokenizer.encode_chat(rendered))
+        token_ids = await self._threads.run(lambda: self._tokenizer.encode_chat(rendered))
         self._check(token_ids, "messages")
         return token_ids
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of any text, however long."""
-        return await self._call(lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return await self._threads.run(lambda: self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     async def decode(self, token_ids: list[int]) -> str:
         """Their text, control tokens included."""
-        return await self._call(lambda: self._tokenizer.decode(token_ids, skip_special_tokens=False))
+        return await self._threads.run(lambda: self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    async def _call(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        self._threads.close()
 
     def _guarded(
         self, messages: Sequence[dict[str, Any]], template: str, template_kwargs: dict[str, Any]
