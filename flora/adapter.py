@@ -232,6 +232,7 @@ def make_adapter(
 
 
 def describe(name: str, factors: LowRank, form: Form = LINEAR) -> Module:
+    """The header's line for factors A [rank, in] and B [out, rank], which have one dtype; hashes both."""
     return Module(
         name=name,
         in_features=factors.in_features,

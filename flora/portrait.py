@@ -55,6 +55,8 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Portrait:
+    """An adapter's modules, and what they add up to. Shares are of squared norm, the whole change's."""
+
     modules: tuple[Spectrum, ...]
 
     @property

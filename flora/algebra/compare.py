@@ -48,6 +48,8 @@ class ModuleComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
+    """Two adapters told apart module by module, and as one change each."""
+
     modules: tuple[ModuleComparison, ...]  # of either adapter, by name
 
     @property

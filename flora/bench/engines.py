@@ -25,6 +25,8 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class World:
+    """What engines under measurement share: a base without weights, and a registry of random adapters."""
+
     folder: Path
     bench: ServeBench
     targets: Mapping[int, AdapterTarget]  # adapter number -> what requests name

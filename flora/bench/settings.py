@@ -13,6 +13,8 @@ WARM_UP_SEED, WARM_UP_REQUESTS, WARM_UP_ADAPTERS = 7, 40, 8
 
 @dataclass(frozen=True, slots=True)
 class Setting:
+    """What is asked: a base of random weights, adapters of it, and requests of random lengths."""
+
     shape: str  # one of shapes.SHAPES
     modules: str  # one of shapes.MODULE_SETS
     ranks: tuple[int, ...]  # adapter number i has rank ranks[i % len(ranks)]

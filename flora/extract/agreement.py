@@ -13,6 +13,10 @@ BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived
 
 
 def check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint, wish: Wish) -> None:
+    """Raises ShapeMismatch where two tensors of one name differ in shape, but for a vocabulary that has only grown.
+
+    wish  whether embeddings are carried: rows of new tokens are, then
+    """
     differing = [pair for pair in pairs if pair.base and pair.tuned and pair.base.shape != pair.tuned.shape]
     if not differing:
         return
@@ -45,6 +49,9 @@ def _has_grown(pair: TensorPair) -> bool:
 
 
 def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raises CheckpointError where the tuned checkpoint lacks tensors of the base, but for buffers and a tied head; and
+    where it is of another architecture and has tensors that the base lacks.
+    """
     untied = tuned.config.get("tie_word_embeddings") is False  # and so it should have a head of its own
     missing = [
         pair.name
@@ -80,6 +87,7 @@ def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpo
 
 
 def check_dtypes(pairs: Sequence[TensorPair]) -> None:
+    """Raises CheckpointError where a tensor is quantized in a way that is not read."""
     for pair in pairs:
         for info in pair.sides:
             if info.dtype not in FLOAT_DTYPES and (info.dtype.startswith("F8") or info.name.endswith(PACKED)):

@@ -12,6 +12,8 @@ FACTOR_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}  
 
 @dataclass(frozen=True, slots=True)
 class ExtractConfig:
+    """Raises UsageError where the rule is empty, or factors cannot be stored in that dtype."""
+
     rule: RankRule
     factor_dtype: str = "bfloat16"  # of the stored factors
     exact: bool = False  # a full SVD of every delta, for audits

@@ -32,6 +32,7 @@ def set_labels(home: Home, version: Version, wanted: Mapping[str, str | None]) -
 
 
 def check_label(key: str, value: str | None) -> None:
+    """Raises NameInvalid where the key, or the value that is not None, is too long or has other characters."""
     if not _KEY.fullmatch(key):
         raise NameInvalid(f"{key[:80]!r} cannot be a label", fix="letters, digits, '.', '_', '-' and '/', 64 at most")
     if value is not None and (len(value) > _MAX_VALUE or not value.isprintable()):

@@ -16,6 +16,8 @@ SCHEMA_VERSION = 1
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """One version: all of its adapter but the bytes of its blobs, which it names by digest and size."""
+
     header: AdapterHeader
     weights: Blob  # safetensors, under PEFT's names
     report: Blob | None

@@ -41,6 +41,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One server: its engine, who may ask it, and how long it waits for each of them."""
+
     engine: EngineConfig
     base_name: str  # the base's model id on the API
     host: str = "127.0.0.1"
