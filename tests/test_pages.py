@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import typer
 
-from flora.cli.app import app
+from flora.cli.app import make_app
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-GROUPS = {group.name or "": group.typer_instance for group in app.registered_groups}
-VERBS = sorted([*(command.name or "" for command in app.registered_commands), *GROUPS])
+APP = make_app()
+GROUPS = {group.name or "": group.typer_instance for group in APP.registered_groups}
+VERBS = sorted([*(command.name or "" for command in APP.registered_commands), *GROUPS])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -38,7 +39,7 @@ def test_every_verb_that_a_message_or_docstring_names_exists():
 def test_every_flag_that_the_readme_names_is_a_flag():
     named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
 
-    assert named <= {flag for command in commands_of(typer.main.get_command(app)) for flag in flags_of(command)}
+    assert named <= {flag for command in commands_of(typer.main.get_command(APP)) for flag in flags_of(command)}
 
 
 def commands_of(command: Any) -> Iterator[Any]:

@@ -15,10 +15,10 @@ def _verbs() -> dict[str, dict[str, Any]]:
     """Panel -> verb, as it is typed -> command."""
     import typer.main
 
-    from flora.cli.app import app
+    from flora.cli.app import make_app
 
     panels: dict[str, dict[str, Any]] = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(make_app()).commands.items():  # type: ignore[attr-defined]
         panel = panels.setdefault(command.rich_help_panel or "Others", {})
         members = getattr(command, "commands", None)
         if members is None:

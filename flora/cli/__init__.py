@@ -5,7 +5,8 @@
     output.py     data on stdout, for people, for pipes or as JSON; everything else on stderr
     progress.py, logs.py, sizes.py, verdict.py, machine.py, sizing.py, remote.py   what the verbs need besides
     demonstration.py, gates.py, server_process.py   the demo's steps, its bounds, its server
-    commands/     one file per verb or family of verbs; each imports what it drives only when it runs
+    commands/     one file per verb or family of verbs, imported when one of them is asked for; what it drives is
+                  imported only when it runs
 
 `flora --help` imports no torch, nor anything else that is slow.
 """

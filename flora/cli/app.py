@@ -8,32 +8,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
 import flora
-from flora.cli.commands import (
-    aliases,
-    bench,
-    care,
-    client,
-    demo,
-    diff,
-    doctor,
-    exchange,
-    extract,
-    finding,
-    inspection,
-    listing,
-    merge,
-    prune,
-    registry,
-    remotes,
-    serve,
-    verify,
-)
 from flora.cli.output import SCHEMA_VERSION, note
 from flora.errors import FloraError
 
@@ -44,20 +26,13 @@ _EXTRA_OF_MODULE = dict.fromkeys(
     "serve",
 ) | {"transformers": "hf", "obstore": "s3", "oras": "oci", "psycopg": "postgres", "gguf": "gguf"}
 
-app = typer.Typer(
-    name="flora",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=(
-        "Start with [bold]flora demo[/bold]: the whole life of three adapters in under three minutes, offline. "
-        "[bold]flora doctor[/bold] says what this machine lacks.\n\n"
-        "FLORA_HOME is the folder of everything that Flora keeps, FLORA_REGISTRY_URL another registry, "
-        "FLORA_SERVER_URL and FLORA_API_KEY the server to ask; FLORA_DEBUG=1 shows where an error happened.\n\n"
-        "Exit codes: 0 done, 1 failed, 2 usage, 3 a check did not hold, 4 authorization, 5 not found, 130 interrupted."
-    ),
+
+_EPILOG = (
+    "Start with [bold]flora demo[/bold]: the whole life of three adapters in under three minutes, offline. "
+    "[bold]flora doctor[/bold] says what this machine lacks.\n\n"
+    "FLORA_HOME is the folder of everything that Flora keeps, FLORA_REGISTRY_URL another registry, "
+    "FLORA_SERVER_URL and FLORA_API_KEY the server to ask; FLORA_DEBUG=1 shows where an error happened.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 a check did not hold, 4 authorization, 5 not found, 130 interrupted."
 )
 
 
@@ -67,7 +42,6 @@ def _print_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _flora(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
@@ -95,43 +69,88 @@ def _first_sentence(text: str) -> str:
     return text.partition("\n")[0].partition(". ")[0].rstrip(".:") + "."
 
 
-_PANELS: dict[str, dict[str, Callable[..., None]]] = {
+_PANELS: dict[str, dict[str, str]] = {  # verb -> where its function is, in `commands`
     "Make adapters": {
-        "extract": extract.extract,
-        "prune": prune.prune,
-        "inspect": inspection.inspect,
-        "verify": verify.verify,
-        "merge": merge.merge,
-        "diff": diff.diff,
+        "extract": "extract.extract",
+        "prune": "prune.prune",
+        "inspect": "inspection.inspect",
+        "verify": "verify.verify",
+        "merge": "merge.merge",
+        "diff": "diff.diff",
     },
     "Keep them": {
-        "ls": listing.ls,
-        "show": listing.show,
-        "search": finding.search,
-        "label": finding.label,
-        "tag": aliases.tag,
-        "promote": aliases.promote,
-        "rollback": aliases.rollback,
-        "rm": care.rm,
-        "gc": care.gc,
-        "fsck": care.fsck,
+        "ls": "listing.ls",
+        "show": "listing.show",
+        "search": "finding.search",
+        "label": "finding.label",
+        "tag": "aliases.tag",
+        "promote": "aliases.promote",
+        "rollback": "aliases.rollback",
+        "rm": "care.rm",
+        "gc": "care.gc",
+        "fsck": "care.fsck",
     },
     "Exchange them": {
-        "import": exchange.import_,
-        "export": exchange.export,
-        "compat": exchange.compat,
-        "push": remotes.push,
-        "pull": remotes.pull,
+        "import": "exchange.import_",
+        "export": "exchange.export",
+        "compat": "exchange.compat",
+        "push": "remotes.push",
+        "pull": "remotes.pull",
     },
     "Serve them": {
-        "serve": serve.serve,
-        "run": client.run,
-        "ps": client.ps,
-        "load": client.load,
-        "unload": client.unload,
+        "serve": "serve.serve",
+        "run": "client.run",
+        "ps": "client.ps",
+        "load": "client.load",
+        "unload": "client.unload",
     },
-    "Try it out": {"demo": demo.demo, "doctor": doctor.doctor},
+    "Try it out": {"demo": "demo.demo", "doctor": "doctor.doctor"},
 }
+_GROUPS = {  # of verbs, each a file of `commands` -> its panel and its line there
+    "registry": ("Keep them", "The registry itself: protection, events, index."),
+    "bench": ("Try it out", "Measure serving, and draw it."),
+}
+_VERBS = {verb for verbs in _PANELS.values() for verb in verbs} | _GROUPS.keys()
+
+
+def make_app(only: str | None = None) -> typer.Typer:
+    """The command line with all its verbs, or with one: a verb's flags cost milliseconds, and there are forty.
+
+    only  a verb; "" for none
+    """
+    app = typer.Typer(
+        name="flora",
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog=_EPILOG,
+    )
+    app.callback()(_flora)
+    for panel, verbs in _PANELS.items():
+        for name, place in verbs.items():
+            if only in (None, name):
+                module, _, function = place.partition(".")
+                _add(app, name, getattr(_commands(module), function), panel)
+    for name, (panel, line) in _GROUPS.items():
+        if only in (None, name):
+            app.add_typer(_group(name), name=name, help=line, rich_help_panel=panel)
+    return app
+
+
+@cache
+def _group(name: str) -> typer.Typer:
+    module = _commands(name)
+    group: typer.Typer = module.app
+    for verb, function in module.VERBS.items():
+        _add(group, verb, function)
+    return group
+
+
+def _commands(name: str) -> Any:
+    """A file of `commands`."""
+    return import_module(f"flora.cli.commands.{name}")
 
 
 def _add(group: typer.Typer, name: str, verb: Callable[..., None], panel: str | None = None) -> None:
@@ -139,20 +158,12 @@ def _add(group: typer.Typer, name: str, verb: Callable[..., None], panel: str | 
     group.command(name, help=text, short_help=_first_sentence(text), rich_help_panel=panel)(verb)
 
 
-for _panel, _verbs in _PANELS.items():
-    for _name, _verb in _verbs.items():
-        _add(app, _name, _verb, _panel)
-_GROUPS: tuple[tuple[typer.Typer, Mapping[str, Callable[..., None]]], ...] = (
-    (bench.app, bench.VERBS),
-    (registry.app, registry.VERBS),
-)
-for _group, _members in _GROUPS:
-    for _name, _verb in _members.items():
-        _add(_group, _name, _verb)
-app.add_typer(
-    registry.app, name="registry", help="The registry itself: protection, events, index.", rich_help_panel="Keep them"
-)
-app.add_typer(bench.app, name="bench", help="Measure serving, and draw it.", rich_help_panel="Try it out")
+def _asked(words: Sequence[str]) -> str | None:
+    """The verb that a command line runs; "" if it asks for no more than the version, None if that takes all verbs."""
+    behind = [word for word in words if word not in ("-v", "--verbose")]
+    if behind[:1] == ["--version"]:
+        return ""
+    return behind[0] if behind and behind[0] in _VERBS else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:
-        code = app(args=words, prog_name="flora", standalone_mode=False)
+        code = make_app(_asked(words))(args=words, prog_name="flora", standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
             note("interrupted")

@@ -53,8 +53,8 @@ def print_table(
             print(row[id_key])
     elif form is Format.TSV:
         print("\t".join(column.key for column in columns))
-        for row in rows:
-            print("\t".join(_plain(row[column.key]) for column in columns))
+        cells = [[_plain(row[column.key]) for row in rows] for column in columns]
+        sys.stdout.writelines("\t".join(line) + "\n" for line in zip(*cells, strict=True))
     elif rows:
         _print_rich(columns, rows)
     else:
@@ -101,8 +101,11 @@ def short_digest(digest: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    if type(value) is str and value.isprintable():  # nearly all of a long listing
+    kind = type(value)  # nearly all of a long listing is of these two
+    if kind is str and value.isprintable():
         return value
+    if kind is int or kind is float:
+        return str(value)
     if value is None:
         return ""
     if isinstance(value, bool):

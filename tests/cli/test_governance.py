@@ -86,7 +86,7 @@ def test_events_are_listed_from_a_cursor_and_followed(stored, home):
 )
 def test_a_shell_completes_references(stored, typed, offered):
     env = os.environ | {"_FLORA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": f"flora show {typed}"}
-    script = "from flora.cli.app import app; app(prog_name='flora')"
+    script = "from flora.cli.app import make_app; make_app()(prog_name='flora')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
 
     assert [each for each in ("sql:latest", "sql@v1", "sql") if f'"{each}"' in done.stdout.replace("\\", "")] == offered

@@ -9,13 +9,14 @@ from importlib.metadata import version
 import pytest
 
 import flora as package
-from flora.cli.app import app
+from flora.cli.app import make_app
 from flora.cli.output import Column, Format, percent, print_table
 from flora.cli.progress import _lines
 from flora.cli.sizes import parse_bytes, parse_length, show_bytes
 from flora.errors import UsageError
+from flora.registry import Registry
 
-VERBS = sorted(command.name or "" for command in app.registered_commands)
+VERBS = sorted(command.name or "" for command in make_app().registered_commands)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -102,6 +103,45 @@ def test_help_is_quick_because_it_imports_little():
         "httpx2",
     }
     assert slow & set(done.stdout.splitlines()[-1].split()) == set()
+
+
+def imported(*words: str) -> set[str]:
+    """The modules that a process of `flora` has imported once it is done."""
+    script = "import sys\nfrom flora.cli import main\nassert main() == 0\nprint(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_listing_imports_what_it_reads_and_no_more(tmp_path):
+    """Half of its time is imports: of other verbs, migrations, the ORM, formats and tables for people it needs none."""
+    Registry.open(tmp_path / "r").close()
+
+    modules = imported("ls", "--registry", str(tmp_path / "r"))
+
+    assert {name for name in modules if name.startswith("flora.cli.commands.")} == {"flora.cli.commands.listing"}
+    assert not {"sqlalchemy.orm", "sqlalchemy.dialects.postgresql", "flora.registry.formats.peft"} & modules
+    assert not {name for name in modules if name.startswith(("flora.registry.remotes", "flora.registry.migrations"))}
+    needed = {"flora", "msgspec", "pydantic", "pydantic_core", "rfc8785", "shellingham", "sqlalchemy", "typer"}
+    needed |= {"annotated_doc", "annotated_types", "typing_extensions", "typing_inspection", "greenlet"}  # theirs
+    strange = {name.partition(".")[0] for name in modules} - set(sys.stdlib_module_names) - needed
+    assert not {name for name in strange if not name.startswith("_") and name != "cython_runtime"}
+    assert len({name for name in modules if name.startswith("flora")}) <= 60
+
+
+def test_the_version_is_told_without_any_verb():
+    assert not {name for name in imported("--version") if name.startswith(("flora.cli.commands.", "pydantic", "rich"))}
+
+
+@pytest.mark.parametrize("words", [["ls"], ["-v", "show"], ["registry"], ["registry", "events"], ["bench"]])
+def test_a_verb_that_is_made_alone_is_helped_as_among_all(flora, capfd, words):
+    make_app()(args=[*words, "--help"], prog_name="flora", standalone_mode=False)
+    among_all = capfd.readouterr().out
+
+    assert flora(*words, "--help").out == among_all
+
+
+def test_help_before_a_verb_is_of_them_all(flora):
+    assert "extract" in flora("--help", "ls").out
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import shutil
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
-from flora.cli.app import app
+from flora.cli.app import make_app
 from tests.cli.schemas import SHARED, by_command, check_answer, check_error, schemas
 
-COMMANDS = {command.name or "": command for command in app.registered_commands} | {
+COMMANDS = {command.name or "": command for command in make_app().registered_commands} | {
     f"{group.name} {command.name}": command
-    for group in app.registered_groups
+    for group in make_app().registered_groups
     if group.typer_instance
     for command in group.typer_instance.registered_commands
 }
