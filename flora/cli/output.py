@@ -33,6 +33,7 @@ class Column:
 
 
 def choose_format(*, as_json: bool, ids_only: bool) -> Format:
+    """What the flags ask for, else a table on a terminal and TSV in a pipe. Raises UsageError for both flags."""
     if as_json and ids_only:
         raise UsageError("--json and --quiet exclude each other", fix="give one of them")
     if as_json:
@@ -96,24 +97,20 @@ def percent(share: float | None) -> str:
     return "> 99.9 %" if share < 1 and text == "100.0" else f"{text} %"
 
 
-def short_digest(digest: str) -> str:
-    return digest.removeprefix("sha256:")[:12]
-
-
 def _plain(value: Any) -> str:
-    kind = type(value)  # nearly all of a long listing is of these two
+    kind = type(value)  # asked first for what nearly all of a long listing is of
     if kind is str and value.isprintable():
         return value
     if kind is int or kind is float:
         return str(value)
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return ",".join([f"{key}={_plain(entry)}" for key, entry in value.items()])
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
         return ",".join(map(_plain, value))
-    if isinstance(value, dict):
-        return ",".join(f"{key}={_plain(entry)}" for key, entry in value.items())
     return str(value).replace("\t", " ").replace("\n", " ")
 
 
