@@ -25,7 +25,7 @@ def decode_attention(
 
     A context is cut every split_tokens, whoever else is in the batch, so a row's bits depend on its own sequence alone.
     Of a sequence's programs the last to arrive puts the parts together, in the order of the context: a launch of its
-    own for that took 11 us a layer at 256 sequences, most of them too short to have parts.
+    own for that would have nothing to do for most sequences, which are too short to have parts.
 
     arrivals  int32 [num_sequences * num_kv_heads] or longer: zeros, and zeros again when the launch has ended
     Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).

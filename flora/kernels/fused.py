@@ -9,7 +9,7 @@ writes, are read before. What reads low-rank terms waits for two streams and sta
 
 terms, everywhere: what the product read here still lacks; see `terms.py`. A row without an adapter has the same bits
 where terms are read as where none are: products and sums are rounded apart, since the compiler fuses other ones in each
-(seen on an H100 in `second * cos + first * sin`: two of 160 trials).
+(`second * cos + first * sin` the other way round: two of the trials in `tests/serve/engine/test_cuda.py` saw it).
 """
 
 import torch
@@ -145,7 +145,7 @@ def _launch_norm(
 def _with_terms(b_y, p_terms, p_adapter_row, mask):  # type: ignore[no-untyped-def]
     """A row's product with its low-rank terms; its very bits, whatever lies in p_terms, if the row has no adapter."""
     has_adapter = tl.load(p_adapter_row) != 0
-    b_terms = tl.load(p_terms, mask=mask, other=0.0)  # of every row: a load that waits for the other costs 0.6 us
+    b_terms = tl.load(p_terms, mask=mask, other=0.0)  # of every row, so that neither load waits for the other
     b_sum = (b_y.to(tl.float32) + b_terms.to(tl.float32)).to(b_y.dtype)
     return tl.where(has_adapter, b_sum, b_y)
 

@@ -24,7 +24,7 @@ class SideStream:
 
     A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway. Enter it before the
     product is launched: cuBLAS's programs leave no room on a multiprocessor, and what comes after them waits to their
-    end. A higher priority was tried and costs a few us a layer.
+    end. A higher priority was tried and was slower (benchmarks/NOTES.md).
     """
 
     def __init__(self, device: torch.device) -> None:
