@@ -266,19 +266,19 @@ def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: lis
     padded_baseline(bench, n, max(ranks))
 
 
-def bench_peer(bench: Bench, make: Callable[[list[int]], PeerLora], ranks: list[int], layers: int) -> None:
+def bench_peer(bench: Bench, name: str, make: Callable[[list[int]], PeerLora], ranks: list[int], layers: int) -> None:
     """Another engine's kernels, distinct adapters as in bench_lora; a row says why where there are none.
 
-    make  the engine's, for rows that want these slots
+    name  of the engine's rows;  make  its kernels, for rows that want these slots
     """
     n, model, slots = len(ranks), bench.model, list(range(len(ranks)))
     try:
         peer = make(slots)
     except NoPeer as error:
-        bench.record(op="peer lora", skipped=str(error)[:200])
+        bench.record(op=name, skipped=str(error)[:200])
         return
     data = lora_inputs(bench, n, ALL)
-    for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
+    for modules, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
         layers_of_packed = []
         for layer in range(layers):
             packed_of = {}
@@ -290,7 +290,7 @@ def bench_peer(bench: Bench, make: Callable[[list[int]], PeerLora], ranks: list[
                     result = y.clone()
                     peer.add(result, x, packed_of[group])
                     error = relative(result.float(), expected(y, x, module, slots))
-                    bench.check(check=peer.name, group=group.name, error=error)
+                    bench.check(check=name, group=group.name, error=error)
             layers_of_packed.append(packed_of)
 
         def step(layers_of_packed: list = layers_of_packed) -> None:
@@ -301,7 +301,7 @@ def bench_peer(bench: Bench, make: Callable[[list[int]], PeerLora], ranks: list[
 
         seconds, read = bench.seconds(step), sum(lora_bytes(model, ranks, groups, layers))
         bench.record(
-            op=peer.name, modules=name, adapters=n, version=peer.version, us_per_layer=seconds / layers * 1e6,
+            op=name, modules=modules, adapters=n, version=peer.version, us_per_layer=seconds / layers * 1e6,
             tb_s=read / seconds / 1e12,
         )  # fmt: skip
 
@@ -606,9 +606,9 @@ def main() -> None:
         del weights  # slots of the highest rank take twice as much
         if args.vllm:
             sys.path.append(str(args.vllm))  # last: its own pydantic and the like stay behind ours
-            bench_peer(bench, lambda slots: VllmLora(slots, len(slots), device), ranks, layers)
+            bench_peer(bench, "vllm lora", lambda slots: VllmLora(slots, len(slots), device), ranks, layers)
         if args.sglang:
-            bench_peer(bench, lambda slots: SglangLora(args.sglang, slots, ranks, device), ranks, layers)
+            bench_peer(bench, "sglang lora", lambda slots: SglangLora(args.sglang, slots, ranks, device), ranks, layers)
     if args.out:
         with args.out.open("a") as file:
             file.write(json.dumps(environment(bench, ops) | {"rows": bench.rows}) + "\n")

@@ -24,7 +24,6 @@ class SlottedModule:
 class PeerLora(Protocol):
     """Shrink and expand of another engine, over rows that want given slots."""
 
-    name: str
     version: str
 
     def packed(self, module: SlottedModule, num_rows: int) -> Any:

@@ -23,8 +23,6 @@ _KERNELS = "sglang.kernels.ops.lora.dense"
 class SglangLora:
     """See PeerLora."""
 
-    name = "sglang lora"
-
     def __init__(self, folder: Path, slots: Sequence[int], ranks: Sequence[int], device: torch.device) -> None:
         """folder  where the wheel was unpacked
         slots   of each row, those with one adapter side by side;  ranks  of the slots' adapters

@@ -15,8 +15,6 @@ from torch import Tensor
 class VllmLora:
     """See PeerLora."""
 
-    name = "vllm lora"
-
     def __init__(self, slots: Sequence[int], num_slots: int, device: torch.device) -> None:
         """slots  of each row. Raises NoPeer."""
         try:
