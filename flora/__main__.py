@@ -9,7 +9,7 @@ def run() -> int:
     from flora.cli import main
 
     code = main()
-    gc.freeze()  # what is left at the end is not searched for cycles: half the time of a short command's last moments
+    gc.freeze()  # what is left at the end is not searched for cycles, which a short command would wait for
     return code
 
 

@@ -209,6 +209,7 @@ class Engine:
         for sequence in self.scheduler.late(now_s):
             self._aborts += 1
             slo_s, num_waiting = self.scheduler.policy.slo_ttft_s, self.scheduler.num_waiting
+            assert slo_s is not None, "without a bound nobody is late"
             self._answers.refuse(sequence, too_late(slo_s, now_s - sequence.arrived_s, num_waiting))
 
     def _submit(self, message: Submit, key: Key) -> None:

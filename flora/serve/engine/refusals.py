@@ -28,7 +28,7 @@ def check_adapter(adapter: AdapterTarget | None, ready: Ready) -> None:
         )
 
 
-def too_late(slo_s: float | None, waited_s: float, num_waiting: int) -> DeadlineMissed:
+def too_late(slo_s: float, waited_s: float, num_waiting: int) -> DeadlineMissed:
     """The error of a request whose first token cannot come within `slo_s` any more."""
     return DeadlineMissed(
         f"the first token cannot come within {slo_s:g} s",
