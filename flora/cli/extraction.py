@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Outcome:
     version: Version | None  # in the registry
     out: Path | None
     tuned_bytes: int
+    write_s: float  # storing it took
 
     @property
     def adapter(self) -> Adapter:
@@ -79,6 +81,16 @@ class Outcome:
             return self.version.num_bytes
         whole = sum(tensor.nbytes for tensor in self.adapter.exact.values())
         return whole + sum(factors.num_bytes for factors in self.adapter.factors.values())
+
+    @property
+    def num_workers(self) -> int:
+        """Tensors that were in work at a time."""
+        return self.result.plan.crew.num_workers
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """As ExtractResult.timings has them, and `write`, which is no part of their total."""
+        return {**self.result.timings, "write": self.write_s}
 
     def record(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -109,7 +121,9 @@ class Outcome:
             "kind": diagnose_report(report),
             "verdict": verdict(report),
             "advice": list(advice(report)),
-            "seconds": dict(self.result.timings),
+            "seconds": self.seconds,
+            "num_workers": self.num_workers,
+            "peak_device_bytes": self.result.peak_device_bytes,
             "num_resumed": self.num_resumed,
             "tensors": to_json(report)["tensors"],
         }
@@ -164,7 +178,7 @@ def extract_all(
 def _store(
     result: ExtractResult, base: Checkpoint, tuned: Checkpoint, target: Target, registry: Registry | None
 ) -> Outcome:
-    version = None
+    start, version = time.perf_counter(), None
     if registry is not None and target.name is not None:
         with registry:
             version = registry.add(result.adapter, target.name, provenance={"command": "extract"})
@@ -176,7 +190,7 @@ def _store(
         save_peft(result.adapter, target.out, paths=tree_paths(base.path, result.adapter.header))
     if result.journal is not None:
         result.journal.discard()  # only now is nothing of it needed any more
-    return Outcome(result, version, target.out, tuned.num_bytes)
+    return Outcome(result, version, target.out, tuned.num_bytes, time.perf_counter() - start)
 
 
 @contextmanager

@@ -2,9 +2,8 @@
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import local
 
 import torch
@@ -13,12 +12,14 @@ from torch import Tensor
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
-from flora.extract.delta import Delta, Workspace, compute_delta, is_finite, same_bits, squared_norm
+from flora.extract.delta import Delta, compute_delta, is_finite, same_bits, squared_norm
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pair import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
 from flora.extract.regroup import readable_pair
+from flora.extract.station import Station
+from flora.extract.stopwatch import Stopwatch
 from flora.forms import as_matrix
 from flora.rank import rank_for_energy, signal_rank
 
@@ -37,11 +38,11 @@ class Change:
     signal_rank: int | None = None  # of an extractable pair that changed: `flora.rank.signal_rank`
     signal_energy: float = 0.0
     tied: bool = False  # an output head that is its token embedding again on both sides
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by `stopwatch.STAGES`
 
 
 class PairWorker:
-    """Works on pairs of one base and one tuned checkpoint; each thread that calls it has a workspace of its own."""
+    """Works on pairs of one base and one tuned checkpoint; each thread that calls it has a station of its own."""
 
     def __init__(
         self,
@@ -49,13 +50,13 @@ class PairWorker:
         tuned: Checkpoint,
         ranks: Mapping[str, int],
         config: ExtractConfig,
-        workspaces: local | None = None,
+        threads: local | None = None,
     ) -> None:
-        """`workspaces` may be shared by the workers of several tuned checkpoints, which take turns on the threads."""
+        """`threads`, their stations, may be shared by the workers of several tuned checkpoints, which take turns."""
         self._base, self._tuned = readable_pair(base, tuned)
         self._ranks = ranks
         self._config = config
-        self._threads = workspaces or local()
+        self._threads = threads or local()
         # torch loads a GPU's linear algebra on first use, and fails if two threads do so at once
         torch.linalg.cholesky(torch.ones(1, 1, device=config.device))
 
@@ -63,14 +64,18 @@ class PairWorker:
         """The change of `pair`. Raises NotFinite, CheckpointError."""
         if pair.tuned is None or self._is_tied(pair):
             return Change(pair, tied=pair.tuned is not None)
-        start = time.perf_counter()
-        delta = self._delta(pair)
-        seconds = {"delta": time.perf_counter() - start}
+        station = self._station()
+        with station.at_work():
+            change = self._work(pair, station)
+        return replace(change, seconds=station.stopwatch.take())
+
+    def _work(self, pair: TensorPair, station: Station) -> Change:
+        delta = self._delta(pair, station)
         if pair.status == "exact" and (delta.norm_squared > 0 or pair.num_new_rows):
             return self._keep_whole(pair, delta)
         if delta.values is None:
-            return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed, seconds=seconds)
-        return self._factorize(pair, delta, as_matrix(pair.kind, delta.values), seconds)
+            return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed)
+        return self._factorize(pair, delta, as_matrix(pair.kind, delta.values), station.stopwatch)
 
     def _keep_whole(self, pair: TensorPair, delta: Delta) -> Change:
         """A vector as the tuned checkpoint has it; of a table that has grown, its new rows."""
@@ -89,35 +94,30 @@ class PairWorker:
         sides = ((self._base, pair.base, pair.twin[0]), (self._tuned, pair.tuned, pair.twin[1]))
         return all(same_bits(side.load(head.name), side.load(table.name)) for side, head, table in sides)
 
-    def _delta(self, pair: TensorPair) -> Delta:
+    def _delta(self, pair: TensorPair, station: Station) -> Delta:
         assert pair.tuned is not None
-        device = self._config.device
-        tuned = self._tuned.load(pair.tuned.name).to(device)
-        base = self._base.load(pair.base.name).to(device) if pair.base else tuned.new_zeros(()).expand(tuned.shape)
+        tuned = station.bring(self._tuned, pair.tuned.name)
+        base = station.bring(self._base, pair.base.name) if pair.base else tuned.new_zeros(()).expand(tuned.shape)
         if pair.num_new_rows:
             tuned = tuned[: pair.shape[0]]
-        if pair.status != "extractable":
-            delta = compute_delta(base, tuned)
-        else:
-            delta = compute_delta(base, tuned, self._workspace())
+        with station.stopwatch.on_device("delta"):
+            delta = compute_delta(base, tuned, station.workspace if pair.status == "extractable" else None)
         if not math.isfinite(delta.norm_squared):
             raise _not_finite(pair.tuned if is_finite(base) or pair.base is None else pair.base)
         return delta
 
-    def _factorize(self, pair: TensorPair, delta: Delta, values: Tensor, seconds: dict[str, float]) -> Change:
-        start = time.perf_counter()
-        basis = factorize(
-            wide(values),
-            delta.norm_squared,
-            max_rank=self._ranks[pair.name],
-            energy=self._config.rule.energy,
-            exact=self._config.exact,
-            generator=_generator(self._config.seed, pair.name),
-        )
-        seconds["factorize"] = time.perf_counter() - start
-        start = time.perf_counter()
-        fitted = self._fit_rank(pair, delta.norm_squared, values, basis)
-        seconds["fit"] = time.perf_counter() - start
+    def _factorize(self, pair: TensorPair, delta: Delta, values: Tensor, stopwatch: Stopwatch) -> Change:
+        with stopwatch.on_device("factorize"):
+            basis = factorize(
+                wide(values),
+                delta.norm_squared,
+                max_rank=self._ranks[pair.name],
+                energy=self._config.rule.energy,
+                exact=self._config.exact,
+                generator=_generator(self._config.seed, pair.name),
+            )
+        with stopwatch.on_device("fit"):
+            fitted = self._fit_rank(pair, delta.norm_squared, values, basis)
         squares = basis.values.square().cpu()
         signal = signal_rank(basis.values.cpu(), delta.norm_squared, tuple(values.shape))
         return Change(
@@ -129,7 +129,6 @@ class PairWorker:
             num_changed=delta.num_changed,
             signal_rank=signal,
             signal_energy=float(squares[:signal].sum()),
-            seconds=seconds,
         )
 
     def _fit_rank(self, pair: TensorPair, norm_squared: float, values: Tensor, basis: Basis) -> Fit:
@@ -155,10 +154,10 @@ class PairWorker:
             )
         return fitted
 
-    def _workspace(self) -> Workspace:
-        if not hasattr(self._threads, "workspace"):
-            self._threads.workspace = Workspace(self._config.device)
-        return self._threads.workspace
+    def _station(self) -> Station:
+        if not hasattr(self._threads, "station"):
+            self._threads.station = Station(self._config.device)
+        return self._threads.station
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -44,9 +44,9 @@ class Job:
         for note in plan.notes:
             log.info("%s", note)
 
-    def worker(self, workspaces: local) -> Callable[[TensorPair], Change]:
+    def worker(self, threads: local) -> Callable[[TensorPair], Change]:
         """What becomes of a pair: as the journal has it, or worked out and recorded there."""
-        work, journal = PairWorker(self.base, self.tuned, self.plan.ranks, self.config, workspaces), self.journal
+        work, journal = PairWorker(self.base, self.tuned, self.plan.ranks, self.config, threads), self.journal
         if journal is None:
             return work
 
@@ -64,8 +64,8 @@ def work_through(
     jobs: Sequence[Job], progress: Callable[[ExtractProgress], None] | None
 ) -> list[list[Change] | FloraError]:
     """Each job's changes in the order of names, or the first error of its weights, which ends that job alone."""
-    workspaces = local()  # one for each thread: jobs take turns on it
-    workers = [job.worker(workspaces) for job in jobs]
+    threads = local()  # what each works with: jobs take turns on it
+    workers = [job.worker(threads) for job in jobs]
     items = sorted((pair.name, i, pair) for i, job in enumerate(jobs) for pair in job.plan.pairs)
     crew = min((job.plan.crew for job in jobs), key=lambda crew: crew.num_workers)
     total_bytes = sum(job.plan.read_bytes for job in jobs)

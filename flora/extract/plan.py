@@ -13,10 +13,12 @@ from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
 from flora.extract.regroup import RegroupedCheckpoint, readable_pair
 from flora.extract.sidecars import check_vocabulary
-from flora.extract.workers import Crew, choose_crew
+from flora.extract.workers import Crew, choose_crew, choose_gpu_crew
 from flora.rank import RankRule
 
 _BUDGET_SPREAD = 4  # under a budget a module may get up to this many times the rank of an even cut
+_DELTA_COPIES = 3  # on a GPU, which sums a float32 delta's squares from a float64 copy
+_CHUNK_BYTES = 1 << 30  # likewise of a table whose change is only summed
 _BUDGET_MIN = 16  # and is offered at least this rank
 
 
@@ -56,7 +58,7 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
     ranks = _possible_ranks(modules, config.rule, item_bytes)
     held_bytes = sum(ranks[pair.name] * sum(pair.matrix_shape) * item_bytes for pair in modules)
     worker_bytes = max(_working_bytes(pair.matrix_shape, ranks[pair.name], config) for pair in modules)
-    crew = choose_crew(worker_bytes, fewest=1 if config.exact else 2)  # a full SVD needs much more memory
+    crew = _crew(pairs, worker_bytes, config)
     return ExtractionPlan(
         pairs=tuple(pairs),
         ranks=ranks,
@@ -66,6 +68,14 @@ def plan_extraction(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) 
         crew=crew,
         notes=tuple(notes),
     )
+
+
+def _crew(pairs: Sequence[TensorPair], worker_bytes: int, config: ExtractConfig) -> Crew:
+    if torch.device(config.device).type != "cuda":
+        return choose_crew(worker_bytes, fewest=1 if config.exact else 2)  # a full SVD needs much more memory
+    both_sides = max(pair.num_bytes for pair in pairs)
+    free_bytes, _ = torch.cuda.mem_get_info(config.device)
+    return choose_gpu_crew(both_sides + _DELTA_COPIES * worker_bytes + _CHUNK_BYTES, free_bytes)
 
 
 def _check_device(name: str) -> None:

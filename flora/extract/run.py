@@ -18,6 +18,7 @@ from flora.extract.journal import Journal
 from flora.extract.plan import ExtractionPlan, plan_extraction
 from flora.extract.report import check_report, make_report
 from flora.extract.sidecars import changed_extras
+from flora.extract.stopwatch import STAGES, Stopwatch
 from flora.forms import Form
 from flora.identity import BaseRecord, records_beside
 from flora.rank import ranks_for_budget
@@ -29,7 +30,8 @@ class ExtractResult:
     base_record: BaseRecord
     tuned_record: BaseRecord
     plan: ExtractionPlan
-    timings: Mapping[str, float]  # seconds: `total` by the clock; delta, factorize, fit summed over the workers
+    timings: Mapping[str, float]  # seconds: `total` and its steps by the clock, STAGES summed over the workers
+    peak_device_bytes: int | None = None  # of a GPU's memory, that this process held; None on the CPU
     journal: Journal | None = None  # to be discarded once the adapter is stored
 
 
@@ -66,26 +68,38 @@ def extract_many(
 
     records  of the base and of each tuned checkpoint, where somebody makes them already: see identity.records_beside
     """
-    start = time.perf_counter()
-    plans = [plan_extraction(base, one, config) for one in tuned]
-    jobs = [Job(base, one, plan, config) for one, plan in zip(tuned, plans, strict=True)]
+    clock = Stopwatch(torch.device("cpu"))
+    with clock.by_clock("plan"):
+        plans = [plan_extraction(base, one, config) for one in tuned]
+        jobs = [Job(base, one, plan, config) for one, plan in zip(tuned, plans, strict=True)]
     beside = nullcontext(records) if records else records_beside([base, *tuned], config.cache_dir)
     with beside as records, _full_float32():
-        found = work_through(jobs, progress)
+        with clock.by_clock("work"):
+            found = work_through(jobs, progress)
         if all(isinstance(one, FloraError) for one in found):
             return [one for one in found if isinstance(one, FloraError)]
-        base_is, *tuned_are = records()
-    seconds = time.perf_counter() - start
+        with clock.by_clock("hashes"):
+            base_is, *tuned_are = records()
+    steps = clock.take()
     return [
-        changes if isinstance(changes, FloraError) else _finish(job, changes, base_is, tuned_is, config, seconds)
+        changes if isinstance(changes, FloraError) else _finish(job, changes, base_is, tuned_is, config, steps)
         for job, changes, tuned_is in zip(jobs, found, tuned_are, strict=True)
     ]
 
 
 def _finish(
-    job: Job, changes: list[Change], base_is: BaseRecord, tuned_is: BaseRecord, config: ExtractConfig, seconds: float
+    job: Job,
+    changes: list[Change],
+    base_is: BaseRecord,
+    tuned_is: BaseRecord,
+    config: ExtractConfig,
+    steps: Mapping[str, float],
 ) -> ExtractResult | FloraError:
-    """Everything that takes the whole of one checkpoint's changes: the budget, the report, the adapter."""
+    """Everything that takes the whole of one checkpoint's changes: the budget, the report, the adapter.
+
+    steps  seconds of what came before, by the clock
+    """
+    start = time.perf_counter()
     changes, cut = _cut_to_budget(changes, config)
     report = make_report(changes, cut, job.plan.ranks, config)
     try:
@@ -105,7 +119,8 @@ def _finish(
         exact={change.pair.name: change.whole for change in changes if change.whole is not None},
         first_rows={change.pair.name: change.pair.shape[0] for change in changes if change.pair.num_new_rows},
     )
-    return ExtractResult(adapter, base_is, tuned_is, job.plan, _timings(changes, seconds), job.journal)
+    timings = _timings(changes, {**steps, "finish": time.perf_counter() - start})
+    return ExtractResult(adapter, base_is, tuned_is, job.plan, timings, _peak_device_bytes(config.device), job.journal)
 
 
 @contextmanager
@@ -187,9 +202,12 @@ def _recipe(config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, record: 
     )
 
 
-def _timings(changes: Sequence[Change], total: float) -> dict[str, float]:
-    timings = {"total": total}
-    for change in changes:
-        for stage, seconds in change.seconds.items():
-            timings[stage] = timings.get(stage, 0.0) + seconds
+def _timings(changes: Sequence[Change], steps: Mapping[str, float]) -> dict[str, float]:
+    timings = {"total": sum(steps.values()), **steps}
+    for stage in STAGES:
+        timings[stage] = sum(change.seconds.get(stage, 0.0) for change in changes)
     return timings
+
+
+def _peak_device_bytes(device: str) -> int | None:
+    return torch.cuda.max_memory_reserved(device) if torch.device(device).type == "cuda" else None

@@ -23,6 +23,16 @@ def test_extract_registers_what_it_makes_and_tells_the_whole_story(flora, base, 
     assert len(adapter["tensors"]) == 20  # every tensor of the pair
 
 
+def test_extract_says_where_its_time_went(flora, base, tuned, tmp_path):
+    adapter = flora("extract", base, tuned, "--rank", 4, "--out", tmp_path / "timed", "--json").json["adapters"][0]
+
+    seconds = adapter["seconds"]
+    assert seconds["write"] > 0
+    assert seconds["total"] >= seconds["work"]
+    assert adapter["num_workers"] * seconds["work"] >= seconds["read"] + seconds["delta"] + seconds["factorize"]
+    assert adapter["peak_device_bytes"] is None
+
+
 def test_the_kept_energy_that_extract_reports_is_that_of_numpy(flora, base, tuned, tmp_path):
     adapter = flora("extract", base, tuned, "--rank", 3, "--out", tmp_path / "out", "--json").json["adapters"][0]
 

@@ -106,7 +106,14 @@ def test_an_adapter_names_its_base_by_content_and_the_tensors_it_touches(pair):
     assert binding.touched == {f"{module}.weight": hashes[f"{module}.weight"] for module in result.adapter.factors}
     assert result.adapter.header.recipe.tuned_id == str(base_record(tuned).base_id)
     assert result.adapter.header.recipe.options["rank"] == 8
-    assert result.timings["total"] > 0
+
+
+def test_the_steps_by_the_clock_add_up_to_the_total_and_every_stage_of_a_pair_is_counted(pair):
+    timings = extract(*pair, RANK_8).timings
+
+    assert timings["total"] == pytest.approx(sum(timings[step] for step in ("plan", "work", "hashes", "finish")))
+    assert timings["copy"] == 0  # of the CPU, where files are mapped
+    assert all(timings[stage] > 0 for stage in ("read", "delta", "factorize", "fit"))
 
 
 # --- how much to keep ---

@@ -157,6 +157,7 @@ def _tell_unchanged(target: Target, error: NothingChanged, *, is_strict: bool) -
 
 
 def _print_outcome(form: Format, outcome: Outcome) -> None:
+    from flora.cli.times import times
     from flora.cli.verdict import advice, left_out, verdict
     from flora.diagnosis import noise_share
 
@@ -178,7 +179,7 @@ def _print_outcome(form: Format, outcome: Outcome) -> None:
             for i, group in enumerate(left_out(report))
         ),
         ("storage noise", f"{percent(noise_share(report))} of the modules' change is rounding of the tuned weights"),
-        ("time", f"{outcome.result.timings['total']:.1f} s"),
+        *(("" if i else "time", line) for i, line in enumerate(times(outcome.seconds, outcome.num_workers))),
     ]
     where = f"{outcome.version.ref} ({outcome.version.digest})" if outcome.version else str(outcome.out)
     print_record(form, outcome.record(), id_key="id", facts=facts, title=f"{where}, from {header.base.name}")
