@@ -37,7 +37,7 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    bias: bool = False
+    tied: bool = True
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -66,7 +66,7 @@ class Shape:
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "vocab_size": self.vocab_size,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": self.tied,
             "rms_norm_eps": 1e-5,
             "torch_dtype": "bfloat16",
         }
@@ -81,16 +81,11 @@ SHAPES = {
 
 
 def make_pair(folder: Path, shape: Shape, kind: str, seed: int) -> None:
-    """base: N(0, 0.02) in bf16. tuned: base + delta, rounded to bf16; embeddings and norms stay.
-
-    spiked  16 directions, s_i ~ 1/i, RMS 3e-4, and white noise of 5e-5
-    heavy   up to 512 directions, s_i ~ 1/sqrt(i), RMS 3e-4, and white noise of 2e-5
-    """
+    """Two checkpoints of one file each: the linear layers are `synthetic`, embeddings and norms stay."""
     import torch
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
-    rank, power, noise = (16, 1.0, 5e-5) if kind == "spiked" else (512, 0.5, 2e-5)
     fixed = {
         "model.embed_tokens.weight": torch.randn(shape.vocab_size, shape.hidden, generator=generator) * 0.02,
         "model.norm.weight": torch.ones(shape.hidden),
@@ -101,19 +96,34 @@ def make_pair(folder: Path, shape: Shape, kind: str, seed: int) -> None:
     base = {name: tensor.bfloat16() for name, tensor in fixed.items()}
     tuned = dict(base)
     for module, (m, n) in shape.matrices.items():
-        weight = (torch.randn(m, n, generator=generator) * 0.02).bfloat16()
-        r = min(rank, m, n)
-        U = torch.linalg.qr(torch.randn(m, r, generator=generator)).Q
-        V = torch.linalg.qr(torch.randn(n, r, generator=generator)).Q
-        S = torch.arange(1, r + 1) ** -power
-        delta = (U * S) @ V.T
-        delta *= 3e-4 * (m * n) ** 0.5 / delta.norm()
-        delta += noise * torch.randn(m, n, generator=generator)
-        base[f"{module}.weight"], tuned[f"{module}.weight"] = weight, (weight.float() + delta).bfloat16()
+        base[f"{module}.weight"], tuned[f"{module}.weight"] = synthetic(m, n, kind, generator)
     for name, tensors in (("base", base), ("tuned", tuned)):
         (folder / name).mkdir(parents=True)
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
         (folder / name / "config.json").write_text(json.dumps(shape.config))
+
+
+def synthetic(m: int, n: int, kind: str, generator) -> tuple:
+    """A matrix [m, n] and its fine-tune, on the generator's device.
+
+    base: N(0, 0.02) in bf16. tuned: base + delta, rounded to bf16.
+    spiked  16 directions, s_i ~ 1/i, RMS 3e-4, and white noise of 5e-5
+    heavy   up to 512 directions, s_i ~ 1/sqrt(i), RMS 3e-4, and white noise of 2e-5
+    """
+    import torch
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    rank, power, noise = (16, 1.0, 5e-5) if kind == "spiked" else (512, 0.5, 2e-5)
+    weight = (normal(m, n) * 0.02).bfloat16()
+    r = min(rank, m, n)
+    U, V = torch.linalg.qr(normal(m, r)).Q, torch.linalg.qr(normal(n, r)).Q
+    S = torch.arange(1, r + 1, device=generator.device) ** -power
+    delta = (U * S) @ V.T
+    delta *= 3e-4 * (m * n) ** 0.5 / delta.norm()
+    delta += noise * normal(m, n)
+    return weight, (weight.float() + delta).bfloat16()
 
 
 # --- the tools; each writes adapter_model.safetensors into `out` ---
@@ -330,8 +340,10 @@ def print_table(record: dict) -> None:
 
 def about_this_machine() -> dict:
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = os.environ.get("FLORA_COMMIT")
+    if not commit:
+        git = ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "device": f"{model.partition(':')[2].strip()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": version("torch"), "mergekit": "0.1.5"},

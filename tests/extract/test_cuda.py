@@ -5,6 +5,8 @@ import torch
 
 from flora.extract import ExtractConfig, extract
 from flora.extract.factorize import factorize
+from flora.extract.staging import Staging
+from flora.extract.stopwatch import STAGES, Stopwatch
 from flora.rank import RankRule
 from tests.extract.models import best_share, delta_of, residual_share
 from tests.extract.test_factorize import held_share, matrix
@@ -45,3 +47,30 @@ def test_krylov_on_a_gpu(rank, planted):
     basis = factorize(D.cuda(), norm_squared, max_rank=rank, energy=None, exact=False, generator=generator)
 
     assert best_share(D.double().numpy(), rank) - held_share(D, basis.vectors.cpu()) < 3e-4
+
+
+def test_a_tensor_larger_than_its_pinned_buffers_arrives_whole(pair):
+    """Each buffer is filled again only when what it held is on the device."""
+    device = torch.device("cuda")
+    staging = Staging(device, Stopwatch(device), buffer_bytes=1000)
+
+    for side in pair:
+        for name, info in side.tensors.items():
+            assert torch.equal(staging.bring(info).cpu(), side.load(name))
+
+
+def test_each_stage_on_a_gpu_is_timed_by_events(pair):
+    timings = extract(*pair, ExtractConfig(RankRule(max_rank=8), device="cuda")).timings
+
+    assert all(timings[stage] > 0 for stage in STAGES)
+
+
+def test_the_number_of_workers_changes_no_bit(pair, monkeypatch):
+    config = ExtractConfig(RankRule(max_rank=8), device="cuda")
+    several = extract(*pair, config)
+    monkeypatch.setattr("flora.extract.workers.GPU_WORKERS", 1)
+
+    one = extract(*pair, config)
+
+    assert one.plan.crew.num_workers == 1
+    assert one.adapter.header == several.adapter.header
