@@ -4,7 +4,10 @@ A batch changes from step to step; a sequence's tokens must not. MKL's sgemm pic
 summation, at other row counts: measured with torch 2.13 on AVX-512, a row changes bits at 2, 16 and (by shape) 63, 128
 or 192 rows. oneDNN's inner product keeps them from two rows up, at any position and thread count. That is a property of
 a build and a processor, not a promise, so each shape is probed once and the first product that passes is used; the last
-one multiplies row by row, which holds by construction. On a GPU this is torch's own linear.
+one multiplies row by row, which holds by construction.
+
+On a GPU this is torch's own linear, whose rows may change bits where their number does, and for one row a kernel of our
+own.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flora.kernels.tuning import can_overlap
 
 MIN_ROWS = 4  # oneDNN's single row goes another way (gemv); four leaves a margin above the two that were measured
 BLOCK_ROWS = 16
@@ -24,10 +29,10 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x [n, in], weigh
 class PackedLinear:
     """A base weight, held in the layout that its device multiplies by: y = x @ weight.T + bias, row-invariant on a CPU.
 
-    weight  [out_features, in_features], any strides; on a CPU it is copied (as float32) and can be freed
+    weight  [out_features, in_features]; on a CPU of any strides, copied (as float32), and can be freed
     bias    [out_features] or None
 
-    row_invariant  on a GPU, too, by row_matmul; on a CPU it is so in any case
+    row_invariant  on a GPU, too, by row_matmul and at every number of rows; on a CPU it is so in any case
 
     A CPU multiplies in float32 and rounds once to x's dtype: half precision saves no time without AMX, and one path is
     one thing to trust.
@@ -35,35 +40,47 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, row_invariant: bool = False) -> None:
         self.out_features, self.in_features = weight.shape
-        self._row_invariant = row_invariant
         if weight.device.type == "cpu":
             dense = weight.detach().float().contiguous()
             self._product = invariant_product(dense, packed=True)
             self._weight = pack(dense) if self._product is onednn_rows else dense
             self._bias = None if bias is None else bias.detach().float()
         else:
-            self._product, self._weight, self._bias = F.linear, weight, bias
+            self._into = _row_matmul if row_invariant else _gpu_product
+            self._weight, self._bias = weight, bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., out_features] in x's dtype, for x [..., in_features]."""
-        if x.device.type != "cpu":
-            if self._row_invariant:
-                return self.into(None, x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-            return F.linear(x, self._weight, self._bias)
-        rows = self._product(x.reshape(-1, self.in_features).float(), self._weight, self._bias)
-        return rows.to(x.dtype).view(*x.shape[:-1], self.out_features)
+    def __call__(self, x: Tensor, *, early: bool = True) -> Tensor:
+        """[..., out_features] in x's dtype, for x [..., in_features].
 
-    def into(self, out: Tensor | None, x: Tensor) -> Tensor:
+        early  on a GPU: it may take its place there before the launch before it has ended, and all of it. Not where
+               something else is to run beside it.
+        """
+        return self.into(None, x.reshape(-1, self.in_features), early=early).view(*x.shape[:-1], self.out_features)
+
+    def into(self, out: Tensor | None, x: Tensor, *, early: bool = True) -> Tensor:
         """As a call, in `out` [n, out_features] if there is one, of x's dtype and device; x is [n, in_features]."""
-        if self._row_invariant and x.device.type != "cpu":
-            from flora.kernels.row_matmul import row_matmul  # needs Triton
+        if x.device.type != "cpu":
+            return self._into(x, self._weight, self._bias, out, early=early)
+        rows = self._product(x.float(), self._weight, self._bias).to(x.dtype)
+        return rows if out is None else out.copy_(rows)
 
-            return row_matmul(x, self._weight, self._bias, out)
-        if out is None:
-            return self(x)
-        if x.device.type == "cpu" or self._bias is not None:
-            return out.copy_(self(x))
-        return torch.mm(x, self._weight.t(), out=out)
+
+def _row_matmul(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, *, early: bool) -> Tensor:
+    from flora.kernels.row_matmul import row_matmul  # needs Triton
+
+    return row_matmul(x, weight, bias, out)
+
+
+def _gpu_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None, *, early: bool) -> Tensor:
+    """torch's linear, and for one row a kernel that has its first weights before the launch before it has ended."""
+    if len(x) == 1:
+        from flora.kernels.one_row import one_row_matmul  # needs Triton
+
+        return one_row_matmul(x, weight, bias, out, overlap=early and can_overlap(x.device))
+    if out is None or bias is not None:
+        y = F.linear(x, weight, bias)
+        return y if out is None else out.copy_(y)
+    return torch.mm(x, weight.t(), out=out)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

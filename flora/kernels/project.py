@@ -80,6 +80,6 @@ def project_beside(
         for rows in work:
             v = ops.lora_shrink(x, adapters, place, rows)
             ops.lora_expand(values, v, adapters, place, rows, add=False)
-    y: Tensor = linear(x)
+    y: Tensor = linear(x, early=False)
     side.join()
     return y, LowRankTerms(values, adapter_rows)

@@ -12,7 +12,7 @@ from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Place
 from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
-from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
+from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning, can_overlap
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -29,16 +29,15 @@ class TritonOps:
         self.num_sms = num_sms  # multiprocessors
         self.tuning = tuning or Tuning()
         self.batch_invariant = batch_invariant
-        self.overlap = overlap  # launches start while the ones before them end; Hopper and later can
+        self.overlap = overlap  # launches start while the ones before them end: can_overlap
         self._arrivals: list[Tensor] = []
 
     @classmethod
     def for_device(
         cls, device: torch.device, tuning: Tuning | None = None, *, batch_invariant: bool = False
     ) -> "TritonOps":
-        properties = torch.cuda.get_device_properties(device)
-        sms, overlap = properties.multi_processor_count, properties.major >= 9
-        return cls(sms, tuning, overlap=overlap, batch_invariant=batch_invariant)
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        return cls(sms, tuning, overlap=can_overlap(device), batch_invariant=batch_invariant)
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""

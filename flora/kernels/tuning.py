@@ -5,6 +5,9 @@ CUDA graph stays right whatever its tables say at replay.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,12 @@ class MatmulTuning:
     num_stages: int = 4
 
 
+@dataclass(frozen=True, slots=True)
+class OneRowTuning:
+    block_elements: int = 4096  # of the weight per read of a program: 8 KiB in bf16, and as much again on its way
+    num_warps: int = 4
+
+
 WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 
@@ -107,6 +116,12 @@ class Tuning:
 def overlapped(overlap: bool) -> dict[str, bool]:
     """Options of a launch that may start while the one before it on the stream ends."""
     return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}  # the interpreter knows no launch_pdl
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a launch may start while the one before it ends: Hopper and later."""
+    return torch.cuda.get_device_properties(device).major >= 9
 
 
 def grid_size(items: int, programs_per_sm: int, num_sms: int) -> int:

@@ -4,7 +4,6 @@ It ends with code 0 when it was drained (Drain, SIGTERM) and its requests are do
 longer be trusted, and at once when the process that started it is gone.
 """
 
-import gc
 import logging
 import os
 import signal
@@ -15,12 +14,12 @@ from flora.errors import FloraError, ServeError
 from flora.serve.config import EngineConfig, decode_engine_config
 from flora.serve.engine.build import build_engine
 from flora.serve.engine.engine import Engine
+from flora.serve.engine.garbage import keep_collections_short
 from flora.serve.engine.mailroom import Gone, Mail, Mailroom
 from flora.serve.messages import AdapterLoaded, AdapterUnloaded, Cancel, Drain, LoadAdapter, Submit, UnloadAdapter
 
 logger = logging.getLogger(__name__)
 
-_GC_THRESHOLD = (20_000, 20, 100)  # young objects are looked at every few steps, all of them hardly ever
 _LOOK_S = 0.25  # how often a stalled or idle engine looks around unasked
 
 
@@ -79,16 +78,6 @@ class Shell:
         if os.getppid() != self._parent:
             logger.critical("engine ends: its parent is gone parent=%d", self._parent)
             os._exit(1)  # from the mailroom's thread: a step may be running, and nobody waits for its result
-
-
-def keep_collections_short() -> None:
-    """Python's collector no longer walks over all that is here: a full collection takes as long as many steps.
-
-    What a request leaves behind is freed by its reference counts; cycles come from errors and the start alone.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLD)
 
 
 def handle(engine: Engine, mail: Mail) -> None:

@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from flora.serve.config import EngineConfig, encode_engine_config
-from flora.serve.engine.process import keep_collections_short
+from flora.serve.engine.garbage import keep_collections_short
 from flora.serve.messages import (
     AdapterLoaded,
     AdapterUnloaded,
