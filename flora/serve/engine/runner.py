@@ -45,6 +45,10 @@ class Runner(Protocol):
         """From the next step on, rows of the resident's slot meet this adapter."""
         ...
 
+    def remove_adapter(self, slot: int) -> None:
+        """The slot's adapter has left: from now on its pages are others', and no row has the slot."""
+        ...
+
     def settle(self, digest: str) -> None:
         """Returns when no copy to the device reads this adapter's host memory any more."""
         ...
@@ -69,6 +73,10 @@ class SerialRunner:
         """See Runner.write_adapter."""
         cells = self.pool.write_adapter(resident.pages, packed.cells)
         self.tables.publish(resident.slot, packed.table, cells)
+
+    def remove_adapter(self, slot: int) -> None:
+        """See Runner.remove_adapter."""
+        self.tables.clear(slot)
 
     def settle(self, digest: str) -> None:
         """Copies are done when write_adapter returns."""

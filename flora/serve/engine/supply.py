@@ -135,12 +135,12 @@ class AdapterSupply:
         )
 
     def sync(self) -> None:
-        """Poisons freed pages and clears evicted slots: always before anything new is written to them."""
-        self._runner.pool.poison(self._pages.take_freed())
+        """Clears evicted slots and poisons freed pages: always before anything new is written to them."""
         for resident in self._residency.take_evicted():
-            self._runner.tables.clear(resident.slot)
+            self._runner.remove_adapter(resident.slot)
             self._scheduler.adapter_left(resident.digest)
             logger.info("adapter evicted label=%s digest=%s", resident.label, resident.digest)
+        self._runner.pool.poison(self._pages.take_freed())
 
     def _is_wanted(self, digest: str) -> bool:
         return self._scheduler.is_awaited(digest) or any(order.digest == digest for order in self._orders)

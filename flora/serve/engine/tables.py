@@ -47,9 +47,19 @@ class AdapterTables:
         """Which groups of modules any of these slots' adapters touches."""
         return frozenset[Group]().union(*(self._groups[slot] for slot in slots))
 
+    def make_room(self, num_cells: int) -> None:
+        """Widens the cell table where it must be: no bound on an adapter's size is known when the server starts."""
+        width = self._cells.shape[1]
+        while width < num_cells:
+            width *= 2
+        if width > self._cells.shape[1]:
+            wider = torch.zeros(len(self._cells), width, dtype=torch.int32, device=self._cells.device)
+            wider[:, : self._cells.shape[1]] = self._cells
+            self._cells = wider
+
     def publish(self, slot: int, table: AdapterTable, cells: NDArray[np.int64]) -> None:
         """From the next step on, rows of `slot` meet this adapter."""
-        self._make_room(len(cells))
+        self.make_room(len(cells))
         modules = np.frombuffer(table.records, np.int32).reshape(self._modules.shape[1:])
         scales = np.frombuffer(table.scales, np.float32).reshape(self._scales.shape[1:])
         self._fill(self._cells[slot, : len(cells)], cells.astype(np.int32))
@@ -69,13 +79,3 @@ class AdapterTables:
         """In stream order, without a wait: from pinned memory, which torch keeps until the copy is done."""
         host = torch.from_numpy(values)
         place.copy_(host.pin_memory() if place.is_cuda else host, non_blocking=True)
-
-    def _make_room(self, num_cells: int) -> None:
-        """Widens the cell table: no bound on an adapter's size is known when the server starts."""
-        width = self._cells.shape[1]
-        while width < num_cells:
-            width *= 2
-        if width > self._cells.shape[1]:
-            wider = torch.zeros(len(self._cells), width, dtype=torch.int32, device=self._cells.device)
-            wider[:, : self._cells.shape[1]] = self._cells
-            self._cells = wider

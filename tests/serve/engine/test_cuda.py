@@ -9,6 +9,7 @@ import torch
 from flora.adapter import Adapter
 from flora.serve.engine import Engine
 from flora.serve.engine.schedule.residency import Resident
+from flora.serve.messages import LoadAdapter
 from flora.serve.request import AdapterTarget, SamplingParams
 from tests.serve.engine.adapters import random_adapter, with_peft
 from tests.serve.engine.bases import VOCAB, load_judge
@@ -84,6 +85,70 @@ def test_an_adapter_that_comes_back_to_other_pages_answers_as_before(bases, tmp_
 
     assert before != after
     assert first == again == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_stream_alone_answers_as_transformers_and_peft_do(bases, tmp_path, family):
+    """Steps of one row have products of their own."""
+    world = World(bases(family), tmp_path)
+    adapter = random_adapter(world.config, 3, ranks=(4, 64))
+    target, prompt = world.add(adapter, "it"), prompt_of(12, seed=5)
+    engine = world.engine(**GPU, beside_rows=256)
+
+    for name, whose in (("base", None), ("adapter", target)):
+        ask(engine, name, prompt, whose, SamplingParams(max_tokens=10, temperature=0.0))
+        wanted = judged_answer(world, adapter if whose else None, prompt, 10)
+        assert run_to_end(engine)[name].tokens == wanted, name
+    engine.close()
+
+
+def test_a_step_waits_for_no_adapter_that_it_does_not_use(bases, tmp_path):
+    """The bus is held up for a second or two: what needs nothing of it goes on, and what does, waits."""
+    world = World(bases("llama"), tmp_path)
+    slow_adapter = random_adapter(world.config, 1)
+    slow = world.add(slow_adapter, "slow")
+    engine = world.engine(**GPU)
+    prompt = prompt_of(20, seed=0)
+    bus, passed = engine.runner._copies._over_bus, torch.cuda.Event()
+    with torch.cuda.stream(bus):
+        torch.cuda._sleep(3_000_000_000)  # cycles
+        passed.record(bus)
+
+    engine.load_adapter(LoadAdapter(request_id="load", adapter=slow))
+    while engine.residency.get(slow.serving_digest) is None:
+        engine.step(wait_s=1.0)
+    ask(engine, "base", prompt, None, SamplingParams(max_tokens=8, temperature=0.0))
+    base = run_to_end(engine)["base"].tokens
+    assert not passed.query(), "the base's request waited for the bus"
+    ask(engine, "slow", prompt, slow, SamplingParams(max_tokens=8, temperature=0.0))
+    adapted = run_to_end(engine)["slow"].tokens
+
+    assert passed.query()
+    assert base == judged_answer(world, None, prompt, 8)
+    assert adapted == judged_answer(world, slow_adapter, prompt, 8)
+    engine.close()
+
+
+def test_pages_of_an_adapter_that_leaves_while_it_arrives_are_not_written_to_any_more(bases, tmp_path):
+    world = World(bases("llama"), tmp_path)
+    adapter = random_adapter(world.config, 1)
+    target = world.add(adapter, "it")
+    engine = world.engine(**GPU)
+    with torch.cuda.stream(engine.runner._copies._over_bus):
+        torch.cuda._sleep(1_000_000_000)  # cycles
+
+    engine.load_adapter(LoadAdapter(request_id="load", adapter=target))
+    while engine.residency.get(target.serving_digest) is None:
+        engine.step(wait_s=1.0)
+    engine.residency.remove(target.serving_digest)
+    pool_filling = prompt_of(200, seed=1)
+    ask(engine, "base", pool_filling, None, SamplingParams(max_tokens=8, temperature=0.0))
+    base = run_to_end(engine)["base"].tokens
+    ask(engine, "again", pool_filling, target, SamplingParams(max_tokens=8, temperature=0.0))
+
+    assert run_to_end(engine)["again"].tokens == judged_answer(world, adapter, pool_filling, 8)
+    assert base == judged_answer(world, None, pool_filling, 8)
     engine.close()
 
 

@@ -86,8 +86,15 @@ class CudaRunner:
         """See Runner.write_adapter."""
         cells = self.pool.geometry.cell_ids(resident.pages, len(packed.cells))
         host = packed.cells if packed.cells.is_pinned() else packed.cells.pin_memory()
-        self._copied[packed.digest] = self._copies.write(host, cells)
-        self.tables.publish(resident.slot, packed.table, cells)
+        self.tables.make_room(len(cells))  # in stream order: what is left of the narrower table may still be read
+        self._copied[packed.digest] = self._copies.write(
+            resident.slot, host, cells, lambda: self.tables.publish(resident.slot, packed.table, cells)
+        )
+
+    def remove_adapter(self, slot: int) -> None:
+        """See Runner.remove_adapter."""
+        self._copies.wait([slot])
+        self.tables.clear(slot)
 
     def settle(self, digest: str) -> None:
         """See Runner.settle."""
@@ -116,6 +123,7 @@ class CudaRunner:
             chunks = [chunks[i] for i in order]
             slots = np.array([-1 if (slot := adapter_slots[i]) is None else slot for i in order], dtype=np.int32)
             sampled = [chunk for chunk in chunks if chunk.samples]
+            self._copies.wait(slots.tolist())
             return self._sample(sampled, self._run(chunks, slots).first(len(sampled)))
         except torch.AcceleratorError as error:  # a GPU answers nothing after one of these
             raise EngineDead(f"the device {self.device} failed", cause=str(error)) from error
