@@ -24,6 +24,7 @@ from flora.bench.script import make_parser, place_facts, sized_engine, surroundi
 from flora.bench.shapes import SHAPES, write_config
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
+from flora.serve.engine.garbage import keep_collections_short
 from flora.serve.messages import StepEvents, Submit
 from flora.serve.request import AdapterTarget, SamplingParams
 
@@ -40,6 +41,7 @@ def main() -> None:
             folder / "registry", args.shape, args.modules, [args.rank], range(REPEATS + 1), num_processes
         )
         engine = build_engine(engine_config(args, base, folder))
+        keep_collections_short()  # as the server's engine does
         ask(engine, targets[0], 16)
         row = {
             "system": "flora",

@@ -12,6 +12,7 @@ import msgspec
 from flora.bench.engines import give_back_memory
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine, rebuild_engine
+from flora.serve.engine.garbage import collect_as_usual, keep_collections_short
 
 _SIZES = ("pool_bytes", "max_adapters", "max_sequences", "max_batch_tokens", "host_cache_bytes", "num_loaders")
 
@@ -25,6 +26,7 @@ class Bed:
         give_back_memory()
         started = time.perf_counter()
         self._engine: Engine | None = build_engine(self._built)
+        keep_collections_short()  # as the server's engine does
         self.start_s = round(time.perf_counter() - started, 1)
 
     def engine(self, config: EngineConfig) -> tuple[Engine, EngineConfig]:
@@ -41,6 +43,7 @@ class Bed:
         assert self._engine is not None
         self._engine.close()
         self._engine = None
+        collect_as_usual()
 
 
 def _widest(configs: list[EngineConfig]) -> EngineConfig:

@@ -15,6 +15,7 @@ from flora.bench.settings import ServeBench, Setting
 from flora.bench.shapes import MODULE_SETS, features, module_names, write_config
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
+from flora.serve.engine.garbage import collect_as_usual, keep_collections_short
 from flora.serve.request import AdapterTarget
 
 _SMALL_CACHE_BYTES = 3 << 29  # the least: pinning memory takes a second for every few GiB, so no more than is useful
@@ -78,10 +79,12 @@ def running_engine(config: EngineConfig) -> Iterator[Engine]:
     """An engine, closed at the end. Whoever had one before must have let go of it: two do not fit on a GPU."""
     give_back_memory()
     engine = build_engine(config)
+    keep_collections_short()  # as the server's engine does
     try:
         yield engine
     finally:
         engine.close()
+        collect_as_usual()
 
 
 def give_back_memory() -> None:

@@ -1,7 +1,8 @@
 """A storm of loads: what streams that are under way feel of adapters that are loaded beside them.
 
-Every stream decodes; the gaps between its tokens are gathered for a while in peace, then for as long while adapters
-that nobody had before are loaded at a steady rate.
+Every stream decodes; the gaps between its tokens are gathered for a while in peace, and for as long while adapters that
+nobody had before are loaded at a steady rate. Streams start anew for each: a step takes longer the more its sequences
+have said, so both must begin where the other did.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,32 +122,41 @@ class _Drive:
         self._tokens: dict[str, int] = {}
 
     def run(self) -> Weather:
-        engine, storm, weather = self._engine, self._storm, self._weather
         self._start_streams()
-        while len(self._tokens) < storm.num_streams or min(self._tokens.values()) < FIRST_TOKENS:
-            self._step([])
-        end_s = self._clock.now() + storm.window_s
+        end_s = self._clock.now() + self._storm.window_s
         while self._clock.now() < end_s:
-            self._step(weather.gaps_before_s)
-        start_s, num_ordered = self._clock.now(), 0
+            self._step(self._weather.gaps_before_s)
+        self._end_streams()
+        self._start_streams()
+        self._load_newcomers()
+        self._end_streams()
+        return self._weather
+
+    def _load_newcomers(self) -> None:
+        storm, start_s, num_ordered = self._storm, self._clock.now(), 0
         while self._clock.now() < start_s + storm.window_s:
             due = min(storm.num_loads, int((self._clock.now() - start_s) * storm.rate) + 1)
             for target in self._newcomers[num_ordered:due]:
-                engine.load_adapter(LoadAdapter(request_id=target.label, adapter=target))
+                self._engine.load_adapter(LoadAdapter(request_id=target.label, adapter=target))
             num_ordered = max(num_ordered, due)
-            self._step(weather.gaps_during_s)
-        for name in self._tokens:
-            engine.cancel(Cancel(request_id=name))
-        while not engine.is_idle:  # loads that came too late are not counted, but none may be refused
-            _check_nothing_refused(engine.step(wait_s=_PATIENCE_S))
-        return weather
+            self._step(self._weather.gaps_during_s)
 
     def _start_streams(self) -> None:
+        """Every one has its first tokens when this returns."""
+        self._last_s, self._tokens = {}, {}
         room = self._engine.ready.max_context - _PROMPT_TOKENS - 1
         for i, prompt in enumerate(storm_prompts(self._storm)):
             sampling = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
             adapter = self._streams[i % len(self._streams)] if self._streams else None
             self._engine.submit(Submit(request_id=f"stream-{i}", prompt=prompt, sampling=sampling, adapter=adapter))
+        while len(self._tokens) < self._storm.num_streams or min(self._tokens.values()) < FIRST_TOKENS:
+            self._step([])
+
+    def _end_streams(self) -> None:
+        for name in self._tokens:
+            self._engine.cancel(Cancel(request_id=name))
+        while not self._engine.is_idle:  # loads that come too late are not counted, but none may be refused
+            _check_nothing_refused(self._engine.step(wait_s=_PATIENCE_S))
 
     def _step(self, gaps_s: list[float]) -> None:
         told = self._engine.step(wait_s=_PATIENCE_S)

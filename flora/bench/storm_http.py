@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import msgspec
 
@@ -28,37 +29,46 @@ async def drive_storm_http(
     Gaps are between two reads of a stream that brought text. Raises CheckFailed, RemoteError.
     """
     drive = _Drive(endpoint, storm, clock)
-    prompts = storm_prompts(storm)
-    async with fail_together() as tasks:
-        for i, prompt in enumerate(prompts):
-            body = stream_body(streams[i % len(streams)], prompt, max_tokens, ignore_eos=True)
-            tasks.create_task(drive.stream(i, endpoint.request("POST", "/v1/completions", body)))
-        while min(drive.num_pieces) < FIRST_TOKENS:
-            await asyncio.sleep(_LOOK_S)
-        drive.gaps_s = drive.weather.gaps_before_s
+    bodies = [
+        stream_body(streams[i % len(streams)], prompt, max_tokens, ignore_eos=True)
+        for i, prompt in enumerate(storm_prompts(storm))
+    ]
+    async with drive.streams(bodies, drive.weather.gaps_before_s):
         await asyncio.sleep(storm.window_s)
-        drive.gaps_s = drive.weather.gaps_during_s
+    async with drive.streams(bodies, drive.weather.gaps_during_s) as tasks:
         start_s = clock()
         drive.end_s = start_s + storm.window_s
         for k, name in enumerate(newcomers[: storm.num_loads]):
             await asyncio.sleep(start_s + k / storm.rate - clock())
             tasks.create_task(drive.load(name))
         await asyncio.sleep(drive.end_s - clock())
-        drive.is_over = True  # streams hang up at their next token
     return drive.weather
 
 
 class _Drive:
     def __init__(self, endpoint: Endpoint, storm: Storm, clock: Callable[[], float]) -> None:
         self.weather = Weather()
-        self.num_pieces = [0] * storm.num_streams
-        self.gaps_s: list[float] = []  # where gaps go now
-        self.is_over = False
         self.end_s = float("inf")
+        self._num_pieces: list[int] = []  # of each stream
+        self._gaps_s: list[float] = []  # where gaps go now
+        self._is_over = False
         self._endpoint = endpoint
         self._clock = clock
 
-    async def stream(self, number: int, request: bytes) -> None:
+    @asynccontextmanager
+    async def streams(self, bodies: Sequence[bytes], gaps_s: list[float]) -> AsyncIterator[asyncio.TaskGroup]:
+        """Streams of these requests. Within, each has had its first tokens, and gaps are gathered; they end with it."""
+        self._num_pieces, self._gaps_s, self._is_over = [0] * len(bodies), [], False
+        async with fail_together() as tasks:
+            for i, body in enumerate(bodies):
+                tasks.create_task(self._stream(i, self._endpoint.request("POST", "/v1/completions", body)))
+            while min(self._num_pieces) < FIRST_TOKENS:
+                await asyncio.sleep(_LOOK_S)
+            self._gaps_s = gaps_s
+            yield tasks
+            self._is_over = True  # streams hang up at their next token
+
+    async def _stream(self, number: int, request: bytes) -> None:
         last_s: float | None = None
         said: Chunk | None = None
 
@@ -67,11 +77,11 @@ class _Drive:
             now_s, chunk = self._clock(), decode_chunk(data)
             if any(choice.text for choice in chunk.choices):
                 if last_s is not None:
-                    self.gaps_s.append(now_s - last_s)
+                    self._gaps_s.append(now_s - last_s)
                 last_s = now_s
-                self.num_pieces[number] += 1
+                self._num_pieces[number] += 1
             said = chunk if chunk.error or any(choice.finish_reason for choice in chunk.choices) else said
-            return not self.is_over
+            return not self._is_over
 
         answer = await self._endpoint.send(request, on_event)
         if not answer.hung_up:

@@ -137,7 +137,7 @@ def _http(make: _Maker) -> Iterator[Entry]:
 
 
 def _storm(make: _Maker) -> Iterator[Entry]:
-    storm = Storm(rate=50.0, num_streams=64, window_s=10.0)
+    storm = Storm(rate=50.0, num_streams=64, window_s=5.0)
     yield make("storm/50", "G1", 16, 30, storm=storm, engine={"max_context": _STORM_CONTEXT})
 
 
