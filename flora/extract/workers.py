@@ -45,7 +45,8 @@ def choose_gpu_crew(largest_bytes: int, free_bytes: int) -> Crew:
     largest_bytes  of the device's memory, that one worker holds at most;  free_bytes  of it
     """
     num_cores = len(os.sched_getaffinity(0))
-    num_workers = max(1, min(GPU_WORKERS, num_cores // 2, int(GPU_SHARE * free_bytes) // max(1, largest_bytes)))
+    wanted = min(GPU_WORKERS, max(2, num_cores // 2))
+    num_workers = max(1, min(wanted, int(GPU_SHARE * free_bytes) // max(1, largest_bytes)))
     return Crew(num_workers, max(1, num_cores // 2 // num_workers))
 
 
