@@ -24,11 +24,15 @@ class SideStream:
 
     A step's graph captures both. Elsewhere, in the interpreter, launches have one order anyway. Enter it before the
     product is launched: cuBLAS's programs leave no room on a multiprocessor, and what comes after them waits to their
-    end. A higher priority was tried and was slower (benchmarks/NOTES.md).
+    end.
+
+    urgent  its programs take places before those of the product. Worth it where those are small and leave theirs often,
+            as one_row's do; beside cuBLAS's it is slower (benchmarks/NOTES.md).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+        priority = -1 if urgent else 0
+        self._stream = torch.cuda.Stream(device, priority=priority) if device.type == "cuda" else None
         self._entered: torch.cuda.StreamContext | None = None
 
     def __enter__(self) -> None:

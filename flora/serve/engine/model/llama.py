@@ -35,7 +35,8 @@ class LlamaModel:
         self.ops = ops
         self._cos, self._sin = rope_tables(config.rope, config.head_dim, max_context, weights.embedding.device)
         self._softmax_scale = config.head_dim**-0.5
-        self._side = SideStream(weights.embedding.device)
+        device = weights.embedding.device
+        self._side, self._urgent_side = SideStream(device), SideStream(device, urgent=True)
         q, kv, ff, hidden = config.q_size, config.kv_size, config.intermediate_size, config.hidden_size
         outputs = {
             Group.QKV: ((0, q, q + kv), (q, kv, kv)),
@@ -103,5 +104,6 @@ class LlamaModel:
         """The base's product, with the low-rank terms of its rows' adapters, or beside them where the batch says so."""
         work = batch.work if place.group in batch.groups else ()
         if beside and work and batch.adapter_rows is not None:
-            return project_beside(self.ops, self._side, linear, x, adapters, place, work, batch.adapter_rows)
+            side = self._urgent_side if len(x) == 1 else self._side
+            return project_beside(self.ops, side, linear, x, adapters, place, work, batch.adapter_rows)
         return project(self.ops, linear, x, adapters, place, work), None
