@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from flora.bench.asks import Ask
@@ -39,28 +39,6 @@ def drive_engine(
     engine's own process has. asks: in order of arrival.
     """
     return _Drive(engine, asks, targets, clock or WallClock()).run()
-
-
-def drive_merged(engine: Engine, asks: Sequence[Ask], clock: Clock | None = None) -> Pass:
-    """Each adapter's requests on their own, one adapter after the other in the order in which they are first asked for.
-
-    What a server can do that merges adapters into its weights: it serves one at a time. Merged weights are as fast as
-    the base's, so the base answers here; the time that merging takes is left out, in the comparison's disfavor.
-    asks: all due at once
-    """
-    assert all(ask.due_s == 0 for ask in asks), "whoever waits for his adapter's turn has arrived"
-    whole = Pass([Timeline() for _ in asks])
-    start_s = 0.0
-    for adapter in dict.fromkeys(ask.adapter for ask in asks):
-        places = [i for i, ask in enumerate(asks) if ask.adapter == adapter]
-        part = drive_engine(engine, [replace(asks[i], adapter=None) for i in places], {}, clock)
-        for i, timeline in zip(places, part.timelines, strict=True):
-            timeline.shift(start_s)
-            whole.timelines[i] = timeline
-        start_s = max(timeline.end_s or 0.0 for timeline in part.timelines)
-        whole.step_s += part.step_s
-        whole.counts = {name: whole.counts.get(name, 0) + count for name, count in part.counts.items()}
-    return whole
 
 
 class _Drive:

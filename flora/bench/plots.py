@@ -10,7 +10,8 @@ from flora.errors import UsageError
 Rows = Sequence[Mapping[str, Any]]
 
 _NAMING = ("system", "way", "gpu", "shape", "modules", "ranks", "adapters", "requests", "lengths", "rate", "alpha",
-           "cv", "order", "clients", "max_sequences", "pool_gib", "merged", "fixed_slots", "slo_ttft_s")  # fmt: skip
+           "cv", "order", "clients", "max_sequences", "pool_gib", "merged", "merged_turn_tokens",
+           "fixed_slots", "slo_ttft_s")  # fmt: skip
 _SIZES_LEFT_OUT = {"num_loaders", "page_tokens", "num_threads", "max_context", "max_adapters"}  # that name no curve
 
 

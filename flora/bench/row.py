@@ -51,6 +51,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     send_delay_ms_p99: float | None  # more than a few milliseconds over HTTP: the client was the bottleneck
     label: str | None = None  # what a suite calls this measurement
     merged: bool = False  # each adapter's requests on their own, by the base's weights as they are
+    merged_turn_tokens: int | None = None  # of prompts that an adapter's turn begins with; None: all it has
     beside: int = 0  # adapters on the device that no request names
     # Adapters on the device at once, all filled up to the largest rank; None: a unified pool of true ranks. Generous to
     # the slots: the pool is still one, so keys and values may take the pages of a slot that is idle.

@@ -8,7 +8,8 @@ from pathlib import Path
 from flora.bench.bed import Bed
 from flora.bench.engines import World, make_world, running_engine
 from flora.bench.facts import Surroundings, engine_facts, make_row, workload_facts
-from flora.bench.in_process import drive_engine, drive_merged
+from flora.bench.in_process import drive_engine
+from flora.bench.merged import drive_merged
 from flora.bench.row import Row
 from flora.bench.settings import ServeBench
 from flora.bench.storm import Storm, StormRow, drive_storm, storm_row
@@ -60,7 +61,10 @@ def measure_on(
     for order, seed in enumerate(bench.seeds):
         trace = trace_of(bench, num_adapters, seed)
         asks = asks_for(bench, trace, num_adapters, seed)
-        seen = drive_merged(engine, asks) if bench.merged else drive_engine(engine, asks, world.targets)
+        if bench.merged:
+            seen = drive_merged(engine, asks, bench.merged_turn_tokens)
+        else:
+            seen = drive_engine(engine, asks, world.targets)
         check_timelines(asks, seen.timelines, may_abort=may_abort)
         yield make_row(
             system="flora",

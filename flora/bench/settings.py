@@ -50,4 +50,5 @@ class ServeBench:
     cancel: float = 0.0  # share of the requests that are cancelled midway
     slo_ttft_s: float = 6.0  # what attainment is counted by; S-LoRA's
     merged: bool = False  # each adapter's requests on their own, as if it were merged into the base
+    merged_turn_tokens: int | None = None  # see merged.merged_turns
     beside: int = 0  # adapters that are on the device from the start, and that no request names

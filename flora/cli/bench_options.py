@@ -83,6 +83,16 @@ Merged = Annotated[
     bool,
     _flag(_SWITCHES, "--merge", None, "Each adapter's requests on their own, as a server with merged weights has to."),
 ]
+MergedTurnTokens = Annotated[
+    int | None,
+    _flag(
+        _SWITCHES,
+        "--merge-turn",
+        "TOKENS",
+        "With --merge: prompt tokens that an adapter's turn begins with, as S-LoRA's queue has it; else all it has.",
+        min=1,
+    ),
+]
 FixedSlots = Annotated[
     int | None,
     _flag(_SWITCHES, "--fixed-slots", "N", "Adapters filled up to the largest rank, N on the device at most.", min=1),

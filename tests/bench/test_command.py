@@ -47,13 +47,18 @@ def test_each_switch_reaches_the_engine(capfd):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [([], (False, None)), (["--merge"], (True, None)), (["--fixed-slots", "3"], (False, 3))],
+    [
+        ([], (False, None, None)),
+        (["--merge"], (True, None, None)),
+        (["--merge", "--merge-turn", "9"], (True, 9, None)),
+        (["--fixed-slots", "3"], (False, None, 3)),
+    ],
 )
 def test_rows_say_what_they_compare(words, said, capfd):
     bench("--adapters", "2", "--requests", "4", "--lengths", "4,9", "--json", *words)
     [row] = json.loads(capfd.readouterr().out)["rows"]
 
-    assert (row["merged"], row["fixed_slots"]) == said
+    assert (row["merged"], row["merged_turn_tokens"], row["fixed_slots"]) == said
 
 
 def test_without_switches_prompts_are_computed_and_nobody_is_given_up(capfd):

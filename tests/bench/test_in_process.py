@@ -11,7 +11,8 @@ import pytest
 from flora.bench.asks import Ask
 from flora.bench.engines import World, host_cache_bytes, make_world, running_engine
 from flora.bench.facts import Surroundings
-from flora.bench.in_process import drive_engine, drive_merged
+from flora.bench.in_process import drive_engine
+from flora.bench.merged import drive_merged, merged_turns
 from flora.bench.serving import check_nothing_leaks, measure_engine
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.summary import summarize
@@ -106,6 +107,7 @@ def test_each_number_of_adapters_and_each_seed_make_a_row(tmp_path):
     gc.disable()  # what is not given back by the code stays
     for row in measure_engine(bench, Surroundings(commit="abc", gpu=None), scratch=tmp_path):
         rows.append(row)
+        gc.unfreeze()  # what is frozen is not told
         pools = sum(type(thing) is DevicePool for thing in gc.get_objects())
         assert pools == 1, "two do not fit on a GPU"
     gc.enable()
@@ -150,6 +152,24 @@ def test_merged_adapters_are_served_one_after_the_other_by_the_bases_weights(eng
     assert spans[0][1] <= spans[1][0] < spans[1][1] <= spans[2][0]
     assert (seen.counts["loads"], seen.counts["evictions"]) == (0, 0)
     assert seen.counts["steps"] >= 3 * 4
+
+
+def test_turns_of_merged_adapters_are_all_that_one_has_or_what_s_loras_queue_takes():
+    """Five prompts of 3 tokens for each of two adapters, alternating, and 40 of a third at the end."""
+    asks = [ask(0.0, adapter=i % 2) for i in range(10)] + [ask(0.0, adapter=2) for _ in range(40)]
+
+    def turns(tokens: int | None) -> list[tuple[int, int]]:
+        return [(asks[taken[0]].adapter, len(taken)) for taken in merged_turns(asks, tokens)]
+
+    assert turns(None) == [(0, 5), (1, 5), (2, 40)]
+    # no request has more than 30 of others before it, so a turn goes on until its adapter has none
+    assert turns(8) == [(0, 5), (1, 5), (2, 40)]
+    # behind those forty it has too many before it, though one of the two still fits into a batch that was begun
+    asks += [ask(0.0, adapter=0), ask(0.0, adapter=0)]
+    assert turns(8) == [(0, 6), (1, 5), (2, 40), (0, 1)]
+    assert turns(1) == [(0, 5), (1, 5), (2, 40), (0, 2)]  # a prompt that is longer than a batch is a batch
+    assert turns(None) == [(0, 7), (1, 5), (2, 40)]
+    assert sorted(i for taken in merged_turns(asks, 8) for i in taken) == list(range(52))
 
 
 def test_fixed_slots_hold_adapters_of_the_largest_rank_and_no_more_than_there_are(tmp_path):

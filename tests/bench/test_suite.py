@@ -56,7 +56,8 @@ def test_the_table_is_the_workload_that_other_engines_were_measured_with():
 
 
 def test_rows_bear_the_label_and_what_tells_neighbours_apart():
-    rows, run = measure(small("base/alone", "base/beside", "S2/200/slots-64", "S2/5/merged", "S2/32/cluster-8"))
+    rows, run = measure(small("base/alone", "base/beside", "S2/200/slots-64", "S2/5/merged", "S2/5/merged/queue",
+                               "S2/32/cluster-8"))  # fmt: skip
 
     by_label = {row["label"].removeprefix("small/"): row for row in rows}
     assert run.outcome.done == list(dict.fromkeys(row["label"] for row in rows))
@@ -66,6 +67,8 @@ def test_rows_bear_the_label_and_what_tells_neighbours_apart():
     assert by_label["S2/200/slots-64"]["fixed_slots"] == 2
     assert by_label["S2/200/slots-64"]["evictions"] > 0
     assert by_label["S2/5/merged"]["merged"]
+    assert by_label["S2/5/merged"]["merged_turn_tokens"] is None
+    assert by_label["S2/5/merged/queue"]["merged_turn_tokens"] == 20_480
     assert by_label["S2/32/cluster-8"]["switches"]["cluster"] == 8
 
 
@@ -92,7 +95,7 @@ def test_arrivals_come_at_a_share_of_what_was_reached():
 
     reached, arrivals = rows
     assert arrivals["rate"] == pytest.approx(1.3 * reached["req_s"], abs=0.01)
-    assert arrivals["requests"] == max(2, int(arrivals["rate"] * 30 / 200))
+    assert arrivals["requests"] == max(2, int(arrivals["rate"] * 75 / 200))
     assert (arrivals["cv"], arrivals["slo_ttft_s"]) == (4.0, 2.0)
 
 

@@ -54,6 +54,7 @@ def serve(
     cluster: flag.Cluster = None,
     slo_ttft_s: flag.EarlyAbort = None,
     merge: flag.Merged = False,
+    merge_turn: flag.MergedTurnTokens = None,
     fixed_slots: flag.FixedSlots = None,
     storm: flag.StormRate = None,
     streams: flag.Streams = 64,
@@ -102,6 +103,8 @@ def serve(
         raise UsageError(
             "--merge is measured on the engine, with all requests there at once", fix="leave the other flags out"
         )
+    if merge_turn and not merge:
+        raise UsageError("--merge-turn is of --merge", fix="give --merge too")
     form = choose_format(as_json=as_json, ids_only=False)
     device, dtype = resolve_device(device, dtype)
     bench = ServeBench(
@@ -139,6 +142,7 @@ def serve(
         cancel=cancel,
         slo_ttft_s=slo_ttft,
         merged=merge,
+        merged_turn_tokens=merge_turn,
     )
     logging.getLogger("flora.serve").setLevel(logging.ERROR)  # of a thousand adapters, a line each
     where = Surroundings(commit or commit_of_this_code(), gpu or (None if url else flag.gpu_name(device)))
