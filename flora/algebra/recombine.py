@@ -100,7 +100,7 @@ def _approximate(target: Tensor, max_rank: int, dtype: torch.dtype, seed: int) -
         max_rank=min(max_rank, *target.shape),
         energy=None,
         exact=False,
-        generator=torch.Generator().manual_seed(seed),
+        seed=str(seed),
     )
     fitted = fit(target, basis, len(basis.values), dtype)
     return fitted.factors, norm_squared, float(fitted.kept[-1])

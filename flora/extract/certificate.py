@@ -20,8 +20,8 @@ def kept_by_rank(product: Tensor, small: Tensor, large: Tensor) -> Tensor:
     linear = torch.zeros(rank, dtype=torch.float64, device=product.device)
     gram = torch.zeros(rank, rank, dtype=torch.float64, device=product.device)
     for piece, columns in zip(product.split(_COLUMNS, 1), large.split(_COLUMNS, 1), strict=True):
+        linear += (piece * columns).sum(1, dtype=torch.float64)
         columns = columns.double()
-        linear += (piece * columns).sum(1)
         gram += columns @ columns.T
     quadratic = gram * (small.double() @ small.double().T)
     return 2 * linear.cumsum(0) - quadratic.cumsum(0).cumsum(1).diagonal()

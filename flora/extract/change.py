@@ -1,6 +1,5 @@
 """One pair of tensors, from the files to certified factors: the part of the work that runs on many pairs at once."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -114,7 +113,7 @@ class PairWorker:
                 max_rank=self._ranks[pair.name],
                 energy=self._config.rule.energy,
                 exact=self._config.exact,
-                generator=_generator(self._config.seed, pair.name),
+                seed=f"{self._config.seed}:{pair.name}",  # so the order of the work does not matter
             )
         with stopwatch.on_device("fit"):
             fitted = self._fit_rank(pair, delta.norm_squared, values, basis)
@@ -158,12 +157,6 @@ class PairWorker:
         if not hasattr(self._threads, "station"):
             self._threads.station = Station(self._config.device)
         return self._threads.station
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers that depend on the seed and the tensor alone, not on the order of the work."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _not_finite(info: TensorInfo) -> NotFinite:

@@ -7,8 +7,10 @@
 Only one side is computed: `factors.fit` finds the other with the pass over D that certifies the result anyway.
 """
 
+import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from flora.extract.products import empty_products, there_and_back
 
 GRAM_SIDE = 1024  # up to here eigenvalues of [side, side] in float64 take a fraction of a second
 KRYLOV_DEPTH = 6  # blocks of rank/2: at least 0.9997 of the energy that the best rank columns hold
+SAMPLE = 7  # one column of D in so many begins the space; odd, so as not to fall in step with heads of 2^n columns
 MIN_BLOCK = 8  # columns; thinner products waste the reading of D
 ENERGY_BLOCK = 64  # columns by which the basis grows where an energy, not a rank, says when to stop
 OVERSHOOT = 1.3  # how much further the basis grows once it holds the energy, so that the trimmed rank is near the best
@@ -37,20 +40,18 @@ def wide(delta: Tensor) -> Tensor:
     return delta if delta.shape[0] <= delta.shape[1] else delta.T
 
 
-def factorize(
-    D: Tensor, norm_squared: float, *, max_rank: int, energy: float | None, exact: bool, generator: torch.Generator
-) -> Basis:
+def factorize(D: Tensor, norm_squared: float, *, max_rank: int, energy: float | None, exact: bool, seed: str) -> Basis:
     """Up to `max_rank` leading singular vectors of D [small, large]; with `energy`, enough to hold that share if so.
 
     norm_squared  of D;  energy  a share of it
-    generator     on the CPU, so that every device starts from the same block
+    seed          of the random signs that a Krylov space begins with
     """
     if exact:
         vectors, values = _svd(D)
     elif _wants_spectrum(D.shape[0], max_rank, energy):
         vectors, values = _gram(D)
     else:
-        vectors, values = _krylov(D, norm_squared, max_rank, energy, generator) or _gram(D)
+        vectors, values = _krylov(D, norm_squared, max_rank, energy, seed) or _gram(D)
     if values[0] == 0:  # elements below 1e-19, whose squares float32 cannot hold; LAPACK scales them first
         vectors, values = _svd(D)
     rank = min(max_rank, int((values > FLOOR * values[0]).sum()))
@@ -80,7 +81,7 @@ def _gram(D: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _krylov(
-    D: Tensor, norm_squared: float, max_rank: int, energy: float | None, generator: torch.Generator
+    D: Tensor, norm_squared: float, max_rank: int, energy: float | None, seed: str
 ) -> tuple[Tensor, Tensor] | None:
     """D's singular vectors within a block Krylov space, or None if that outgrows half of D's side.
 
@@ -89,14 +90,14 @@ def _krylov(
     cheaper by large / small: but for the last block, Q_i D Dᵀ is what the next block of the space was made of.
     Source: block Krylov (Musco & Musco 2015); the indicator is that of randQB_EI (Yu, Gu, Li 2018).
     """
-    small, large = D.shape
+    small = D.shape[0]
     most = small // 2
     limit = KRYLOV_DEPTH * _block(max_rank)
     block = min(_block(max_rank), ENERGY_BLOCK) if energy is not None else _block(max_rank)
     rows = min(limit, most)
     Q, QDD, QD = D.new_empty(rows, small), D.new_empty(rows, small), empty_products(block, D)  # QD: the last block's
     k, held = 0, 0.0
-    X = torch.randn(block, large, generator=generator).to(D.device) @ D.T
+    X = _first_rows(D, block, norm_squared, seed)
     while True:
         Q[k : k + block] = _orthonormal_rows(X, Q[:k])
         has_next = k + 2 * block <= rows  # most likely: then one walk through D makes both products
@@ -112,6 +113,27 @@ def _krylov(
         X = QDD[k - block : k] = returned
     W, values = _leading(_gram_of_products(Q[:k], QDD[: k - block], QD))
     return W[:max_rank] @ Q[:k], values[:max_rank]
+
+
+def _first_rows(D: Tensor, block: int, norm_squared: float, seed: str) -> Tensor:
+    """[block, small]: random sums of every seventh column of D, or of all where those hold too little of it.
+
+    A sample is as good a beginning as all columns where the change is spread over them; the iteration reads them all.
+    """
+    for step in (SAMPLE, 1) if D.shape[1] >= 2 * block * SAMPLE else (1,):
+        some = D[:, ::step]
+        X = (some @ _signs(some.shape[1], block, seed).to(D.device)).T
+        if step == 1 or float(torch.linalg.vector_norm(X)) ** 2 > block * norm_squared / (10 * step):
+            break
+    return X
+
+
+def _signs(num_rows: int, num_columns: int, seed: str) -> Tensor:
+    """[num_rows, num_columns] of +1 and -1: the bits that SHAKE-256 makes of the seed, alike on every machine."""
+    count = num_rows * num_columns
+    stream = hashlib.shake_256(seed.encode()).digest((count + 7) // 8)
+    bits = np.unpackbits(np.frombuffer(stream, np.uint8), count=count).reshape(num_rows, num_columns)
+    return torch.from_numpy(bits).float().mul_(2).sub_(1)
 
 
 def _gram_of_products(Q: Tensor, QDD: Tensor, last_QD: Tensor) -> Tensor:

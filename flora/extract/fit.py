@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flora.extract.certificate import kept_by_rank
 from flora.extract.factorize import Basis, wide
+from flora.extract.products import times
 from flora.lowrank import LowRank, trim
 
 
@@ -35,8 +36,8 @@ def fit(delta: Tensor, basis: Basis, rank: int, dtype: torch.dtype) -> Fit:
     L, first_bad = torch.linalg.cholesky_ex(small.double() @ small.double().T)
     rank = int(first_bad) - 1 if first_bad else rank
     stored, small, inverse = stored[:rank], small[:rank], torch.cholesky_inverse(L[:rank, :rank]).float()
-    product = small @ wide(delta)
-    large, large_exponent = _round(inverse @ product, dtype)
+    product = times(small, wide(delta))
+    large, large_exponent = _round(torch.matmul(inverse, product, out=torch.empty_like(product)), dtype)
     kept = kept_by_rank(product, small, _ldexp(large, large_exponent)).cpu()
     A, B = (large, stored.T) if delta.shape[0] <= delta.shape[1] else (stored, large.T)
     scale = 2.0 ** (exponent + large_exponent)

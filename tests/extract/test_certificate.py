@@ -23,8 +23,7 @@ def kept_energy(delta: torch.Tensor, factors: LowRank) -> float:
 
 def fitted(delta: torch.Tensor, rank: int, dtype: torch.dtype = torch.bfloat16):
     norm_squared = float(delta.double().square().sum())
-    generator = torch.Generator().manual_seed(0)
-    basis = factorize(wide(delta), norm_squared, max_rank=rank, energy=None, exact=False, generator=generator)
+    basis = factorize(wide(delta), norm_squared, max_rank=rank, energy=None, exact=False, seed="0")
     return fit(delta, basis, rank, dtype)
 
 
