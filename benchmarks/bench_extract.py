@@ -130,14 +130,14 @@ def synthetic(m: int, n: int, kind: str, generator) -> tuple:
 
 
 def run_flora(base: Path, tuned: Path, out: Path, rank: int) -> None:
-    import gc
-
     from flora.checkpoint import open_checkpoint
     from flora.identity import records_beside
+    from flora.startup import import_torch, prepare_process
 
-    gc.set_threshold(50_000, *gc.get_threshold()[1:])  # as `flora` does
+    prepare_process()  # as `flora` does
     pair = open_checkpoint(base), open_checkpoint(tuned)
     with records_beside(pair, None) as records:  # as `flora extract` does: hashed beside the import of torch
+        import_torch()
         from safetensors.torch import save_file
 
         from flora.extract import ExtractConfig, extract

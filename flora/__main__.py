@@ -2,10 +2,12 @@
 
 import gc
 
+from flora.startup import prepare_process
+
 
 def run() -> int:
     """One command line in a process of its own; its exit code."""
-    gc.set_threshold(50_000, *gc.get_threshold()[1:])  # at 700 the import of torch alone collects a thousand times
+    prepare_process()
     from flora.cli import main
 
     code = main()

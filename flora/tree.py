@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flora.startup import complete_torch
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -56,6 +58,7 @@ class ModuleTree:
 
 def module_tree(folder: Path) -> ModuleTree | None:
     """The tree of the checkpoint in `folder`; None where no library is there that knows it."""
+    complete_torch()
     try:
         config = json.loads((folder / "config.json").read_bytes())
         return _of_diffusers(config) if "_class_name" in config else _of_transformers(folder)

@@ -88,6 +88,7 @@ def extract(
       flora extract ./base ./tuned --embeddings --vectors --dtype float8 --out ./adapter
     """
     from flora.identity import records_beside
+    from flora.startup import import_torch
 
     form = choose_format(as_json=as_json, ids_only=quiet)
     if len(tuned) > 1 and (name or out):
@@ -97,6 +98,8 @@ def extract(
         checkpoints = stack.enter_context(readable([base, *tuned], allow_pickle=allow_pickle))
         # the files are hashed beside all that follows: for a second that is the import of torch, on one core
         records = None if dry_run else stack.enter_context(records_beside(checkpoints, hash_cache_dir()))
+        if device == "cpu":
+            import_torch()
         from flora.extract import ExtractConfig, Wish, plan_extraction
 
         rule = rank_rule(rank, energy, budget)
