@@ -17,6 +17,7 @@ from flora_docs import cli, engines, errors, links, results, schemas, server
 ROOT = Path(__file__).parents[2]
 _PLACEHOLDER = re.compile(r"<!-- flora:(\w+) -->")
 _FILLERS: dict[str, Callable[[], str]] = {
+    "claims": lambda: results.claims_table(ROOT / "benchmarks" / "results"),
     "engines": engines.engine_table,
     "errors": errors.error_table,
     "http_errors": errors.http_table,

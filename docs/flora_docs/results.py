@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flora.bench.claims import findings_of
+from flora.bench.row import read_rows
+
 # file -> the question that it answers, and the columns to show. Of other files, whatever differs between rows is shown.
 _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     "suite": (
@@ -84,6 +87,16 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 _HIDDEN = ("kernels_sweeps",)  # tuning; what they say stands in the notes
 _MAX_COLUMNS = 10
 _DIGITS = 4  # significant, of a share
+
+
+def claims_table(folder: Path) -> str:
+    """What Flora is asked to reach, what its latest rows say, and whether that is enough."""
+    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file)]
+    lines = ["| of the engine | measured | bound | |", "| --- | ---: | ---: | --- |"]
+    for found in findings_of(rows):
+        word = "" if found.holds else "**missed**"
+        lines.append(f"| {found.claim.what} | {_shown(found.value)} | {found.claim.bound} | {word} |")
+    return "\n".join(lines)
 
 
 def result_sections(folder: Path) -> str:

@@ -1,10 +1,10 @@
 """The figures of the claims: which rows each is drawn from, and by which plot."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flora.bench.claims import Rows
+from flora.bench.claims import Rows, measured
 from flora.bench.plots import PLOTS, Curve, Plot, curves_of
 
 _LEAST_POINTS = 2  # one figure says less than the table does
@@ -27,6 +27,39 @@ FIGURES = (
     Figure("cost", "cost", "Fine-tunes of a 1B model: adapters, and checkpoints in turn", r"cost/\w+/\d+"),
     Figure("bill", "bill", "Fine-tunes of a 1B model: GPU seconds for a million tokens", r"cost/\w+/\d+"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """Measurements that differ in one thing, beside each other."""
+
+    name: str  # of its file
+    title: str
+    unit: str
+    field: str
+    words: Mapping[str, str]  # by label
+
+
+BARS = (
+    Bars("merged", "Five adapters at once, or merged one after the other (S2)", "requests a second", "req_s", {
+        "S2/5": "on the fly", "S2/5/merged": "merged, in the best order", "S2/5/merged/queue": "merged, S-LoRA's queue",
+    }),
+    Bars("peft", "A hundred adapters (S2)", "requests a second", "req_s",
+         {"S2/100": "Flora", "peft/100": "transformers and PEFT"}),
+    Bars("prefetch", "Three quarters of the load, 2,000 adapters (S2)", "ms to the first token, 99th percentile",
+         "ttft_ms_p99", {"S2/2000/prefetch": "prefetch", "S2/2000/no-prefetch": "no prefetch"}),
+    Bars("anchor", "A hundred adapters, the same machine and requests", "requests a second, cold", "req_s",
+         {"table/100": "Flora", "vllm/100": "vLLM 0.26.0"}),
+)  # fmt: skip
+
+
+def drawable_bars(rows: Rows, bars: Sequence[Bars] = BARS) -> Iterator[tuple[Bars, list[tuple[str, float]]]]:
+    """Of these, those that the rows have two measurements for: words and value, the latest commit's."""
+    for each in bars:
+        values = [(words, measured(rows, label, each.field)) for label, words in each.words.items()]
+        known = [(words, value) for words, value in values if value is not None]
+        if len(known) >= _LEAST_POINTS:
+            yield each, known
 
 
 def drawable(rows: Rows, figures: Sequence[Figure] = FIGURES) -> Iterator[tuple[Figure, Plot, list[Curve]]]:

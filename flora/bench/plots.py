@@ -75,7 +75,7 @@ def curves_of(plot: Plot, rows: Rows) -> list[Curve]:
     differing = [key for key in _keys(named) if len({_plain(facts[key]) for facts in named if key in facts}) > 1]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row, facts in zip(usable, named, strict=True):
-        name = ", ".join(_word(key, facts.get(key)) for key in differing if facts.get(key) is not None)
+        name = ", ".join(filter(None, (_word(key, facts.get(key)) for key in differing)))
         groups.setdefault(name, []).append(row)
     return [curve for name, of_name in groups.items() for curve in _curves(plot, name, of_name)]
 
@@ -124,7 +124,11 @@ def _plain(value: Any) -> str:
 
 
 def _word(key: str, value: Any) -> str:
-    """How a fact reads in a legend: `vllm`, `100 adapters`, `no fairness`."""
+    """How a fact reads in a legend: `vllm`, `100 adapters`, `no fairness`; nothing where a row lacks it."""
+    if key == "slo_ttft_s":  # of the switches: when the server gives up
+        return "nobody is given up" if value is None else f"given up after {value:g} s without a token"
+    if value is None:
+        return ""
     if isinstance(value, bool):
         words = key.replace("_", " ")
         return words if value else f"no {words}"

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from flora.bench.figures import FIGURES, drawable
+from flora.bench.figures import BARS, FIGURES, drawable, drawable_bars
 from flora.bench.plots import PLOTS, Curve, curves_of
 from flora.bench.suites import FULL, SUITES, entries_of
 from flora.cli import main
@@ -52,6 +52,30 @@ def test_every_figure_has_measurements_whose_rows_it_is_drawn_from():
     ]  # fmt: skip
 
     assert [figure.name for figure, _, _ in drawable(rows)] == [figure.name for figure in FIGURES]
+
+
+def test_every_bar_is_of_a_measurement_that_a_suite_or_a_script_makes():
+    engine = EngineConfig(base=Path(), registry="", cache_dir=Path())
+    labels = {entry.label for entry in entries_of(list(SUITES), engine, FULL)} | {"peft/100", "vllm/100"}
+
+    assert {label for bars in BARS for label in bars.words} <= labels
+
+
+def test_bars_are_as_long_as_their_figures_and_one_alone_is_not_drawn(tmp_path):
+    rows = [row("S2/5", req_s=24.0), row("S2/5/merged", req_s=6.0), row("peft/100", req_s=0.2)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+    assert [(bars.name, values) for bars, values in drawable_bars(rows)] == [
+        ("merged", [("on the fly", 24.0), ("merged, in the best order", 6.0)])
+    ]
+    assert main(["bench", "figures", str(file), "--out", str(tmp_path)]) == 0
+
+    drawn = ElementTree.parse(tmp_path / "merged.svg").getroot()
+    widths = [float(each.get("width", 0)) for each in drawn.iter() if each.get("class") == "bar"]
+    assert widths[0] == pytest.approx(4 * widths[1])
+    assert {"24", "6", "on the fly"} <= {each.text for each in drawn.iter() if each.get("class") == "label"}
+    assert not (tmp_path / "peft.svg").exists()
 
 
 def test_what_has_no_points_is_not_drawn(tmp_path):

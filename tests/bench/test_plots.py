@@ -46,8 +46,8 @@ def test_switches_name_curves_too():
     ]
 
     assert curves_of(BURST, rows) == [
-        Curve("", ((1.0, 50.0), (4.0, 25.0))),
-        Curve("slo ttft s 6.0", ((1.0, 75.0), (4.0, 50.0))),
+        Curve("nobody is given up", ((1.0, 50.0), (4.0, 25.0))),
+        Curve("given up after 6 s without a token", ((1.0, 75.0), (4.0, 50.0))),
     ]
 
 

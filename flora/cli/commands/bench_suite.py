@@ -122,14 +122,19 @@ def figures(
 
       flora bench figures suite.jsonl cost.jsonl --out docs
     """
-    from flora.bench.figures import drawable
+    from flora.bench.figures import drawable, drawable_bars
     from flora.bench.row import read_rows
+    from flora.cli.bench_bars import draw_bars
     from flora.cli.bench_plot import draw_plot
 
     out.mkdir(parents=True, exist_ok=True)
-    for figure, plot, curves in drawable([row for file in files for row in read_rows(file)]):
+    rows = [row for file in files for row in read_rows(file)]
+    for figure, plot, curves in drawable(rows):
         (out / f"{figure.name}.svg").write_text(draw_plot(plot, curves, figure.title), encoding="utf-8")
         note(f"{figure.name}.svg: {len(curves)} curves")
+    for bars, values in drawable_bars(rows):
+        (out / f"{bars.name}.svg").write_text(draw_bars(bars.title, bars.unit, values), encoding="utf-8")
+        note(f"{bars.name}.svg: {len(values)} bars")
 
 
 def _findings(files: list[Path]) -> list[Finding]:
