@@ -70,7 +70,7 @@ def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpo
         raise CheckpointError(
             what,
             cause="one of the two keeps the experts of a layer in one tensor, the other each by itself, and they do "
-            "not fit: a part of an expert is missing or of another shape, or gate and up take turns, as in gpt-oss",
+            "not fit: a part of an expert is missing or of another shape, or it is gpt-oss and apart in the base",
             fix="load the base with the library that saved the tuned checkpoint, save it to a folder, and give that",
             missing=missing,
         )
@@ -101,7 +101,7 @@ def check_dtypes(pairs: Sequence[TensorPair]) -> None:
 
 
 def _is_expert(name: str) -> bool:
-    return is_expert(name.removesuffix(".weight"))
+    return is_expert(name.removesuffix(".weight")) or ".experts." in name
 
 
 def _two_architectures(base: Checkpoint, tuned: Checkpoint) -> str:

@@ -11,7 +11,8 @@ from flora.extract.config import FACTOR_BYTES, ExtractConfig
 from flora.extract.factorize import GRAM_SIDE
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
-from flora.extract.regroup import RegroupedCheckpoint, readable_pair
+from flora.extract.pieces import RegroupedCheckpoint
+from flora.extract.regroup import readable_pair
 from flora.extract.sidecars import check_vocabulary
 from flora.extract.workers import Crew, choose_crew, choose_gpu_crew
 from flora.rank import RankRule

@@ -5,53 +5,24 @@
 
 The tuned checkpoint is read as the base groups its own, since an adapter belongs to the base's tensors. transformers 5
 saves apart what Qwen3.5 published fused, and with `save_original_format=False` fused what others published apart; there
-M may have another name, too.
+M may have another name, too. gpt-oss, whose rows of gate and up take turns, stands in `turns.py`.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from flora.checkpoint import Checkpoint, TensorInfo
+from flora.extract import turns
 from flora.extract.experts import readable
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from flora.extract.pieces import Piece, in_pieces
 
 Leaves = tuple[str, ...]
 _FUSED: Leaves = ("gate_up_proj", "down_proj")
 _APART: tuple[Leaves, ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_INTERLEAVED = ("gpt_oss",)  # models whose rows of gate and up take turns
 _HOMES = ("mlp", "block_sparse_moe")  # what M ends with: transformers 5's name for it, and Mixtral's own
 _EXPERT = re.compile(r"(?P<home>.+)\.experts\.(?P<index>\d+)\.(?P<leaf>\w+)\.weight", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A matrix as rows of others: of one, or of several one below the other."""
-
-    names: tuple[str, ...]
-    rows: slice | None = None  # None: all
-
-
-@dataclass(frozen=True, eq=False)
-class RegroupedCheckpoint(Checkpoint):
-    """A checkpoint whose experts are tensors of other names and rows than in its source."""
-
-    source: Checkpoint = field(kw_only=True)
-    pieces: Mapping[str, Piece] = field(kw_only=True)  # by the names that this view gives them
-
-    def load(self, name: str) -> "Tensor":
-        import torch
-
-        piece = self.pieces.get(name)
-        if piece is None:
-            return self.source.load(name)
-        parts = [self.source.load(part) for part in piece.names]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole if piece.rows is None else whole[piece.rows]
 
 
 def readable_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint]:
@@ -65,8 +36,10 @@ def grouped_as(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:
 
     Itself, too, where it cannot be told how they belong together: the names that differ are reported then.
     """
+    if str(base.config.get("model_type")) in turns.MODELS:
+        return in_pieces(tuned, turns.pieces_in_turns(base, tuned))
     ours, theirs = _groups(base), _groups(tuned)
-    if not ours or not theirs or str(base.config.get("model_type")) in _INTERLEAVED:
+    if not ours or not theirs:
         return tuned
     usual = next(iter(ours.values())).leaves if len({group.leaves for group in ours.values()}) == 1 else None
     pieces: dict[str, Piece] = {}
@@ -86,10 +59,7 @@ def grouped_as(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:
         if stem is not None and name not in hidden:
             pieces[_beside(homes[stem], name.removeprefix(stem), base)] = Piece((name,))
             hidden.add(name)
-    tensors = {name: info for name, info in tuned.tensors.items() if name not in hidden}
-    tensors |= {name: _describe(name, piece, tuned.tensors) for name, piece in pieces.items()}
-    tensors = {name: tensors[name] for name in sorted(tensors)}
-    return RegroupedCheckpoint(tuned.path, tuned.config, tensors, source=tuned, pieces=pieces)
+    return in_pieces(tuned, pieces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +130,3 @@ def _regroup_one(
         half = tensors[wide[0]].shape[0] // 2
         yield own_wide[0], Piece((wide[0],), slice(0, half))
         yield own_wide[1], Piece((wide[0],), slice(half, None))
-
-
-def _describe(name: str, piece: Piece, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
-    """The piece's entry: of several tensors it starts where the first does, and has the bytes of all."""
-    infos = [tensors[part] for part in piece.names]
-    first = infos[0]
-    if not first.shape:
-        return replace(first, name=name)
-    num_rows = sum(info.shape[0] for info in infos)
-    start, stop, _ = (piece.rows or slice(None)).indices(num_rows)
-    row_bytes = sum(info.num_bytes for info in infos) // max(1, num_rows)
-    begin, end = (first.start + row * row_bytes for row in (start, stop))
-    return replace(first, name=name, shape=(stop - start, *first.shape[1:]), start=begin, end=end)

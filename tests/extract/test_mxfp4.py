@@ -21,6 +21,7 @@ from flora.identity import base_record
 from flora.rank import RankRule
 from tests.extract.models import rewrite, save, tune
 from tests.extract.moe import HEADED
+from tests.extract.test_regroup import as_llm_compressor, as_unsloth
 
 RANK_8 = ExtractConfig(RankRule(max_rank=8), factor_dtype="float32")
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -80,6 +81,17 @@ def test_an_mxfp4_base_and_a_tuned_checkpoint_in_bf16_make_an_adapter_that_verif
     assert verify(adapter, base, tuned).holds
     assert {f"{HOME}.down_proj_blocks", f"{HOME}.down_proj_scales"} <= adapter.header.base.touched.keys()
     assert adapter.header.base.base_id == str(base_record(base).base_id)  # of the files as they are
+
+
+@pytest.mark.parametrize("apart", [as_unsloth, as_llm_compressor])
+def test_an_mxfp4_base_reads_a_tuned_checkpoint_with_experts_apart(base, tmp_path, apart):
+    alike = save(tune(model()), tmp_path / "alike", torch.bfloat16)
+    tuned = rewrite(save(tune(model()), tmp_path / "tuned", torch.bfloat16), apart)
+
+    adapter = extract(base, tuned, RANK_8).adapter
+
+    assert adapter.header.serving_digest == extract(base, alike, RANK_8).adapter.header.serving_digest
+    assert verify(adapter, base, tuned).holds
 
 
 def test_nothing_is_merged_into_four_bits(base, tmp_path):

@@ -45,13 +45,13 @@ def test_a_pair_of_which_one_side_keeps_its_experts_fused_gives_the_adapter_of_t
     assert distance(base.path, adapter, tmp_path) < ROUNDING
 
 
-def taken_apart(tensors: dict[str, Tensor], *, step: int) -> None:
-    """Experts [in, out] by themselves: rows of gate and up one below the other, or (step 2) in turns."""
+def taken_apart(tensors: dict[str, Tensor]) -> None:
+    """Experts [in, out] by themselves: rows of gate and up one below the other."""
     for home in {name.partition(".experts.")[0] for name in tensors if name.endswith("experts.gate_up_proj")}:
         wide, narrow = (tensors.pop(f"{home}.experts.{leaf}").transpose(1, 2) for leaf in ("gate_up_proj", "down_proj"))
-        half = 1 if step == 2 else wide.shape[1] // 2
+        half = wide.shape[1] // 2
         for index in range(len(wide)):
-            gate, up = wide[index, : None if step == 2 else half : step], wide[index, half::step]
+            gate, up = wide[index, :half], wide[index, half:]
             for leaf, part in (("gate_proj", gate), ("up_proj", up), ("down_proj", narrow[index])):
                 tensors[f"{home}.experts.{index}.{leaf}.weight"] = part.contiguous()
 
@@ -59,7 +59,7 @@ def taken_apart(tensors: dict[str, Tensor], *, step: int) -> None:
 def test_experts_of_llama_4_may_be_apart_as_those_have_them_who_quantize_it(tmp_path):
     model = built("llama4")
     base, alike = save(model, tmp_path / "base"), save(tune(model), tmp_path / "alike")
-    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: taken_apart(tensors, step=1))
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), taken_apart)
 
     adapter = extract(base, tuned, RANK_6).adapter
 
@@ -67,16 +67,59 @@ def test_experts_of_llama_4_may_be_apart_as_those_have_them_who_quantize_it(tmp_
     assert verify(adapter, base, tuned).holds
 
 
-def test_experts_apart_whose_rows_take_turns_in_the_other_checkpoint_are_told(tmp_path):
-    """gpt-oss alternates gate and up; nobody has said how files of separate experts would."""
+def as_unsloth(tensors: dict[str, Tensor]) -> None:
+    """gpt-oss as Unsloth's model for four bits has it: experts in lists of layers, the router's layer in a box."""
+    for name in [name for name in tensors if ".mlp." in name]:
+        tensor = tensors.pop(name)
+        if ".router." in name:
+            tensors[name.replace(".router.", ".router.linear.")] = tensor
+            continue
+        kind = "bias" if name.endswith("_bias") else "weight"
+        for index, own in enumerate(tensor):
+            layer = f"{name.removesuffix('_bias')}s.{index}"
+            tensors[f"{layer}.{kind}"] = (own if kind == "bias" else own.T).contiguous()
+
+
+def as_llm_compressor(tensors: dict[str, Tensor]) -> None:
+    """gpt-oss with a gate, an up and a down layer for each expert: of gate and up every second row."""
+    for name in [name for name in tensors if ".mlp.experts." in name]:
+        home, _, leaf = name.rpartition(".")
+        kind = "bias" if leaf.endswith("_bias") else "weight"
+        for index, own in enumerate(tensors.pop(name)):
+            whole = own if kind == "bias" else own.T
+            parts = (("down_proj", whole),)
+            if leaf.startswith("gate_up_proj"):
+                parts = ("gate_proj", whole[::2]), ("up_proj", whole[1::2])
+            for part, rows in parts:
+                tensors[f"{home}.{index}.{part}.{kind}"] = rows.contiguous()
+
+
+@pytest.mark.parametrize("apart", [as_unsloth, as_llm_compressor])
+def test_gpt_oss_with_its_experts_apart_gives_the_adapter_of_the_fused_base(tmp_path, apart):
+    """What PEFT merges into Unsloth's model for four bits is saved so, with the biases and the router."""
     model = built("gpt-oss")
-    base = save(model, tmp_path / "base")
-    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: taken_apart(tensors, step=2))
+    base, alike = save(model, tmp_path / "base"), save(tune(model), tmp_path / "alike")
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), apart)
+    wish = Wish(routers=True, vectors=True)
+    config = ExtractConfig(RankRule(max_rank=6), factor_dtype="float32", wish=wish)
 
-    with pytest.raises(CheckpointError, match="lacks 8 of the base's tensors") as caught:
-        plan_extraction(base, tuned, RANK_6)
+    adapter = extract(base, tuned, config).adapter
 
-    assert caught.value.cause.endswith("or gate and up take turns, as in gpt-oss")
+    assert adapter.header.serving_digest == extract(base, alike, config).adapter.header.serving_digest
+    assert verify(adapter, base, tuned).holds
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+    assert distance(base.path, adapter, tmp_path) < ROUNDING
+
+
+@pytest.mark.parametrize("apart", [as_unsloth, as_llm_compressor])
+def test_gpt_oss_with_its_experts_apart_in_the_base_is_told(tmp_path, apart):
+    model = built("gpt-oss")
+    base = rewrite(save(model, tmp_path / "base"), apart)
+
+    with pytest.raises(CheckpointError, match="of the base's tensors") as caught:
+        plan_extraction(base, save(tune(model), tmp_path / "tuned"), RANK_6)
+
+    assert "gpt-oss and apart in the base" in caught.value.cause
 
 
 def test_experts_apart_of_which_one_lacks_a_part_are_told(tmp_path):
