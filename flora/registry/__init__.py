@@ -6,6 +6,7 @@
     database.py     the index, opened and locked; tables.py its SQL, migrations/ how it got there
     journal.py      what was given and taken, in order, from which the index can be rebuilt
     manifest.py   the record of one version, whose digest is the version's identity; packing.py writes and reads it
+    loading.py    an adapter on its way to a server, checked while it is read
     sharing.py    equal large tensors stored once: cutting.py cuts files up, parts.py lists where their bytes lie
     index.py      questions to the index: listing.py what it lists, lookups.py many names at once, needs.py its blobs;
                   changes.py  its changes;  refusals.py  what it says no to

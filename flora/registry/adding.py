@@ -95,7 +95,8 @@ def _add_rows(
             new.append((version, stored.packed.manifest, provenance))
         versions.append(version)
     if new:
-        changes.insert_versions(connection, new)
+        blake3 = {stored.packed.manifest.weights.digest: stored.packed.blake3 for stored in batch}
+        changes.insert_versions(connection, new, blake3)
         home.journal.note(
             connection,
             [Added(each.name, each.number, each.digest, each.created_at.isoformat(), provenance) for each, _, _ in new],

@@ -52,18 +52,32 @@ def reserve_numbers(connection: sa.Connection, numbers: Iterable[tuple[str, int]
     connection.execute(_RESERVE, [{"name": name, "next_number": number + 1} for name, number in numbers])
 
 
-def insert_versions(connection: sa.Connection, items: Sequence[tuple[Version, Manifest, Mapping[str, Any]]]) -> None:
-    """Adds (version, manifest, provenance), at least one, with numbers that were free in the same transaction."""
+def insert_versions(
+    connection: sa.Connection,
+    items: Sequence[tuple[Version, Manifest, Mapping[str, Any]]],
+    blake3: Mapping[str, str],
+) -> None:
+    """Adds (version, manifest, provenance), at least one, with numbers that were free in the same transaction.
+
+    blake3  of those of their blobs of which it is known, by digest
+    """
     reserve_numbers(connection, [(version.name, version.number) for version, _, _ in items])
     connection.execute(
         _INSERT_VERSION, [_row(version) | {"provenance": json.dumps(dict(made))} for version, _, made in items]
     )
-    blobs = []
+    blobs: list[dict[str, Any]] = []
     for version, manifest, _ in items:
         sizes = {blob.digest: blob.size for blob in manifest.blobs}  # two extras may be the same bytes
         owner = {"of_name": version.name, "of_digest": version.digest}
-        blobs += [owner | {"digest": digest, "size": size} for digest, size in sizes.items()]
+        blobs += [owner | {"digest": each, "size": size, "blake3": blake3.get(each)} for each, size in sizes.items()]
     connection.execute(_INSERT_BLOB, blobs)
+
+
+def note_blake3(connection: sa.Connection, version: Version, digest: str, blake3: str) -> None:
+    """Notes the BLAKE3 of the version's blob of that digest; of none, if the version was removed."""
+    found = version_blobs.c.version_id == _VERSION_ID, version_blobs.c.digest == bindparam("of_blob")
+    update = version_blobs.update().where(*found).values(blake3=blake3)
+    connection.execute(update, _owner(version) | {"of_blob": digest})
 
 
 def note_tensors(connection: sa.Connection, known: Mapping[str, Mapping[str, int]]) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from flora.errors import RegistryError, StoreError
 
-HEAD = "0004"  # the newest migration; a test compares it with migrations/versions
+HEAD = "0005"  # the newest migration; a test compares it with migrations/versions
 BUSY_TIMEOUT_MS = 30_000  # a bulk import holds the write lock for about a second at a time
 
 
@@ -51,18 +51,26 @@ class Database:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """A transaction under the write lock: all of it is committed at the end, or on an error none."""
+    def writing(self, *, wait_ms: int | None = None) -> Iterator[sa.Connection]:
+        """A transaction under the write lock: all of it is committed at the end, or on an error none.
+
+        wait_ms  for the lock, 1 at least; None: as long as a bulk import may hold it
+        """
+        wait_ms = wait_ms or BUSY_TIMEOUT_MS
         with self._translated(), self._engine.connect() as connection:
             if self._is_postgres:  # what is read after the lock must be what stands then
                 connection.execution_options(isolation_level="READ COMMITTED")
             else:
-                connection.execution_options(flora_writes=True)
-            with connection.begin():
-                if self._is_postgres:
-                    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {BUSY_TIMEOUT_MS}")
-                    connection.exec_driver_sql(_LOCK)
-                yield connection
+                connection.execution_options(flora_writes=True, flora_wait_ms=wait_ms)
+            try:
+                with connection.begin():
+                    if self._is_postgres:
+                        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {wait_ms}")
+                        connection.exec_driver_sql(_LOCK)
+                    yield connection
+            finally:
+                if not self._is_postgres and wait_ms != BUSY_TIMEOUT_MS:
+                    _set_wait(connection, BUSY_TIMEOUT_MS)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -107,8 +115,16 @@ def _configure(connection: sqlite3.Connection, record: Any) -> None:
 
 
 def _begin(connection: sa.Connection) -> None:
-    writes = connection.get_execution_options().get("flora_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    options = connection.get_execution_options()
+    if options.get("flora_wait_ms", BUSY_TIMEOUT_MS) != BUSY_TIMEOUT_MS:
+        _set_wait(connection, options["flora_wait_ms"])
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("flora_writes") else "BEGIN")
+
+
+def _set_wait(connection: sa.Connection, wait_ms: int) -> None:
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    driver.execute(f"PRAGMA busy_timeout = {wait_ms}")
 
 
 def _revision(connection: sa.Connection) -> str | None:

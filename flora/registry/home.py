@@ -17,6 +17,8 @@ from flora.registry.rebuild import rebuild
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
 
+_SOON_MS = 10  # a load waits for it, once, that has just taken ten times as long
+
 
 class Home:
     """What every operation on a registry is given."""
@@ -33,6 +35,12 @@ class Home:
     def reading(self) -> Iterator[sa.Connection]:
         """A connection that sees one state of the index throughout. Keep it short: it makes writers wait."""
         with self._database.reading() as connection:
+            yield connection
+
+    @contextmanager
+    def noting(self) -> Iterator[sa.Connection]:
+        """A transaction for what is no loss if it is not written. Raises StoreError unless the lock is free soon."""
+        with self._database.writing(wait_ms=_SOON_MS) as connection:
             yield connection
 
     @contextmanager

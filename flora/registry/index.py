@@ -10,13 +10,29 @@ from sqlalchemy import bindparam, func, select
 from flora.names import Reference
 from flora.registry.records import AliasMove, Mismatch, Version
 from flora.registry.rows import DEFAULT_ALIASES, NAMED, POINTED, VERSION, version_of
-from flora.registry.tables import alias_moves, aliases, labels, mismatches, names, protections, versions
+from flora.registry.tables import (
+    alias_moves,
+    aliases,
+    labels,
+    mismatches,
+    names,
+    protections,
+    version_blobs,
+    versions,
+)
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite takes to answer it.
 _NAME = names.c.name == bindparam("name")
 _BY_NUMBER = select(*VERSION).select_from(NAMED).where(_NAME, versions.c.number == bindparam("number"))
 _BY_DIGEST = select(*VERSION).select_from(NAMED).where(_NAME, versions.c.digest == bindparam("digest"))
 _BY_ALIAS = select(*VERSION).select_from(POINTED).where(_NAME, aliases.c.alias == bindparam("alias"))
+_BLAKE3 = (
+    select(version_blobs.c.blake3)
+    .join(versions, versions.c.id == version_blobs.c.version_id)
+    .where(versions.c.digest == bindparam("version"), version_blobs.c.digest == bindparam("blob"))
+    .where(version_blobs.c.blake3.is_not(None))
+    .limit(1)
+)
 
 
 def find(connection: sa.Connection, reference: Reference) -> Version | None:
@@ -53,6 +69,11 @@ def provenance_of(connection: sa.Connection, version: Version) -> dict[str, Any]
     query = select(versions.c.provenance).select_from(NAMED)
     text = connection.execute(query.where(names.c.name == version.name, versions.c.digest == version.digest)).scalar()
     return json.loads(text) if text else {}
+
+
+def blake3_of(connection: sa.Connection, version_digest: str, blob: str) -> str | None:
+    """The BLAKE3, in hex, of a blob that the version needs; None if it was not noted, or the version was removed."""
+    return connection.execute(_BLAKE3, {"version": version_digest, "blob": blob}).scalar()
 
 
 def aliases_of(connection: sa.Connection, name: str) -> dict[str, Version]:

@@ -1,12 +1,12 @@
 """An adapter as blobs: weights, report, extras, and the manifest that names them."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 import msgspec
+from blake3 import blake3
 
 from flora.adapter import ChangeReport, to_json
 from flora.canonical import canonical_json
@@ -32,6 +32,7 @@ class Packed:
     manifest: Manifest
     digest: str  # of the manifest: the version's
     tensors: Mapping[str, int]  # sizes in bytes of the tensors that are shared where others have them too, by digest
+    blake3: str  # of the weights
     parts: Sequence[Part] | None  # where the bytes of its weights lie, if they have no file; the caller lets them count
 
 
@@ -43,7 +44,9 @@ def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False)
     tensors = to_tensors(adapter)
     shareable = large_tensors(adapter.header, ((name, as_bytes(tensor)) for name, tensor in tensors.items()))
     known = set() if is_whole else {digest for digest in shareable if store.size(Digest(digest)) is not None}
-    weights, parts = put_cut(store, encode(tensors), known) if known else (store.put(encode(tensors)), None)
+    hasher = blake3()
+    pieces = _hashed(encode(tensors), hasher)
+    weights, parts = put_cut(store, pieces, known) if known else (store.put(pieces), None)
     manifest = Manifest(
         header=adapter.header,
         weights=weights,
@@ -51,23 +54,23 @@ def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False)
         extras={name: store.put([data]) for name, data in sorted(adapter.extras.items())},
         serving_digest=str(adapter.header.serving_digest),
     )
-    return Packed(manifest, store.put([manifest.to_json()]).digest, shareable, parts)
+    return Packed(manifest, store.put([manifest.to_json()]).digest, shareable, hasher.hexdigest(), parts)
+
+
+def _hashed(pieces: Iterable[bytes | memoryview], hasher: blake3) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        hasher.update(piece)
+        yield piece
 
 
 def get_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     """The adapter that `manifest` describes, every blob checked. Raises StoreError."""
     store.verified(Digest(manifest.weights.digest))
-    return _read_adapter(store, manifest)
+    return read_adapter(store, manifest)
 
 
-@contextmanager
-def reading_adapter(store: BlobStore, manifest: Manifest) -> Iterator["Adapter"]:
-    """As get_adapter, with the weights checked while the caller uses them. See BlobStore.verified_beside."""
-    with store.verified_beside(Digest(manifest.weights.digest)):
-        yield _read_adapter(store, manifest)
-
-
-def _read_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
+def read_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
+    """As get_adapter, with weights that are not checked. Raises StoreError, AdapterInvalid."""
     from flora.adapter import Adapter
 
     tensors = load_weights(store, manifest)

@@ -50,6 +50,8 @@ def _comes_back(registry: Registry, name: str, url: str | None) -> None:
     added = registry.add(_adapter(1), name)
     with Registry.open(url) as other:
         loaded = other.load(other.resolve(name))
+        with other.loading(added) as read:
+            _require(read.header == loaded.header, "what is read and checked at once has another header")
     _require(loaded.header == _adapter(1).header, "the header differs")
     for module, factors in _adapter(1).factors.items():
         same = torch.equal(loaded.factors[module].A, factors.A) and torch.equal(loaded.factors[module].B, factors.B)

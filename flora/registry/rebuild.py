@@ -68,5 +68,5 @@ def _insert(connection: sa.Connection, store: BlobStore, added: Added) -> None:
         digest=added.digest,
         created_at=datetime.fromisoformat(added.created_at),
     )
-    changes.insert_versions(connection, [(version, manifest, added.provenance)])
+    changes.insert_versions(connection, [(version, manifest, added.provenance)], blake3={})
     changes.note_tensors(connection, {manifest.weights.digest: shareable_tensors(store, manifest)})

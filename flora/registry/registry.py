@@ -13,7 +13,8 @@ from flora.names import Digest, Reference, check_alias, check_name, parse_refere
 from flora.registry import adding, aliases, bases, index, labels, listing, mismatches, removal
 from flora.registry.home import Home, open_home
 from flora.registry.lineage import lineage
-from flora.registry.packing import get_adapter, get_report, reading_adapter
+from flora.registry.loading import loading
+from flora.registry.packing import get_adapter, get_report
 from flora.registry.records import (
     UNSET,
     AliasMove,
@@ -150,11 +151,11 @@ class Registry:
         return get_adapter(self._home.store, self._home.manifest(version))
 
     def loading(self, version: Version) -> AbstractContextManager[Adapter]:
-        """As load, with the weights checked by another thread while the caller copies them.
+        """As load, with the weights checked by another thread while the caller copies them, by BLAKE3 where known.
 
         What the caller made of them counts once the context has ended without a StoreError.
         """
-        return reading_adapter(self._home.store, self._home.manifest(version))
+        return loading(self._home, version)
 
     def report(self, version: Version) -> ChangeReport | None:
         return get_report(self._home.store, self._home.manifest(version))

@@ -15,7 +15,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,18 +157,29 @@ class BlobStore:
         return True
 
     @contextlib.contextmanager
-    def verified_beside(self, digest: Digest) -> Iterator[None]:
+    def verified_beside(self, digest: Digest, blake3: str | None = None) -> Iterator[Future[str | None]]:
         """The blob is checked by another thread while the caller reads it: reading and hashing take equally long.
 
         What the caller made of it counts once this has ended. Raises StoreError then if the blob is missing or
         damaged, in place of whatever that made the caller raise.
+
+        blake3  of the blob, as far as known: see Verified.check_either, whose answer the check's result is
         """
         with ThreadPoolExecutor(1, thread_name_prefix="blob-check") as beside:
-            check = beside.submit(self.verified, digest)
+            check = beside.submit(self._check_either, digest, blake3)
             try:
-                yield
+                yield check
             finally:
                 check.result()
+
+    def _check_either(self, digest: Digest, blake3: str | None) -> str | None:
+        try:
+            try:
+                return self._verified.check_either(digest, self.spans(digest), blake3)
+            except FileNotFoundError:  # cut into parts just now
+                return self._verified.check_either(digest, self.spans(digest), blake3)
+        except OSError as error:
+            raise unreadable(digest, error) from error
 
     def size(self, digest: Digest) -> int | None:
         """The blob's size in bytes, or None if it, or one of its parts, is not there."""

@@ -55,6 +55,7 @@ version_blobs = sa.Table(  # what gc must keep, without reading every manifest
     ),
     sa.Column("digest", sa.Text, primary_key=True),
     sa.Column("size", _BIG, nullable=False),
+    sa.Column("blake3", sa.Text),  # of weights, so that loading them is checked in a quarter of the time
     sqlite_strict=True,
 )
 

@@ -222,6 +222,7 @@ def test_an_index_of_the_first_schema_is_brought_up_to_date(tmp_path):
     with sqlite3.connect(tmp_path / "index.sqlite") as index:
         index.executescript(
             "DROP TABLE labels; DROP TABLE protections; DROP TABLE mismatches; DROP TABLE weights_tensors;"
+            "ALTER TABLE version_blobs DROP COLUMN blake3;"
             "UPDATE alembic_version SET version_num='0001'"
         )
 
