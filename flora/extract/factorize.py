@@ -153,8 +153,8 @@ def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal_rows(X: Tensor, Q: Tensor) -> Tensor:
-    """Rows that span X's, orthonormal among themselves and to Q's. Twice is enough (Kahan, Parlett)."""
-    for _ in range(2):
+    """Rows that span X's, orthonormal among themselves and to Q's. Twice is enough (Kahan, Parlett), once without Q."""
+    for _ in range(2 if len(Q) else 1):
         X = X - (X @ Q.T) @ Q
         X = _qr_rows(X)
     return X
