@@ -111,8 +111,6 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
 
 def load_blob(spans: Sequence[Span]) -> dict[str, "Tensor"]:
     """As load_tensors, of a file that `encode` made, wherever its bytes lie: each tensor within one of the spans."""
-    if len(spans) == 1 and spans[0].start == 0:
-        return load_tensors(spans[0].path)
     import torch
 
     tensors = {}
@@ -124,8 +122,8 @@ def load_blob(spans: Sequence[Span]) -> dict[str, "Tensor"]:
                 if flat.data_ptr() % dtype.itemsize:  # what was cut out before it may have had an odd number of bytes
                     flat = flat.clone()
                 tensors[name] = flat.view(dtype).view(told["shape"])
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise AdapterInvalid("a weights file that lies in parts cannot be read", cause=str(error)) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise AdapterInvalid("a stored weights file cannot be read", cause=str(error)) from error
     return tensors
 
 

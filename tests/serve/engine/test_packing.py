@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from flora.errors import NotFinite
 from flora.kernels import CHUNK
 from flora.lowrank import LowRank
 from flora.serve.engine.layout import PoolGeometry, adapter_layout
-from flora.serve.engine.loading.packing import pack_cells
+from flora.serve.engine.loading.packing import _transpose, pack_cells
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
 from tests.serve.engine.adapters import random_adapter
 
@@ -95,3 +96,51 @@ def test_a_value_too_large_for_the_pools_dtype_is_refused(config):
     packed(config, adapter, torch.float32)
     with pytest.raises(NotFinite, match=rf"{name} has NaN or infinite factors as float16"):
         packed(config, adapter, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), -float("nan")])
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_one_number_that_is_not_finite_is_refused_and_its_module_named(config, dtype, number, factor):
+    adapter = random_adapter(config, seed=1, absent=0.0)
+    name = "model.layers.0.self_attn.q_proj"
+    spoilt = replace(
+        adapter.factors[name],
+        A=adapter.factors[name].A.to(dtype, copy=True),
+        B=adapter.factors[name].B.to(dtype, copy=True),
+    )
+    getattr(spoilt, factor)[-1, -1] = number
+    adapter = replace(adapter, factors={**adapter.factors, name: spoilt})
+
+    with pytest.raises(NotFinite, match=rf"{name} has NaN or infinite factors"):
+        packed(config, adapter, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_finite_number_is_taken_as_it_is(config, dtype):
+    """The largest, the smallest that are normal and subnormal, and both zeros, bit for bit."""
+    adapter = random_adapter(config, seed=1, absent=0.0)
+    name = "model.layers.0.self_attn.q_proj"
+    told = torch.finfo(dtype)
+    numbers = torch.tensor([told.max, told.min, told.tiny, told.smallest_normal / 2, 0.0, -0.0]).to(dtype)
+    B = numbers.repeat(1000)[: adapter.factors[name].B.numel()].view_as(adapter.factors[name].B)
+    factors = replace(adapter.factors[name], A=adapter.factors[name].A.to(dtype), B=B)
+    adapter = replace(adapter, factors={**adapter.factors, name: factors})
+
+    cells = packed(config, adapter, dtype)
+
+    (placed,) = [each for each in adapter_layout(config, adapter.header).modules if each.name == name]
+    start, width = placed.b_chunk * CHUNK, -(-placed.out_features // CHUNK) * CHUNK
+    found = cells.view(-1)[start : start + placed.rank * width].view(placed.rank, width)[:, : placed.out_features]
+    integers = torch.int32 if dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(integers), B.T.contiguous().view(integers))
+
+
+def test_a_factor_of_more_rows_than_a_block_is_transposed_whole():
+    for rank, out in ((1, 20000), (3, 8191), (64, 257), (300, 130)):
+        B = torch.arange(out * rank, dtype=torch.int32).view(out, rank).numpy()
+        place = np.zeros((rank, out), dtype=np.int32)
+
+        _transpose(B, place)
+
+        assert np.array_equal(place, B.T)
