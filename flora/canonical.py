@@ -10,6 +10,8 @@ from typing import Any
 
 import rfc8785
 
+from flora.errors import AdapterInvalid
+
 _MAX_INTEGER = 2**53 - 1
 
 
@@ -18,11 +20,14 @@ class _Unusual(Exception):
 
 
 def canonical_json(value: Any) -> bytes:
-    """UTF-8: sorted keys, shortest numbers, no spaces. Raises rfc8785.CanonicalizationError if JSON cannot hold it."""
+    """UTF-8: sorted keys, shortest numbers, no spaces. Raises AdapterInvalid if JSON cannot hold it."""
     try:
         return _spell(value).encode()
     except (_Unusual, UnicodeEncodeError, TypeError):
-        return rfc8785.dumps(value)
+        try:
+            return rfc8785.dumps(value)
+        except rfc8785.CanonicalizationError as error:
+            raise AdapterInvalid("a record holds what JSON cannot keep", cause=str(error)) from error
 
 
 def indented_json(value: Any) -> bytes:

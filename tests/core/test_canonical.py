@@ -9,6 +9,7 @@ import pytest
 import rfc8785
 
 from flora.canonical import canonical_json
+from flora.errors import AdapterInvalid
 
 TEXTS = ("", "model.layers.0", 'a"b', "back\\slash", "\n\t\b\f\r\x00\x1f\x7f", "é", "\u2028", "😀", "1e5", "</script>")
 NUMBERS = (0, -0.0, 1.0, -1, 1e16, 1e21, 1e22, 123456789012345680000.0, 1e-6, 1e-7, 1.5e-7, 5e-324,
@@ -51,5 +52,5 @@ def test_what_the_library_refuses_is_refused(value):
     with pytest.raises(rfc8785.CanonicalizationError):
         rfc8785.dumps(value)
 
-    with pytest.raises(rfc8785.CanonicalizationError):
+    with pytest.raises(AdapterInvalid, match="JSON"):
         canonical_json([value])

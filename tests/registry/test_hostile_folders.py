@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flora.errors import FloraError
+from flora.errors import AdapterInvalid, FloraError
 from flora.registry.formats.peft import load_peft, save_peft
 from tests.registry.adapters import random_adapter
 
@@ -72,6 +72,16 @@ def test_any_value_may_stand_for_any_other(folder, name, data):
     at[key] = data.draw(values)
 
     load_with(folder, **{name: json.dumps(document).encode()})
+
+
+def test_an_integer_that_no_double_holds_is_refused_like_any_other_wrong_value(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    document = json.loads((folder / "flora.json").read_bytes())
+    document["header"]["schema_version"] = 2**53
+    (tmp_path / "copy" / "flora.json").write_bytes(json.dumps(document).encode())
+
+    with pytest.raises(AdapterInvalid, match="JSON"):
+        load_peft(tmp_path / "copy")
 
 
 def test_what_is_loaded_does_not_change_with_the_file(folder, tmp_path):
