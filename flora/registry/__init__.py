@@ -2,7 +2,8 @@
 
     registry.py   the door: add, resolve, load, aliases, remove
     home.py       what stands behind it, held together:
-    store.py        blobs by sha256; the one file that makes a path from a digest;  verified.py  those that were hashed
+    store.py        blobs by sha256; the one file that makes a path from a digest;  verified.py  those that were hashed;
+                  mapped.py  where their bytes lie
     database.py     the index, opened and locked; tables.py its SQL, migrations/ how it got there
     journal.py      what was given and taken, in order, from which the index can be rebuilt
     manifest.py   the record of one version, whose digest is the version's identity; packing.py writes and reads it

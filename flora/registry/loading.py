@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from flora.errors import StoreError
 from flora.names import Digest
 from flora.registry import changes, index
+from flora.registry.formats.tensors import load_blob
 from flora.registry.home import Home
-from flora.registry.packing import read_adapter
+from flora.registry.packing import assemble
 from flora.registry.records import Version
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def loading(home: Home, version: Version) -> "Iterator[Adapter]":
     weights = manifest.weights.digest
     with home.reading() as connection:
         known = index.blake3_of(connection, version.digest, weights)
-    with home.store.verified_beside(Digest(weights), known) as check:
-        yield read_adapter(home.store, manifest)
+    with home.store.verified_beside(Digest(weights), known) as (mapped, check):
+        yield assemble(home.store, manifest, load_blob(mapped))
     if blake3 := check.result():
         with contextlib.suppress(StoreError), home.noting() as connection:  # busy, or only to be read: another time
             changes.note_blake3(connection, version, weights, blake3)

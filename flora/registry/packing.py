@@ -10,7 +10,7 @@ from blake3 import blake3
 
 from flora.adapter import ChangeReport, to_json
 from flora.canonical import canonical_json
-from flora.errors import AdapterInvalid, FloraError
+from flora.errors import FloraError
 from flora.names import Digest
 from flora.registry.cutting import large_tensors, put_cut
 from flora.registry.formats.tensors import as_bytes, encode, load_blob, stored_pieces, to_exact, to_factors, to_tensors
@@ -66,14 +66,13 @@ def _hashed(pieces: Iterable[bytes | memoryview], hasher: blake3) -> Iterator[by
 def get_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
     """The adapter that `manifest` describes, every blob checked. Raises StoreError."""
     store.verified(Digest(manifest.weights.digest))
-    return read_adapter(store, manifest)
+    return assemble(store, manifest, load_weights(store, manifest))
 
 
-def read_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
-    """As get_adapter, with weights that are not checked. Raises StoreError, AdapterInvalid."""
+def assemble(store: BlobStore, manifest: Manifest, tensors: "Mapping[str, Tensor]") -> "Adapter":
+    """The adapter whose weights are these tensors; all else is read, and checked. Raises StoreError, AdapterInvalid."""
     from flora.adapter import Adapter
 
-    tensors = load_weights(store, manifest)
     return Adapter(
         header=manifest.header,
         factors=to_factors(manifest.header, tensors),
@@ -85,22 +84,14 @@ def read_adapter(store: BlobStore, manifest: Manifest) -> "Adapter":
 
 def load_weights(store: BlobStore, manifest: Manifest) -> "dict[str, Tensor]":
     """The tensors of the weights, not checked, backed by file maps. Raises StoreError, AdapterInvalid."""
-    digest = Digest(manifest.weights.digest)
-    spans = store.spans(digest)
-    try:
-        return load_blob(spans)
-    except AdapterInvalid:
-        now = store.spans(digest)
-        if now == spans:
-            raise
-        return load_blob(now)  # cut into parts in between
+    return load_blob(store.mapped(Digest(manifest.weights.digest)))
 
 
 def shareable_tensors(store: BlobStore, manifest: Manifest) -> dict[str, int]:
     """As Packed.tensors, of what is stored; none if it cannot be read."""
 
     def stored() -> Iterator[tuple[str, memoryview]]:
-        yield from stored_pieces(store.spans(Digest(manifest.weights.digest)))
+        yield from stored_pieces(store.mapped(Digest(manifest.weights.digest)))
 
     try:
         return large_tensors(manifest.header, stored())

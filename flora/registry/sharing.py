@@ -107,7 +107,7 @@ def _put_parts(store: BlobStore, file: str, tensors: Collection[str]) -> Sequenc
     digest = Digest(file)
     try:
         known = {part.digest for part in store.parts(digest) or ()}
-        pieces = (data for _, data in stored_pieces(store.spans(digest)))
+        pieces = (data for _, data in stored_pieces(store.mapped(digest)))
         written, parts = put_cut(store, pieces, known | set(tensors))
     except FloraError as error:
         logger.warning("weights not shared digest=%s: %s", file, error.what)

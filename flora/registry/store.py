@@ -22,6 +22,7 @@ from pathlib import Path
 from flora.errors import NameInvalid, StoreError
 from flora.names import Digest
 from flora.registry.disk import damaged, store_error, sync_folder, unreadable
+from flora.registry.mapped import Mapped, map_spans
 from flora.registry.parts import Part, Span, encode_parts, parse_parts
 from flora.registry.unfinished import Leftover, create_locked, find_leftovers
 from flora.registry.verified import Verified
@@ -156,30 +157,32 @@ class BlobStore:
             return False
         return True
 
-    @contextlib.contextmanager
-    def verified_beside(self, digest: Digest, blake3: str | None = None) -> Iterator[Future[str | None]]:
-        """The blob is checked by another thread while the caller reads it: reading and hashing take equally long.
+    def mapped(self, digest: Digest) -> Mapped:
+        """The blob's bytes where they lie, not checked. Raises StoreError if it is missing."""
+        try:
+            try:
+                return map_spans(self.spans(digest))
+            except FileNotFoundError:  # cut into parts just now
+                return map_spans(self.spans(digest))
+        except OSError as error:
+            raise unreadable(digest, error) from error
 
-        What the caller made of it counts once this has ended. Raises StoreError then if the blob is missing or
-        damaged, in place of whatever that made the caller raise.
+    @contextlib.contextmanager
+    def verified_beside(self, digest: Digest, blake3: str | None = None) -> Iterator[tuple[Mapped, Future[str | None]]]:
+        """The blob's bytes, which another thread checks while the caller reads them.
+
+        What the caller made of them counts once this has ended. Raises StoreError: at once if the blob is missing; in
+        the end if it is damaged, in place of whatever that made the caller raise.
 
         blake3  of the blob, as far as known: see Verified.check_either, whose answer the check's result is
         """
+        mapped = self.mapped(digest)
         with ThreadPoolExecutor(1, thread_name_prefix="blob-check") as beside:
-            check = beside.submit(self._check_either, digest, blake3)
+            check = beside.submit(self._verified.check_either, digest, mapped, blake3)
             try:
-                yield check
+                yield mapped, check
             finally:
                 check.result()
-
-    def _check_either(self, digest: Digest, blake3: str | None) -> str | None:
-        try:
-            try:
-                return self._verified.check_either(digest, self.spans(digest), blake3)
-            except FileNotFoundError:  # cut into parts just now
-                return self._verified.check_either(digest, self.spans(digest), blake3)
-        except OSError as error:
-            raise unreadable(digest, error) from error
 
     def size(self, digest: Digest) -> int | None:
         """The blob's size in bytes, or None if it, or one of its parts, is not there."""

@@ -4,10 +4,7 @@ A blob's name is its sha256. Where its BLAKE3 is known as well, from the index, 
 forge, four times as fast. One that does not fit proves nothing yet, for it may be wrong itself: the sha256 decides.
 """
 
-import contextlib
 import hashlib
-import mmap
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,9 +13,10 @@ from blake3 import blake3
 
 from flora.names import Digest
 from flora.registry.disk import damaged
+from flora.registry.mapped import Mapped, opened
 from flora.registry.parts import Span
 
-_READ_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 22
 _MAX_VERIFIED = 10_000  # checked blobs that are remembered
 
 
@@ -30,27 +28,29 @@ class Verified:
 
     def check(self, digest: Digest, spans: tuple[Span, ...]) -> tuple[Span, ...]:
         """The spans, whose bytes, one after the other, have that digest. Raises StoreError if not, and OSError."""
-        with _opened(spans) as (files, state):
+        with opened(spans) as (files, state):
             if self._states.get(digest.hex) != state:
                 sha256 = hashlib.sha256()
-                for piece in _pieces(files, spans):
+                for piece in _read(files, spans):
                     sha256.update(piece)
                 self._remember(digest, sha256.hexdigest(), state)
         return spans
 
-    def check_either(self, digest: Digest, spans: tuple[Span, ...], known: str | None) -> str | None:
-        """As check, by `known`, the blob's BLAKE3, if that fits; otherwise what its BLAKE3 is, to be noted."""
-        with _opened(spans) as (files, state):
-            if self._states.get(digest.hex) == state:
-                return None
-            if known and _blake3(files, spans) == known:
-                self._remember(digest, digest.hex, state)
-                return None
-            sha256, other = hashlib.sha256(), blake3()
-            for piece in _pieces(files, spans):  # both of the same bytes
-                sha256.update(piece)
-                other.update(piece)
-            self._remember(digest, sha256.hexdigest(), state)
+    def check_either(self, digest: Digest, mapped: Mapped, known: str | None) -> str | None:
+        """Checks the very bytes that are mapped: by `known`, the blob's BLAKE3, if that fits, else by its sha256.
+
+        Returns what its BLAKE3 is, to be noted, if it is not `known`. Raises StoreError.
+        """
+        if self._states.get(digest.hex) == mapped.state:
+            return None
+        if known and _blake3(mapped) == known:
+            self._remember(digest, digest.hex, mapped.state)
+            return None
+        sha256, other = hashlib.sha256(), blake3()
+        for piece in _cut(mapped):
+            sha256.update(piece)
+            other.update(piece)
+        self._remember(digest, sha256.hexdigest(), mapped.state)
         return other.hexdigest()
 
     def _remember(self, digest: Digest, found: str, state: object) -> None:
@@ -62,37 +62,23 @@ class Verified:
         self._states[digest.hex] = state
 
 
-@contextlib.contextmanager
-def _opened(spans: tuple[Span, ...]) -> Iterator[tuple[Mapping[Path, BinaryIO], object]]:
-    """The files that the spans lie in, and what tells that they are the same as at another time."""
-    with contextlib.ExitStack() as opened:
-        files = {path: opened.enter_context(path.open("rb")) for path in dict.fromkeys(span.path for span in spans)}
-        stats = [(path, os.fstat(file.fileno())) for path, file in files.items()]
-        yield files, (spans, [(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
-
-
-def _pieces(files: Mapping[Path, BinaryIO], spans: tuple[Span, ...]) -> Iterator[bytes]:
+def _read(files: Mapping[Path, BinaryIO], spans: tuple[Span, ...]) -> Iterator[bytes]:
     for span in spans:
         files[span.path].seek(span.start)
         left = span.size
-        while left and (piece := files[span.path].read(min(_READ_BYTES, left))):
+        while left and (piece := files[span.path].read(min(_PIECE_BYTES, left))):
             yield piece
             left -= len(piece)
 
 
-def _blake3(files: Mapping[Path, BinaryIO], spans: tuple[Span, ...]) -> str | None:
-    """Of the files' maps: to copy out of the page cache takes almost as long as to hash. None if one is too short."""
+def _blake3(mapped: Mapped) -> str:
     hasher = blake3()
-    maps: dict[Path, memoryview] = {}
-    for span in spans:
-        if not span.size:
-            continue
-        if span.path not in maps:
-            if not os.fstat(files[span.path].fileno()).st_size:
-                return None
-            maps[span.path] = memoryview(mmap.mmap(files[span.path].fileno(), 0, prot=mmap.PROT_READ))
-        data = maps[span.path][span.start : span.start + span.size]
-        if len(data) != span.size:
-            return None
-        hasher.update(data)  # without Python's lock
+    for piece in mapped.pieces:
+        hasher.update(piece)  # without Python's lock
     return hasher.hexdigest()
+
+
+def _cut(mapped: Mapped) -> Iterator[memoryview]:
+    for piece in mapped.pieces:
+        for start in range(0, len(piece), _PIECE_BYTES):
+            yield piece[start : start + _PIECE_BYTES]

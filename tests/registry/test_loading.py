@@ -46,7 +46,7 @@ def flip(path: Path, place: int) -> None:
 
 def forbid_sha256(monkeypatch) -> None:
     """Of weights: nothing is to be read for it."""
-    monkeypatch.setattr("flora.registry.verified._pieces", lambda *_: pytest.fail("it was read for its sha256"))
+    monkeypatch.setattr("flora.registry.verified._cut", lambda _: pytest.fail("it was read for its sha256"))
 
 
 def test_weights_are_checked_without_their_sha256(registry, monkeypatch):

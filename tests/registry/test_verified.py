@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from blake3 import blake3
 
 from flora.errors import StoreError
 from flora.names import Digest
@@ -64,3 +65,19 @@ def test_damage_is_the_error_whatever_it_made_the_reader_stumble_over(tmp_path):
     path.unlink()
     with pytest.raises(StoreError), store.verified_beside(digest):
         path.read_bytes()
+
+
+def test_what_is_checked_is_what_is_read_though_the_file_is_replaced_meanwhile(tmp_path):
+    store = BlobStore(tmp_path)
+    digest = Digest(store.put([b"0123456789"]).digest)
+    (span,) = store.spans(digest)
+    other = tmp_path / "other"
+    other.write_bytes(b"something else")
+
+    with store.verified_beside(digest) as (mapped, check):
+        other.replace(span.path)
+        assert b"".join(mapped.pieces) == b"0123456789"
+
+    assert check.result() == blake3(b"0123456789").hexdigest()
+    with pytest.raises(StoreError, match="damaged"), store.verified_beside(digest):
+        pass  # another file by now: what was checked of the one before does not count

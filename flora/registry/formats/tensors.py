@@ -6,16 +6,16 @@ that by the caps below: safetensors checks a container, not that it holds an ada
 """
 
 import json
-import mmap
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora.adapter import AdapterHeader
 from flora.errors import AdapterInvalid, PickleRefused
 from flora.registry.formats.spelling import spell, spell_exact, unspell
-from flora.registry.parts import Span
+from flora.registry.mapped import Mapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,49 +109,39 @@ def load_tensors(path: Path) -> dict[str, "Tensor"]:
         raise AdapterInvalid(f"{path.name} cannot be read", cause=str(error)) from error
 
 
-def load_blob(spans: Sequence[Span]) -> dict[str, "Tensor"]:
-    """As load_tensors, of a file that `encode` made, wherever its bytes lie: each tensor within one of the spans."""
+def load_blob(mapped: Mapped) -> dict[str, "Tensor"]:
+    """As load_tensors, of a file that `encode` made, wherever its bytes lie: each tensor within one of the pieces."""
     import torch
 
     tensors = {}
     try:
-        for name, told, data in _walk(spans):
+        for name, told, data in _walk(mapped):
             if told:
                 dtype: torch.dtype = getattr(torch, _NAMES[told["dtype"]])
-                flat = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+                flat = torch.frombuffer(data, dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
                 if flat.data_ptr() % dtype.itemsize:  # what was cut out before it may have had an odd number of bytes
-                    flat = flat.clone()
-                tensors[name] = flat.view(dtype).view(told["shape"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+                    flat = torch.frombuffer(bytearray(data), dtype=dtype)
+                tensors[name] = flat.view(told["shape"])
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise AdapterInvalid("a stored weights file cannot be read", cause=str(error)) from error
     return tensors
 
 
-def stored_pieces(spans: Sequence[Span]) -> Iterator[tuple[str, memoryview]]:
+def stored_pieces(mapped: Mapped) -> Iterator[tuple[str, memoryview]]:
     """The pieces that `encode` made the file of, with the tensor's name, "" for the header. Raises AdapterInvalid."""
     try:
-        yield from ((name, data) for name, _, data in _walk(spans))
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        yield from ((name, data) for name, _, data in _walk(mapped))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise AdapterInvalid("a stored weights file cannot be read", cause=str(error)) from error
 
 
-def _walk(spans: Sequence[Span]) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
+def _walk(mapped: Mapped) -> Iterator[tuple[str, dict[str, Any], memoryview]]:
     """The header, then each tensor of the file as they lie: its name, what the header tells of it, its bytes."""
-    pieces, starts, size = [], [], 0
-    maps: dict[Path, mmap.mmap] = {}
-    for span in spans:
-        if span.path not in maps:
-            with span.path.open("rb") as file:
-                maps[span.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch wants it writable
-        data = memoryview(maps[span.path])[span.start : span.start + span.size]
-        if len(data) != span.size:
-            raise ValueError(f"{span.path.name} has fewer bytes than {span.start + span.size}")
-        pieces.append(data)
-        starts.append(size)
-        size += span.size
+    pieces = [piece for piece in mapped.pieces if len(piece)]
+    starts = [0, *accumulate(map(len, pieces))]
 
     def cut(begin: int, end: int) -> memoryview:
-        index = bisect_right(starts, begin) - 1
+        index = min(bisect_right(starts, begin), len(pieces)) - 1
         data = pieces[index][begin - starts[index] : end - starts[index]]
         if not 0 <= begin <= end or len(data) != end - begin:
             raise ValueError(f"bytes {begin} to {end} do not lie in one part")
