@@ -14,7 +14,7 @@ import torch
 from flora.errors import FloraError, ServeError
 from flora.serve.config import decode_engine_config
 from flora.serve.engine.build import adapter_source
-from flora.serve.engine.loading.arena import cells_of, map_arena
+from flora.serve.engine.loading.arena import bytes_of, cells_of, map_arena, map_pages
 from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ def main() -> None:
     torch.set_num_threads(1)
     connection = Connection(socket_fd)
     source = adapter_source(decode_engine_config(connection.recv_bytes()))
-    memory = map_arena(arena_fd, arena_bytes)
+    arena = map_arena(arena_fd, arena_bytes)
+    memory = bytes_of(arena)
     decoder, encoder = msgspec.msgpack.Decoder(ToLoader), msgspec.msgpack.Encoder()
 
     def answer(message: FromLoader) -> None:
@@ -46,6 +47,7 @@ def main() -> None:
                 started_s = time.perf_counter()
                 geometry = source.geometry
                 cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
+                map_pages(arena, room.start, cells.nbytes)
                 source.pack(found, cells)
                 answer(Packed(read_s + time.perf_counter() - started_s))
             except FloraError as error:
