@@ -83,7 +83,10 @@ CASES: dict[str, tuple[Made, tuple[str, ...]]] = {
 COMPLETED = {"conv1d-of-gpt2", "encoder-decoder", "two-towers", "image-model", "gguf-base"}
 
 
-@pytest.mark.parametrize("name", CASES)
+USUAL = ("rank", "eight-bit-factors", "conv1d-of-gpt2", "experts", "fp8-base", "mxfp4-base")
+
+
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.long) for n in CASES])
 def test_the_command_gives_what_the_same_words_give_where_all_of_torch_is(name, tmp_path, monkeypatch):
     make, words = CASES[name]
     base, tuned = make(tmp_path)
