@@ -4,32 +4,37 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from flora.adapter import make_adapter
 from flora.errors import StoreError
 from flora.lowrank import LowRank
 from flora.names import Digest
 from flora.registry import Registry, Version, cutting
+from flora.registry.database import BUSY_TIMEOUT_MS
+from flora.registry.tables import version_blobs
+from flora.registry.verified import Verified
 from tests.registry.adapters import random_adapter
 from tests.registry.test_sharing import same
-
-INDEX = "index.sqlite"
 
 
 def load_anew(registry: Registry, version: Version) -> None:
     """As a process does that has read nothing yet."""
-    with Registry.open(registry.root) as other, other.loading(version) as adapter:
+    registry._home.store._verified = Verified()
+    with registry.loading(version) as adapter:
         assert same(adapter, random_adapter())
 
 
-def noted(registry: Registry) -> list[str | None]:
-    with sqlite3.connect(registry.root / INDEX) as index:
-        return [row[0] for row in index.execute("SELECT blake3 FROM version_blobs WHERE blake3 IS NOT NULL")]
+def noted(registry: Registry) -> list[str]:
+    with registry._home.reading() as connection:
+        query = sa.select(version_blobs.c.blake3).where(version_blobs.c.blake3.is_not(None))
+        return list(connection.execute(query).scalars())
 
 
 def forget(registry: Registry, blake3: str | None = None) -> None:
-    with sqlite3.connect(registry.root / INDEX) as index:
-        index.execute("UPDATE version_blobs SET blake3 = ? WHERE blake3 IS NOT NULL", [blake3])
+    with registry._home.writing() as connection:
+        update = version_blobs.update().where(version_blobs.c.blake3.is_not(None))
+        connection.execute(update.values(blake3=blake3))
 
 
 def weights_path(registry: Registry, version: Version) -> Path:
@@ -103,17 +108,20 @@ def test_a_wrong_blake3_lets_no_damage_through(registry):
     assert noted(registry) == ["0" * 64]
 
 
-def test_a_registry_of_an_earlier_flora_learns_a_blake3_when_it_is_first_loaded(registry):
-    version = registry.add(random_adapter(), "sql")
-    right = noted(registry)
-    with sqlite3.connect(registry.root / INDEX) as index:
+def test_a_registry_of_an_earlier_flora_learns_a_blake3_when_it_is_first_loaded(tmp_path):
+    with Registry.open(tmp_path) as registry:
+        version = registry.add(random_adapter(), "sql")
+        right = noted(registry)
+    with sqlite3.connect(tmp_path / "index.sqlite") as index:
         index.execute("ALTER TABLE version_blobs DROP COLUMN blake3")
         index.execute("UPDATE alembic_version SET version_num = '0004'")
 
-    load_anew(registry, version)
+    with Registry.open(tmp_path) as registry:
+        assert noted(registry) == []
+        load_anew(registry, version)
 
-    assert noted(registry) == right
-    assert registry.fsck() == []
+        assert noted(registry) == right
+        assert registry.fsck() == []
 
 
 def test_an_index_made_anew_learns_it_likewise(registry):
@@ -127,18 +135,19 @@ def test_an_index_made_anew_learns_it_likewise(registry):
     assert noted(registry) == right
 
 
-def test_a_load_does_not_wait_to_note_it_while_another_process_writes(registry):
+def test_a_load_does_not_wait_to_note_it_while_another_writes(registry):
     version = registry.add(random_adapter(), "sql")
     forget(registry)
-    other = sqlite3.connect(registry.root / INDEX, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
 
-    load_anew(registry, version)
-    other.execute("ROLLBACK")
+    with registry._home.writing():
+        load_anew(registry, version)
     assert noted(registry) == []
 
     load_anew(registry, version)
     assert len(noted(registry)) == 1
+    with registry._home.reading() as connection:  # whoever writes next waits as long as ever
+        if connection.dialect.name == "sqlite":
+            assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == BUSY_TIMEOUT_MS
 
 
 def test_a_version_that_was_removed_while_it_is_in_use_loads_without_a_note(registry):

@@ -14,7 +14,7 @@ from flora.errors import StoreError, UsageError
 from flora.registry import Registry
 from flora.registry.place import locate
 from flora.registry.tables import metadata
-from tests.registry import test_governance, test_references, test_registry
+from tests.registry import test_governance, test_loading, test_references, test_registry
 from tests.registry.adapters import random_adapter
 from tests.registry.postgres import find_binaries, serve_postgres
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(BINARIES is None, reason="no PostgreSQL on this 
 
 _OF_A_FOLDER = {"test_listing_and_resolving_import_no_torch"}  # which open the registry's folder themselves
 
-for _module in (test_registry, test_references, test_governance):
+for _module in (test_registry, test_references, test_governance, test_loading):
     for _name, _test in vars(_module).items():
         if _name in _OF_A_FOLDER:
             continue
