@@ -7,6 +7,7 @@ from html import escape
 
 from flora.cli.bench_plot import PAGE_STYLE, short
 
+_STYLE = ".bar { fill: #1264a3; } @media (prefers-color-scheme: dark) { .bar { fill: #7cc4ff; } }"
 _WIDTH, _HEAD, _ROW, _BAR, _MARGIN = 640, 56, 34, 20, 16
 _WORDS, _FIGURE = 220, 90  # room for a bar's words and for its figure
 
@@ -17,7 +18,7 @@ def draw_bars(title: str, unit: str, bars: Sequence[tuple[str, float]]) -> str:
     height = _HEAD + _ROW * len(bars) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}">',
-        f"<title>{escape(title)}</title><style>{PAGE_STYLE}</style>",
+        f"<title>{escape(title)}</title><style>{PAGE_STYLE}{_STYLE}</style>",
         f'<rect class="paper" width="{_WIDTH}" height="{height}"/>',
         f'<text class="title" x="{_MARGIN}" y="26">{escape(title)}</text>',
         f'<text class="label" x="{_MARGIN}" y="44">{escape(unit)}</text>',

@@ -19,10 +19,9 @@ text { font-family: system-ui, sans-serif; } .label { fill: #60646c; font-size: 
 .curve { fill: none; stroke-width: 2; } .mark { fill: #ffffff; stroke-width: 2; }
 .s0 { stroke: #1264a3; } .s1 { stroke: #c2410c; } .s2 { stroke: #15803d; } .s3 { stroke: #a21caf; }
 .s4 { stroke: #a16207; } .s5 { stroke: #be123c; } .s6 { stroke: #0e7490; } .s7 { stroke: #57534e; }
-.bar { fill: #1264a3; }
 @media (prefers-color-scheme: dark) {
 .paper { fill: #14171a; } .title { fill: #e8eaed; } .label { fill: #9aa0a8; } .grid { stroke: #2c3137; }
-.axis, .rule { stroke: #9aa0a8; } .mark { fill: #14171a; } .bar { fill: #7cc4ff; }
+.axis, .rule { stroke: #9aa0a8; } .mark { fill: #14171a; }
 .s0 { stroke: #7cc4ff; } .s1 { stroke: #ff9d66; } .s2 { stroke: #6ddc8b; } .s3 { stroke: #ee9cf7; }
 .s4 { stroke: #e6c04f; } .s5 { stroke: #ff8fa3; } .s6 { stroke: #5fd6e8; } .s7 { stroke: #c9c4bf; } }
 """

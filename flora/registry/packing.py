@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 import msgspec
-from blake3 import blake3
 
 from flora.adapter import ChangeReport, to_json
 from flora.canonical import canonical_json
@@ -20,6 +19,7 @@ from flora.registry.records import Version
 from flora.registry.store import BlobStore
 
 if TYPE_CHECKING:
+    from blake3 import blake3
     from torch import Tensor
 
     from flora.adapter import Adapter
@@ -41,6 +41,8 @@ def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False)
 
     Tensors that others have too are not written again, unless the weights are to be a file, with `is_whole`.
     """
+    from blake3 import blake3
+
     tensors = to_tensors(adapter)
     shareable = large_tensors(adapter.header, ((name, as_bytes(tensor)) for name, tensor in tensors.items()))
     known = set() if is_whole else {digest for digest in shareable if store.size(Digest(digest)) is not None}
@@ -57,7 +59,7 @@ def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False)
     return Packed(manifest, store.put([manifest.to_json()]).digest, shareable, hasher.hexdigest(), parts)
 
 
-def _hashed(pieces: Iterable[bytes | memoryview], hasher: blake3) -> Iterator[bytes | memoryview]:
+def _hashed(pieces: Iterable[bytes | memoryview], hasher: "blake3") -> Iterator[bytes | memoryview]:
     for piece in pieces:
         hasher.update(piece)
         yield piece

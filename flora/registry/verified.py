@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from blake3 import blake3
-
 from flora.names import Digest
 from flora.registry.disk import damaged
 from flora.registry.mapped import Mapped, opened
@@ -41,6 +39,8 @@ class Verified:
 
         Returns what its BLAKE3 is, to be noted, if it is not `known`. Raises StoreError.
         """
+        from blake3 import blake3
+
         if self._states.get(digest.hex) == mapped.state:
             return None
         if known and _blake3(mapped) == known:
@@ -72,6 +72,8 @@ def _read(files: Mapping[Path, BinaryIO], spans: tuple[Span, ...]) -> Iterator[b
 
 
 def _blake3(mapped: Mapped) -> str:
+    from blake3 import blake3
+
     hasher = blake3()
     for piece in mapped.pieces:
         hasher.update(piece)  # without Python's lock
