@@ -110,14 +110,9 @@ def test_a_step_waits_for_no_adapter_that_it_does_not_use(bases, tmp_path):
     slow = world.add(slow_adapter, "slow")
     engine = world.engine(**GPU)
     prompt = prompt_of(20, seed=0)
-    bus, passed = engine.runner._copies._over_bus, torch.cuda.Event()
-    with torch.cuda.stream(bus):
-        torch.cuda._sleep(3_000_000_000)  # cycles
-        passed.record(bus)
+    passed = hold_up_the_bus(engine, num_cycles=3_000_000_000)
 
-    engine.load_adapter(LoadAdapter(request_id="load", adapter=slow))
-    while engine.residency.get(slow.serving_digest) is None:
-        engine.step(wait_s=1.0)
+    load(engine, slow)
     ask(engine, "base", prompt, None, SamplingParams(max_tokens=8, temperature=0.0))
     base = run_to_end(engine)["base"].tokens
     assert not passed.query(), "the base's request waited for the bus"
@@ -135,21 +130,35 @@ def test_pages_of_an_adapter_that_leaves_while_it_arrives_are_not_written_to_any
     adapter = random_adapter(world.config, 1)
     target = world.add(adapter, "it")
     engine = world.engine(**GPU)
-    with torch.cuda.stream(engine.runner._copies._over_bus):
-        torch.cuda._sleep(1_000_000_000)  # cycles
+    passed = hold_up_the_bus(engine, num_cycles=1_000_000_000)
 
-    engine.load_adapter(LoadAdapter(request_id="load", adapter=target))
-    while engine.residency.get(target.serving_digest) is None:
-        engine.step(wait_s=1.0)
+    load(engine, target)
     engine.residency.remove(target.serving_digest)
     pool_filling = prompt_of(200, seed=1)
     ask(engine, "base", pool_filling, None, SamplingParams(max_tokens=8, temperature=0.0))
     base = run_to_end(engine)["base"].tokens
+    assert passed.query(), "the pages were given to another before the copy into them was done"
     ask(engine, "again", pool_filling, target, SamplingParams(max_tokens=8, temperature=0.0))
 
     assert run_to_end(engine)["again"].tokens == judged_answer(world, adapter, pool_filling, 8)
     assert base == judged_answer(world, None, pool_filling, 8)
     engine.close()
+
+
+def hold_up_the_bus(engine: Engine, num_cycles: int) -> torch.cuda.Event:
+    """For so long no adapter comes over it; the event says when it is free again."""
+    bus, passed = engine.runner._copies._over_bus, torch.cuda.Event()
+    with torch.cuda.stream(bus):
+        torch.cuda._sleep(num_cycles)
+        passed.record(bus)
+    return passed
+
+
+def load(engine: Engine, target: AdapterTarget) -> None:
+    """It has pages, and is on its way there, when this returns."""
+    engine.load_adapter(LoadAdapter(request_id="load", adapter=target))
+    while engine.residency.get(target.serving_digest) is None:
+        engine.step(wait_s=1.0)
 
 
 def place(engine: Engine, target: AdapterTarget) -> Resident:
