@@ -22,7 +22,7 @@ import torch
 from flora.checkpoint import TensorInfo, open_checkpoint
 from flora.extract import ExtractConfig, ExtractionPlan, plan_extraction
 from flora.extract.estimate import count_operations
-from flora.extract.factorize import KRYLOV_DEPTH
+from flora.extract.factorize import KRYLOV_DEPTH, SAMPLE
 from flora.rank import RankRule
 
 PIECE = 16 << 20  # bytes
@@ -54,7 +54,7 @@ def measure_floors(pair: Path, rank: int, device: str, scratch: Path) -> dict[st
 
 def _compute_bytes(plan: ExtractionPlan) -> float:
     """Read and written at least: both sides once, and of a matrix its float32 delta once and at each pass over it."""
-    passes = 2 * KRYLOV_DEPTH + 1  # one to begin with, two for each block but the last one's return, one for the fit
+    passes = 1 / SAMPLE + 2 * KRYLOV_DEPTH  # a sample to begin with, two a block but for the last's return, one to fit
     matrices = sum(4.0 * pair.matrix_shape[0] * pair.matrix_shape[1] for pair in plan.extractable)
     return plan.read_bytes + (1 + passes) * matrices
 
