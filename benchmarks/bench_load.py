@@ -4,8 +4,8 @@
 
 In bf16, as a GPU's server has it. No adapter is loaded twice by one process, so each is checked as a server checks it
 the first time. `pack`: reading, checking and packing in this process, a new registry each time, wall and CPU. `loader`:
-a loader process of the server's, from the question to the packed range of an arena that nothing was written to yet. One
-JSON line a rank.
+a loader process of the server's, from the question to the packed range of an arena that it has not written to yet, and
+whose memory is there, as a server's is once it is page-locked. One JSON line a rank.
 """
 
 import argparse
@@ -98,6 +98,7 @@ def load(config: EngineConfig, targets: list[AdapterTarget], num_bytes: int) -> 
     """Seconds of each, one after the other, by one loader process."""
     source = adapter_source(config)
     arena = Arena(int(_SLACK * num_bytes * len(targets)), pinned=False)
+    arena.memory.zero_()  # page-locking does so
     loader = ProcessLoader(config, source.geometry, source.dtype, arena, 1, on_finished=lambda: None)
     try:
         for target in targets:
