@@ -49,6 +49,16 @@ def test_peft_serves_the_trace_in_both_of_its_ways(tmp_path, monkeypatch):
     assert {"torch", "transformers", "version", "commit", "seed", "alpha", "ranks", "gpu"} <= set(switch)
 
 
+def test_loads_are_timed_in_this_process_and_in_a_loader(tmp_path, monkeypatch):
+    _, rows = run(script("bench_load"), ["--shape", "tiny", "--ranks", "8,4"], tmp_path, monkeypatch)
+
+    assert [row["label"] for row in rows] == ["load/attention/8", "load/attention/4"]
+    assert rows[0]["num_bytes"] >= rows[1]["num_bytes"] > 0
+    for row in rows:
+        for took in (row["pack_ms"], row["pack_cpu_ms"], row["loader_ms"]):
+            assert 0 < took["min"] <= took["p50"] <= took["max"]
+
+
 def test_no_batch_begins_after_the_time_is_up(tmp_path, monkeypatch):
     words = ["--shape", "tiny", "--dtype", "float32", "--requests", "10", "--lengths", "4,9", "--adapters", "5",
              "--ranks", "4", "--seconds", "0"]  # fmt: skip
