@@ -44,7 +44,7 @@ def build_engine(
     """An engine ready for requests.
 
     loader     where adapters come from; None: the registry that the configuration names
-    on_loaded  called from the loader's thread after each load: wakes whoever waits for the engine to have work
+    on_loaded  called from a loader's thread after each load: wakes whoever waits for the engine to have work
     Raises CheckpointError, ShapeMismatch, NotFound, UsageError; where an adapter is merged, what merge_into raises.
     """
     if config.num_threads:

@@ -8,6 +8,7 @@ import contextlib
 import mmap
 import os
 from bisect import insort
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -17,13 +18,17 @@ _MADV_POPULATE_READ = 22  # of Linux; Python has no name for it
 
 
 class Arena:
-    """`num_bytes` of memory in a memfd; child processes that inherit `fd` map it with `map_arena`."""
+    """`num_bytes` of memory in a memfd; child processes that inherit `fd` map it with `map_arena`.
+
+    Any thread may take ranges and give them back.
+    """
 
     def __init__(self, num_bytes: int, *, pinned: bool) -> None:
         self.num_bytes = -(-num_bytes // _ALIGN) * _ALIGN
         self.fd = os.memfd_create("flora-adapters")
         os.ftruncate(self.fd, self.num_bytes)
         self.memory = bytes_of(map_arena(self.fd, self.num_bytes))
+        self._lock = Lock()
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)]  # (start, length), by start, never touching
         if pinned:
             code = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.num_bytes, 0)
@@ -32,28 +37,31 @@ class Arena:
 
     @property
     def num_free(self) -> int:
-        return sum(length for _, length in self._free)
+        with self._lock:
+            return sum(length for _, length in self._free)
 
     def allocate(self, num_bytes: int) -> int | None:
         """Where a range of `num_bytes` starts; None if no gap is as long."""
         length = -(-num_bytes // _ALIGN) * _ALIGN
-        for i, (start, gap) in enumerate(self._free):
-            if gap >= length:
-                self._free[i : i + 1] = [(start + length, gap - length)] if gap > length else []
-                return start
+        with self._lock:
+            for i, (start, gap) in enumerate(self._free):
+                if gap >= length:
+                    self._free[i : i + 1] = [(start + length, gap - length)] if gap > length else []
+                    return start
         return None
 
     def release(self, start: int, num_bytes: int) -> None:
         """Gives a range back; gaps that now touch become one."""
         length = -(-num_bytes // _ALIGN) * _ALIGN
-        insort(self._free, (start, length))
         merged: list[tuple[int, int]] = []
-        for gap_start, gap_length in self._free:
-            if merged and merged[-1][0] + merged[-1][1] == gap_start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + gap_length)
-            else:
-                merged.append((gap_start, gap_length))
-        self._free = merged
+        with self._lock:
+            insort(self._free, (start, length))
+            for gap_start, gap_length in self._free:
+                if merged and merged[-1][0] + merged[-1][1] == gap_start:
+                    merged[-1] = (merged[-1][0], merged[-1][1] + gap_length)
+                else:
+                    merged.append((gap_start, gap_length))
+            self._free = merged
 
     def close(self) -> None:
         if self._pinned:

@@ -26,7 +26,10 @@ Finished = PackedAdapter | LoadFailed
 class Loader(Protocol):
     """Loads run elsewhere and finish in any order; the engine asks between steps."""
 
-    max_loading: int  # asked for at once: what is asked for later can still be cancelled
+    @property
+    def max_loading(self) -> int:
+        """How many to ask for at once: no more than a step's, since what is asked for later can still be cancelled."""
+        ...
 
     def use_cache(self, make_room: Callable[[int], bool]) -> None:
         """make_room  forgets packed adapters, at best as many bytes as asked; whether it forgot any"""

@@ -1,41 +1,29 @@
-"""Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter."""
+"""Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter.
 
-import os
-import socket
-import subprocess
-import sys
+A thread leads each process from load to load, so that none waits for the engine's step: only where the arena is full
+does a load wait for the engine's thread, which alone can make room in the host cache.
+"""
+
+import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Condition, Thread
 
-import msgspec
 import torch
 
-from flora import errors
-from flora.errors import FloraError, ServeError
+from flora.errors import FloraError
 from flora.serve.config import EngineConfig, encode_engine_config
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loading.arena import Arena, cells_of
+from flora.serve.engine.loading.child import Child
+from flora.serve.engine.loading.claims import Claims
 from flora.serve.engine.loading.loader import Finished, LoadFailed
-from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read
 from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
 
-_ERRORS = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FloraError)}
-
-
-@dataclass(slots=True)
-class _Worker:
-    """One loader process and the load it is at."""
-
-    connection: Connection
-    process: subprocess.Popen[bytes]
-    target: AdapterTarget | None = None
-    found: Found | None = None
-    start: int | None = None  # of the arena range it fills
+_STEP_S = 0.07  # of a GPU, with prompts: the engine asks for more only between steps
+_QUICKEST_S = 0.009  # a load of a small adapter
 
 
 class ProcessLoader:
@@ -50,138 +38,110 @@ class ProcessLoader:
         num_workers: int,
         on_finished: Callable[[], None],
     ) -> None:
-        """on_finished  is called from a thread whenever a loader has said something: it wakes whoever waits"""
-        self.max_loading = 2 * num_workers
+        """on_finished  is called from a thread when a load has finished or waits for room: it wakes whoever waits"""
         self._geometry = geometry
         self._dtype = dtype
         self._arena = arena
         self._on_finished = on_finished
         self._make_room: Callable[[int], bool] = lambda _: False
+        self._claims = Claims(arena, on_waiting=lambda: self._tell(None))
+        self._finished: SimpleQueue[Finished | None] = SimpleQueue()  # None: a load waits for room
+        self._last_s = _STEP_S  # what the last load took
+        self._changed = Condition()  # holds the lock of these three
         self._asked: deque[AdapterTarget] = deque()
-        self._starved: list[_Worker] = []  # they wait for room in the arena
-        self._said: SimpleQueue[tuple[_Worker, FromLoader]] = SimpleQueue()
-        self._encoder = msgspec.msgpack.Encoder()
+        self._num_serving = num_workers
+        self._is_closing = False
         first = encode_engine_config(config)
-        self._workers = [self._spawn(first) for _ in range(num_workers)]
-        self._closing = False
-        self._thread = Thread(target=self._listen, name="loader-mail", daemon=True)
-        self._thread.start()
+        self._children = [Child(first, arena) for _ in range(num_workers)]
+        self._threads = [
+            Thread(target=self._lead, args=(child,), name="adapter-loader", daemon=True) for child in self._children
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def max_loading(self) -> int:
+        """See Loader: a load for each process, and as many behind it as it does in a step, or it would be idle.
+
+        By the time that the last one took: eight behind each of the smallest, one where a load takes as long as a step.
+        """
+        return len(self._children) * (1 + math.ceil(_STEP_S / max(self._last_s, _QUICKEST_S)))
 
     def use_cache(self, make_room: Callable[[int], bool]) -> None:
         """See Loader.use_cache; here it frees ranges of the arena."""
         self._make_room = make_room
 
     def start(self, target: AdapterTarget) -> None:
-        self._asked.append(target)
-        self._dispatch()
+        with self._changed:
+            self._asked.append(target)
+            self._changed.notify()
 
     def finished(self, timeout_s: float = 0.0) -> list[Finished]:
-        """See Loader.finished."""
-        done: list[Finished] = []
+        """See Loader.finished; it also makes room for those who wait for it, which ends a wait too."""
+        told: list[Finished | None] = []
         try:
-            done += self._hear(*self._said.get(block=timeout_s > 0, timeout=timeout_s or None))
+            told.append(self._finished.get(block=timeout_s > 0, timeout=timeout_s or None))
             while True:
-                done += self._hear(*self._said.get_nowait())
+                told.append(self._finished.get_nowait())
         except Empty:
             pass
-        for worker in list(self._starved):
-            self._grant(worker)
-        self._dispatch()
-        return done
+        self._claims.settle(self._make_room, num_behind=len(self._asked))
+        return [finished for finished in told if finished]
 
     def close(self) -> None:
-        self._closing = True
-        for worker in self._workers:
-            worker.connection.close()
-            worker.process.terminate()
-            worker.process.wait()
-        self._thread.join(timeout=5)
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._claims.close()
+        for child in self._children:
+            child.end()
+        for thread in self._threads:
+            thread.join()
+        for child in self._children:
+            child.close()
         self._arena.close()
 
-    def _spawn(self, first: bytes) -> _Worker:
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "flora.serve.engine.loading.worker"]
-        command += [str(theirs.fileno()), str(self._arena.fd), str(self._arena.num_bytes)]
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(), self._arena.fd), env=_environment())
-        theirs.close()
-        connection = Connection(ours.detach())
-        connection.send_bytes(first)
-        return _Worker(connection, process)
+    # --- a thread for each process ---
 
-    def _listen(self) -> None:
-        decoder = msgspec.msgpack.Decoder(FromLoader)
-        by_connection = {worker.connection: worker for worker in self._workers}
-        while by_connection and not self._closing:
-            for connection in wait(list(by_connection), timeout=1.0):
-                assert isinstance(connection, Connection)
-                worker = by_connection[connection]
-                try:
-                    message: FromLoader = decoder.decode(connection.recv_bytes())
-                except (EOFError, OSError):
-                    del by_connection[connection]
-                    message = Failed(ServeError.code, "a loader process ended", None, "see the server's log")
-                self._said.put((worker, message))
-                self._on_finished()
+    def _lead(self, child: Child) -> None:
+        while (target := self._next(child)) is not None:
+            self._tell(self._load(child, target))
 
-    def _dispatch(self) -> None:
-        for worker in self._workers:
-            if not self._asked:
-                return
-            if worker.target is None and worker.process.poll() is None:
-                worker.target = self._asked.popleft()
-                worker.connection.send_bytes(self._encoder.encode(Read(worker.target)))
+    def _next(self, child: Child) -> AdapterTarget | None:
+        """What was asked for first, once there is something; None: this process gets no more.
 
-    def _hear(self, worker: _Worker, message: FromLoader) -> list[Finished]:
-        target = worker.target
-        if target is None:
-            return []
-        if isinstance(message, Found):
-            worker.found = message
-            self._starved.append(worker)
-            return []
-        found, start = worker.found, worker.start
-        worker.target = worker.found = worker.start = None
-        if isinstance(message, Failed):
-            if found and start is not None:
-                self._arena.release(start, self._num_bytes(found))
-            error = _ERRORS.get(message.code, ServeError)(message.what, cause=message.cause, fix=message.fix)
-            return [LoadFailed(target.serving_digest, error)]
-        assert isinstance(message, Packed)
-        assert found
-        assert start is not None
-        num_bytes = self._num_bytes(found)
-        return [
-            PackedAdapter(
-                target.serving_digest,
-                found.table,
-                cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
-                self._geometry.pages_for_elements(found.table.num_elements),
-                load_s=message.load_s,
-                release=lambda: self._arena.release(start, num_bytes),
-            )
-        ]
+        Of processes that ended the last one stays, so that what is asked for fails and nobody waits for it.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked or self._is_closing)
+            if self._is_closing:
+                return None
+            if not child.is_alive and self._num_serving > 1:
+                self._num_serving -= 1
+                self._changed.notify()  # another one's turn
+                return None
+            return self._asked.popleft()
 
-    def _grant(self, worker: _Worker) -> None:
-        """Gives the worker its range of the arena, or leaves it waiting."""
-        assert worker.found is not None
-        num_bytes = self._num_bytes(worker.found)
-        start = self._arena.allocate(num_bytes)
-        while start is None and self._make_room(num_bytes):
-            start = self._arena.allocate(num_bytes)
-        if start is not None:
-            worker.start = start
-            self._starved.remove(worker)
-            worker.connection.send_bytes(self._encoder.encode(Pack(start)))
+    def _load(self, child: Child, target: AdapterTarget) -> Finished:
+        start = None
+        try:
+            found = child.find(target)
+            num_bytes = found.num_cells * self._geometry.cell_elements * self._dtype.itemsize
+            start = self._claims.take(num_bytes)
+            self._last_s = load_s = child.pack(start)
+        except FloraError as error:
+            if start is not None:
+                self._arena.release(start, num_bytes)
+            return LoadFailed(target.serving_digest, error)
+        return PackedAdapter(
+            target.serving_digest,
+            found.table,
+            cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
+            self._geometry.pages_for_elements(found.table.num_elements),
+            load_s=load_s,
+            release=lambda: self._arena.release(start, num_bytes),
+        )
 
-    def _num_bytes(self, found: Found) -> int:
-        return found.num_cells * self._geometry.cell_elements * self._dtype.itemsize
-
-
-def _environment() -> dict[str, str]:
-    """Ours, with a word to glibc: copies of 64 KiB or more go past the caches, for no loader reads what it has packed.
-
-    Left to itself glibc does so from a share of the last cache on, which no factor reaches. What is set already wins.
-    """
-    past_caches = "glibc.cpu.x86_non_temporal_threshold=0x10000"
-    given = os.environ.get("GLIBC_TUNABLES")
-    return os.environ | {"GLIBC_TUNABLES": f"{past_caches}:{given}" if given else past_caches}
+    def _tell(self, finished: Finished | None) -> None:
+        self._finished.put(finished)
+        self._on_finished()

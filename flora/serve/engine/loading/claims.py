@@ -1,0 +1,76 @@
+"""Ranges of the arena for loads, in the order in which they ask: at once where there is a gap, or as room is made."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Lock
+
+from flora.errors import ServeError
+from flora.serve.engine.loading.arena import Arena
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claim:
+    """A load that waits for a range."""
+
+    num_bytes: int
+    start: Future[int] = field(default_factory=Future)
+
+
+class Claims:
+    """Between the threads that load, which take ranges, and the engine's, which alone can make room for them."""
+
+    def __init__(self, arena: Arena, on_waiting: Callable[[], None]) -> None:
+        """on_waiting  is called from a thread that loads and now waits for the engine's to call `settle`"""
+        self._arena = arena
+        self._on_waiting = on_waiting
+        self._lock = Lock()
+        self._waiting: list[_Claim] = []
+        self._is_closed = False
+        self._last_bytes = 0  # of a claim
+
+    def take(self, num_bytes: int) -> int:
+        """Where the range starts, once there is one. Raises ServeError if that will never be."""
+        with self._lock:
+            if self._is_closed:
+                raise _closed()
+            self._last_bytes = num_bytes
+            start = None if self._waiting else self._arena.allocate(num_bytes)  # nobody overtakes those who wait
+            if start is not None:
+                return start
+            claim = _Claim(num_bytes)
+            self._waiting.append(claim)
+        self._on_waiting()
+        return claim.start.result()
+
+    def settle(self, make_room: Callable[[int], bool], num_behind: int) -> None:
+        """Gives ranges to those who wait, as far as room can be made; on the engine's thread.
+
+        num_behind  loads that have yet to ask: with room made for them now, each of the last one's size, they will not
+                    have to wait for the engine's next step
+        """
+        with self._lock:
+            waiting = list(self._waiting)
+        for claim in waiting:
+            start = self._arena.allocate(claim.num_bytes)
+            while start is None and make_room(claim.num_bytes):
+                start = self._arena.allocate(claim.num_bytes)
+            if start is not None:
+                with self._lock:
+                    self._waiting.remove(claim)
+                claim.start.set_result(start)
+        missing = num_behind * self._last_bytes - self._arena.num_free
+        if missing > 0:
+            make_room(missing)
+
+    def close(self) -> None:
+        """Nobody gets a range any more, whoever waits for one included."""
+        with self._lock:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, []
+        for claim in waiting:
+            claim.start.set_exception(_closed())
+
+
+def _closed() -> ServeError:
+    return ServeError("the engine is shutting down", fix="send the request to another server")

@@ -1,0 +1,218 @@
+"""Loader processes go from load to load by themselves; the engine's thread makes room, and takes what is done."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Semaphore, get_ident
+
+import psutil
+import pytest
+import torch
+from torch import Tensor
+
+from flora.errors import ServeError
+from flora.serve.config import EngineConfig
+from flora.serve.engine.build import adapter_source
+from flora.serve.engine.loading.arena import Arena
+from flora.serve.engine.loading.host_cache import HostCache
+from flora.serve.engine.loading.loader import Finished, LoadFailed
+from flora.serve.engine.loading.packing import PackedAdapter
+from flora.serve.engine.loading.processes import ProcessLoader
+from flora.serve.request import AdapterTarget
+from tests.serve.engine.adapters import random_adapter
+from tests.serve.engine.worlds import World
+
+NUM_WORKERS = 2
+NUM_ADAPTERS = 6
+
+
+@dataclass
+class Shop:
+    """Loader processes over an arena that six adapters fill, all of one layout, and what each is in memory."""
+
+    loader: ProcessLoader
+    arena: Arena
+    targets: list[AdapterTarget]
+    cells: dict[str, Tensor]
+    told: Semaphore  # once for each load that has finished or waits for room
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.arena.num_bytes // NUM_ADAPTERS
+
+    def start(self, targets: list[AdapterTarget]) -> None:
+        for target in targets:
+            self.loader.start(target)
+
+    def hear(self, times: int) -> None:
+        """Returns when the loader has spoken that often, without asking what it said."""
+        for _ in range(times):
+            assert self.told.acquire(timeout=60)
+
+    def take(self, num_loads: int) -> Iterator[Finished]:
+        """As many as that, each once it has finished."""
+        while num_loads > 0:
+            finished = self.loader.finished(60.0)
+            yield from finished
+            num_loads -= len(finished)
+
+    def is_right(self, finished: Finished) -> bool:
+        return isinstance(finished, PackedAdapter) and torch.equal(finished.cells, self.cells[finished.digest])
+
+
+@contextmanager
+def open_shop(base: Path, home: Path) -> Iterator[Shop]:
+    world = World(base, home)
+    config = EngineConfig(base=world.base, registry=str(home / "registry"), cache_dir=home / "cache")
+    source, cells = adapter_source(config), {}
+    targets = [
+        world.add(random_adapter(world.config, seed, ranks=[4], absent=0), f"a{seed}") for seed in range(NUM_ADAPTERS)
+    ]
+    for target in targets:
+        found = source.find(target)
+        cells[target.serving_digest] = torch.zeros(found.num_cells, source.geometry.cell_elements)
+        source.pack(found, cells[target.serving_digest])
+    source.close()
+    arena, told = Arena(sum(each.nbytes for each in cells.values()), pinned=False), Semaphore(0)
+    loader = ProcessLoader(config, source.geometry, source.dtype, arena, NUM_WORKERS, told.release)
+    try:
+        yield Shop(loader, arena, targets, cells, told)
+    finally:
+        loader.close()
+
+
+@pytest.fixture(scope="module")
+def one_shop(bases, tmp_path_factory) -> Iterator[Shop]:
+    with open_shop(bases("llama"), tmp_path_factory.mktemp("shop")) as shop:
+        yield shop
+
+
+@pytest.fixture
+def shop(one_shop: Shop) -> Shop:
+    """Nothing loaded, and no room to be made."""
+    assert one_shop.arena.num_free == one_shop.arena.num_bytes
+    assert one_shop.loader.finished() == []
+    while one_shop.told.acquire(blocking=False):
+        pass
+    one_shop.loader.use_cache(lambda num_bytes: False)
+    return one_shop
+
+
+def test_all_that_is_asked_for_is_loaded_during_one_step_of_the_engine(shop):
+    shop.start(shop.targets)
+    shop.hear(NUM_ADAPTERS)  # the step: nobody asks the loader for anything
+
+    finished = shop.loader.finished()
+
+    assert {each.digest for each in finished} == set(shop.cells)
+    assert all(shop.is_right(each) for each in finished)
+    for packed in finished:
+        packed.release()
+
+
+def test_no_load_waits_for_a_step_longer_than_what_is_asked_for_lasts(shop):
+    shop.start(shop.targets[:1])
+    (packed,) = shop.take(1)
+    packed.release()
+    load_s = max(packed.load_s, 0.009)
+
+    each = shop.loader.max_loading / NUM_WORKERS
+
+    assert (each - 2) * load_s < 0.07 <= (each - 1) * load_s
+
+
+def test_an_arena_that_is_too_small_gets_room_from_the_engines_thread_alone(shop):
+    held = shop.arena.allocate(4 * shop.adapter_bytes)
+    cache, threads = HostCache(shop.arena.num_bytes), []
+
+    def make_room(num_bytes: int) -> bool:
+        threads.append(get_ident())
+        return cache.free(num_bytes, lambda digest: False)
+
+    shop.loader.use_cache(make_room)
+    shop.start(shop.targets)
+
+    loaded = []
+    for finished in shop.take(NUM_ADAPTERS):
+        assert shop.is_right(finished)
+        loaded.append(finished.digest)
+        cache.put(finished)
+
+    assert set(loaded) == set(shop.cells)
+    assert set(threads) == {get_ident()}
+    cache.free(cache.num_bytes, lambda digest: False)
+    shop.arena.release(held, 4 * shop.adapter_bytes)
+
+
+def test_where_the_arena_is_full_room_is_made_at_once_for_all_that_is_asked_for(shop):
+    cache = HostCache(shop.arena.num_bytes)
+    shop.start(shop.targets)
+    for finished in shop.take(NUM_ADAPTERS):
+        cache.put(finished)
+    shop.hear(NUM_ADAPTERS)
+    shop.loader.use_cache(lambda num_bytes: cache.free(num_bytes, lambda digest: False))
+
+    shop.start(shop.targets)
+    shop.hear(NUM_WORKERS)  # each has found an adapter, and there is no room for it
+    assert shop.loader.finished() == []
+    shop.hear(NUM_ADAPTERS)  # without another word from the engine
+
+    again = shop.loader.finished()
+    assert len(again) == NUM_ADAPTERS
+    assert all(shop.is_right(each) for each in again)
+    for packed in again:
+        packed.release()
+
+
+def test_a_process_that_dies_fails_its_load_and_gets_no_more(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        first, second = loader_processes()
+        held = shop.arena.allocate(shop.arena.num_bytes)
+        shop.start(shop.targets[:2])
+        shop.hear(2)  # each waits for room
+        kill(first)
+        shop.arena.release(held, shop.arena.num_bytes)
+
+        failed, sound = sorted(shop.take(2), key=lambda each: isinstance(each, PackedAdapter))
+        assert isinstance(failed, LoadFailed)
+        assert isinstance(failed.error, ServeError)
+        assert shop.is_right(sound)
+        assert shop.arena.num_free == 5 * shop.adapter_bytes  # the dead one's range is free again
+
+        shop.start(shop.targets[2:])
+        assert all(shop.is_right(each) for each in shop.take(4))
+
+        kill(second)
+        shop.start(shop.targets[:3])  # nobody is left, and nobody waits in vain
+        assert [type(each) for each in shop.take(3)] == [LoadFailed] * 3
+
+
+def test_a_process_that_dies_idle_fails_no_load(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        kill(loader_processes()[0])
+        shop.start(shop.targets)
+        assert all(shop.is_right(each) for each in shop.take(NUM_ADAPTERS))
+
+
+def test_closing_ends_loads_that_wait_for_room_and_those_that_wait_for_a_process(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        processes = loader_processes()
+        shop.arena.allocate(shop.arena.num_bytes)
+        shop.start(shop.targets)
+        shop.hear(NUM_WORKERS)
+
+    assert not any(process.is_running() for process in processes)
+
+
+def loader_processes() -> list[psutil.Process]:
+    """The latest loader's."""
+    ours = [each for each in psutil.Process().children() if "flora.serve.engine.loading.worker" in each.cmdline()]
+    return sorted(ours, key=lambda each: each.create_time())[-NUM_WORKERS:]
+
+
+def kill(process: psutil.Process) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and its exit code still there for the loader
