@@ -98,11 +98,11 @@ def check_nothing_leaks(engine: Engine) -> int:
     """The KV pages that an idle engine holds for requests: none. Raises CheckFailed, also where pages are lost."""
     pages, beat = engine.pages, engine.heartbeat()
     left = beat.kv_pages - beat.prefix_pages
-    resident = sum(adapter.num_pages for adapter in beat.resident)
-    if left or beat.free_pages + beat.prefix_pages + resident != pages.num_usable:
+    adapters = engine.residency.num_pages
+    if left or beat.free_pages + beat.prefix_pages + adapters != pages.num_usable:
         raise CheckFailed(
             f"the engine is idle and holds {left} pages of keys and values",
-            cause=f"{pages.num_usable} pages, {beat.free_pages} free, {resident} of resident adapters",
+            cause=f"{pages.num_usable} pages, {beat.free_pages} free, {adapters} of adapters",
         )
     return left
 

@@ -25,6 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512  # rows a step: bounds the gap between two tokens while a long prompt is prefilled
     max_waiting: int = 4096  # requests in the queue before new ones are refused
     max_adapters: int = 256  # resident at once: rows of the kernels' tables
+    slot_bytes: int | None = None  # of the pool, set aside for each of them; None: adapters take the pages they need
     prefix_cache: bool = True  # keep KV pages for requests with the same adapter that begin with the same tokens
     fairness: bool = True  # the adapter that was served least goes first, not the request that came first
     max_wait_s: float = 5.0  # how long a request without room, or an adapter without a turn, may be overtaken

@@ -29,6 +29,7 @@ from flora.serve.engine.runner import Runner, SerialRunner
 from flora.serve.engine.schedule.pages import PagePool
 from flora.serve.engine.schedule.policy import Policy
 from flora.serve.engine.schedule.scheduler import Limits
+from flora.serve.engine.schedule.slots import pages_of_slot
 from flora.serve.messages import Ready
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def build_engine(
     checkpoint = _open_base(config)
     model_config = parse_model_config(checkpoint.config)
     geometry = pool_geometry(model_config, config, dtype.itemsize)
-    pool_tokens = (geometry.num_pages - 1) * geometry.page_tokens
+    slot_pages = pages_of_slot(config.slot_bytes, config.max_adapters, geometry.num_pages, geometry.page_bytes)
+    kv_pages = geometry.num_pages - 1 - config.max_adapters * (slot_pages or 0)
+    pool_tokens = kv_pages * geometry.page_tokens
     max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
     record = base_record(checkpoint, config.cache_dir)
     weights = _weights(config, checkpoint, record, model_config, device)
@@ -87,6 +90,7 @@ def build_engine(
         _policy(config),
         loader,
         num_slots=config.max_adapters,
+        slot_pages=slot_pages,
         host_cache_bytes=config.host_cache_bytes,
     )
 

@@ -48,6 +48,7 @@ class Engine:
         loader: Loader,
         *,
         num_slots: int,
+        slot_pages: int | None = None,
         host_cache_bytes: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -56,7 +57,7 @@ class Engine:
         self.pages = pages
         self.runner = runner
         self.host = HostCache(host_cache_bytes, runner.settle)
-        self.scheduler = Scheduler(limits, policy, pages, num_slots, self.host.num_pages)
+        self.scheduler = Scheduler(limits, policy, pages, num_slots, self.host.num_pages, slot_pages)
         self.residency = self.scheduler.residency
         self._outbox = Outbox()
         self._answers = Answers(self.scheduler, self._outbox)

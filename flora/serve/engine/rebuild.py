@@ -14,9 +14,10 @@ from flora.serve.engine.engine import Engine
 from flora.serve.engine.schedule.pages import PagePool
 from flora.serve.engine.schedule.policy import Policy
 from flora.serve.engine.schedule.scheduler import Limits
+from flora.serve.engine.schedule.slots import pages_of_slot
 
 _BOUNDS = ("pool_bytes", "max_adapters", "max_sequences", "max_batch_tokens", "host_cache_bytes")
-_FREE = {*_BOUNDS, "max_waiting", "poison", *(field.name for field in fields(Policy))}
+_FREE = {*_BOUNDS, "max_waiting", "slot_bytes", "poison", *(field.name for field in fields(Policy))}
 
 
 def rebuild_engine(old: Engine, built: EngineConfig, config: EngineConfig) -> Engine:
@@ -24,7 +25,8 @@ def rebuild_engine(old: Engine, built: EngineConfig, config: EngineConfig) -> En
 
     old    idle, and not to be used any more: its weights, its device memory and its loaders serve on
     built  what the first engine over this device was built from
-    Raises UsageError where `config` asks for more than that, or for another base, dtype or context.
+    Raises UsageError where `config` asks for more than that, for another base, dtype or context, or for slots that do
+    not fit into its pool.
     """
     for name in config.__struct_fields__:
         there, asked = getattr(built, name), getattr(config, name)
@@ -33,6 +35,7 @@ def rebuild_engine(old: Engine, built: EngineConfig, config: EngineConfig) -> En
                 f"an engine built with {name} {there} cannot go on with {asked}", fix="build the largest engine first"
             )
     num_pages = config.pool_bytes // old.ready.page_bytes
+    slot_pages = pages_of_slot(config.slot_bytes, config.max_adapters, num_pages, old.ready.page_bytes)
     old.forget()
     return Engine(
         msgspec.structs.replace(old.ready, num_pages=num_pages),
@@ -42,5 +45,6 @@ def rebuild_engine(old: Engine, built: EngineConfig, config: EngineConfig) -> En
         Policy(**{field.name: getattr(config, field.name) for field in fields(Policy)}),
         old.loader,
         num_slots=config.max_adapters,
+        slot_pages=slot_pages,
         host_cache_bytes=config.host_cache_bytes,
     )

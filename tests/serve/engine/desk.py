@@ -69,6 +69,7 @@ class Desk:
         *,
         packed: dict[str, int] | None = None,
         num_slots: int = 8,
+        slot_pages: int | None = None,
         max_sequences: int = 8,
         max_batch_tokens: int = 64,
         max_waiting: int = 100,
@@ -80,7 +81,7 @@ class Desk:
         self.packed = dict(packed or {})
         self.pages = PagePool(num_pages + 1)
         limits = Limits(PAGE_TOKENS, max_sequences, max_batch_tokens, max_waiting)
-        self.scheduler = Scheduler(limits, Policy(**policy), self.pages, num_slots, self.packed.get)
+        self.scheduler = Scheduler(limits, Policy(**policy), self.pages, num_slots, self.packed.get, slot_pages)
         self.residency = self.scheduler.residency
         self.prefixes = self.scheduler.prefixes
         self.max_context = max_context

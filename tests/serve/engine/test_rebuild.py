@@ -57,9 +57,24 @@ def test_sizes_and_switches_are_those_of_the_new_configuration(world):
     engine = rebuild_engine(engine, config, smaller)
 
     assert engine.pages.num_pages == engine.ready.num_pages == (1 << 20) // engine.ready.page_bytes
-    assert engine.residency.num_slots == 2
+    assert engine.residency.slots.num_slots == 2
     assert (engine.scheduler.limits.max_sequences, engine.scheduler.limits.max_batch_tokens) == (3, 9)
     assert (engine.scheduler.policy.slo_ttft_s, engine.scheduler.policy.cluster) == (4.0, 2)
+    engine.close()
+
+
+def test_slots_are_set_aside_for_one_engine_and_not_for_the_next(world):
+    engine, config = built(world)
+    page_bytes = engine.ready.page_bytes
+    slots = msgspec.structs.replace(config, max_adapters=2, slot_bytes=3 * page_bytes)
+
+    engine = rebuild_engine(engine, config, slots)
+    assert engine.pages.num_free == engine.pages.num_usable - 6
+    with pytest.raises(UsageError, match="do not fit into a pool"):
+        rebuild_engine(engine, config, msgspec.structs.replace(slots, slot_bytes=config.pool_bytes // 2))
+    engine = rebuild_engine(engine, config, config)
+
+    assert engine.pages.num_free == engine.pages.num_usable
     engine.close()
 
 

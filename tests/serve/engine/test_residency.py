@@ -5,6 +5,7 @@ import pytest
 from flora.serve.engine.schedule.eviction import Eviction
 from flora.serve.engine.schedule.pages import PagePool, Use
 from flora.serve.engine.schedule.residency import Residency
+from flora.serve.engine.schedule.slots import Slots
 from flora.serve.request import AdapterTarget
 
 
@@ -24,7 +25,7 @@ def eviction(pages: PagePool) -> Eviction:
 
 @pytest.fixture
 def residency(pages: PagePool, eviction: Eviction) -> Residency:
-    return Residency(pages, eviction, num_slots=3)
+    return Residency(Slots(pages, num_slots=3), eviction)
 
 
 def digests(residency: Residency) -> set[str]:

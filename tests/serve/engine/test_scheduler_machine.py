@@ -40,6 +40,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 5),
         max_batch_tokens=st.integers(1, 30),
         num_slots=st.integers(1, 3),
+        slot_pages=st.sampled_from([None, None, 4, 9]),
         overlaps=st.booleans(),
         policy=st.fixed_dictionaries(
             {
@@ -51,8 +52,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             }
         ),
     )
-    def open(self, num_pages: int, policy: dict[str, Any], **limits: Any) -> None:
-        self.desk = Desk(num_pages, max_waiting=6, **limits, **policy)
+    def open(
+        self, num_pages: int, num_slots: int, slot_pages: int | None, policy: dict[str, Any], **limits: Any
+    ) -> None:
+        """num_pages  for requests: those of slots that are set aside come on top"""
+        num_pages += num_slots * (slot_pages or 0)
+        self.desk = Desk(num_pages, num_slots=num_slots, slot_pages=slot_pages, max_waiting=6, **limits, **policy)
         self.now_s = 0.0
 
     @rule(prompt=PROMPTS, max_tokens=st.integers(1, 30), adapter=ADAPTERS)
@@ -137,7 +142,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         private = [page for sequence in running for page in sequence.pages if page not in shared]
         owned = shared + private + [page for resident in desk.residency for page in resident.pages]
         assert len(owned) == len(set(owned)), "no page has two owners, unless it is the cache's"
-        assert desk.pages.num_free + len(owned) == desk.pages.num_usable
+        assert desk.pages.num_free + len(shared) + len(private) + desk.residency.num_pages == desk.pages.num_usable
+        assert desk.pages.count(Use.ADAPTER) == desk.residency.num_pages
         assert desk.pages.count(Use.KV) == len(shared) + len(private)
         for page in cached:
             assert page.holders == sum(page in sequence.prefix for sequence in running)
@@ -158,7 +164,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for resident in desk.residency:
             assert resident.running == sum(sequence.digest == resident.digest for sequence in running)
         idle = [r for r in desk.residency if not r.running and not r.pinned]
-        assert desk.residency.idle_pages == sum(len(resident.pages) for resident in idle)
+        can_go = 0 if desk.residency.slots.are_fixed else sum(len(resident.pages) for resident in idle)
+        assert desk.residency.idle_pages == can_go
 
     def teardown(self) -> None:
         """Every live request ends, whatever happened before, and then nothing is held but idle or pinned adapters."""
@@ -180,9 +187,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for resident in list(self.desk.residency):
             assert resident.running == 0
             self.desk.residency.retire(resident.digest)
-        assert self.desk.scheduler.eviction.reclaim(self.desk.pages.num_usable)
+        num_shared = self.desk.residency.slots.num_shared  # all, but for slots that are set aside
+        assert self.desk.scheduler.eviction.reclaim(num_shared)
         assert not cached_pages(self.desk)
-        assert self.desk.pages.num_free == self.desk.pages.num_usable
+        assert self.desk.pages.num_free == num_shared
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -78,16 +78,16 @@ class Admission:
 
     def _ask(self, sequence: Sequence, now_s: float, running: list[Sequence], placed: list[Resident]) -> _Answer:
         space, digest, adapter = self._space, sequence.digest, sequence.adapter
-        residency = space.residency
+        residency, slots = space.residency, space.residency.slots
         resident = residency.get(digest) if digest else None
         new_pages = space.packed_pages(digest) if digest and resident is None else 0  # of the adapter
         if new_pages is None:
             return _Answer.NOT_READY
         found = space.prefixes.find(digest, sequence.tokens) if self._policy.prefix_cache else []
         kv_pages = space.room.for_tokens(len(sequence.tokens)) - len(found)
-        own_idle = len(resident.pages) if resident and not resident.running and not resident.pinned else 0
+        own_idle = slots.shared(len(resident.pages)) if resident and not resident.running and not resident.pinned else 0
         own_idle += sum(not page.holders for page in found)
-        if kv_pages + new_pages + len(running) > space.eviction.reclaimable - own_idle:
+        if kv_pages + slots.shared(new_pages) + len(running) > space.eviction.reclaimable - own_idle:
             return _Answer.NO_ROOM
         if adapter and resident is None and not residency.can_place(new_pages):
             return _Answer.NO_ROOM

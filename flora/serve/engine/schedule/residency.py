@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from flora.serve.engine.schedule.eviction import Eviction
-from flora.serve.engine.schedule.pages import PagePool, Use
+from flora.serve.engine.schedule.slots import Slots
 from flora.serve.request import AdapterTarget
 
 
@@ -26,22 +26,21 @@ class Resident:
 
 
 class Residency:
-    """Places adapters into pages and slots; those that nothing needs leave in the order of `eviction`."""
+    """Places adapters into slots and their pages; those that nothing needs leave in the order of `eviction`."""
 
-    def __init__(self, pages: PagePool, eviction: Eviction, num_slots: int) -> None:
-        self._pages = pages
+    def __init__(self, slots: Slots, eviction: Eviction) -> None:
+        self.slots = slots
         self._eviction = eviction
-        self.num_slots = num_slots
-        self._free_slots = list(range(num_slots - 1, -1, -1))
         self._residents: dict[str, Resident] = {}
         self._idle: OrderedDict[str, Resident] = OrderedDict()  # what may be evicted, least recently used first
-        self.idle_pages = 0  # that eviction could free
-        self.pinned_pages = 0  # held for good, by request
+        self.idle_pages = 0  # that eviction could free for keys and values
+        self.pinned_pages = 0  # that these cannot have until a request ends the pin
         self.num_pinned = 0
         self.num_running = 0  # adapters that running sequences need
         self._evicted: list[Resident] = []
         self.num_evictions = 0
-        eviction.join(self)
+        if not slots.are_fixed:  # else keys and values gain nothing when an adapter leaves
+            eviction.join(self)
 
     def __iter__(self) -> Iterator[Resident]:
         return iter(self._residents.values())
@@ -52,17 +51,22 @@ class Residency:
     def get(self, digest: str) -> Resident | None:
         return self._residents.get(digest)
 
+    @property
+    def num_pages(self) -> int:
+        """Pages that are adapters' now: those of the resident ones, or of all slots where they are fixed."""
+        return self.slots.set_aside or sum(len(resident.pages) for resident in self)
+
     def can_place(self, num_pages: int) -> bool:
-        has_slot = bool(self._free_slots or self._idle)
-        return has_slot and num_pages <= self._eviction.reclaimable
+        has_slot = self.slots.has_free or bool(self._idle)
+        return has_slot and self.slots.holds(num_pages) and self.slots.shared(num_pages) <= self._eviction.reclaimable
 
     def place(self, target: AdapterTarget, num_pages: int) -> Resident:
         """The adapter, now resident and idle, with pages to write it to. The caller has asked can_place."""
         assert target.serving_digest not in self._residents
-        if not self._free_slots:
+        if not self.slots.has_free:
             self.evict_first()
-        self._eviction.reclaim(num_pages)
-        resident = Resident(target, self._free_slots.pop(), self._pages.allocate(num_pages, Use.ADAPTER))
+        self._eviction.reclaim(self.slots.shared(num_pages))
+        resident = Resident(target, *self.slots.take(num_pages))
         self._residents[resident.digest] = resident
         self._rest(resident)
         return resident
@@ -130,20 +134,19 @@ class Residency:
         if not resident.running and not resident.pinned and resident.digest not in self._idle:
             resident.due = self._eviction.due(is_proven=True)
             self._idle[resident.digest] = resident
-            self.idle_pages += len(resident.pages)
+            self.idle_pages += self.slots.shared(len(resident.pages))
 
     def _rouse(self, resident: Resident) -> None:
         if self._idle.pop(resident.digest, None):
-            self.idle_pages -= len(resident.pages)
+            self.idle_pages -= self.slots.shared(len(resident.pages))
 
     def _set_pinned(self, resident: Resident, pinned: bool) -> None:
         change = pinned - resident.pinned
         self.num_pinned += change
-        self.pinned_pages += change * len(resident.pages)
+        self.pinned_pages += change * self.slots.shared(len(resident.pages))
         resident.pinned = pinned
 
     def _drop(self, resident: Resident) -> None:
         del self._residents[resident.digest]
-        self._pages.free(resident.pages)
-        self._free_slots.append(resident.slot)
+        self.slots.give_back(resident.slot, resident.pages)
         self._evicted.append(resident)

@@ -67,15 +67,17 @@ class Scheduler:
         pages: PagePool,
         num_slots: int,
         packed_pages: Callable[[str], int | None],
+        slot_pages: int | None = None,
     ) -> None:
         """num_slots     adapters on the device at once
         packed_pages  of a serving digest: the pages it needs, if it lies packed in host memory
+        slot_pages    set aside for each slot; None: adapters take the pages that they need
         """
         self.limits = limits
         self.policy = policy
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
-        space = make_space(pages, limits.page_tokens, num_slots, packed_pages)
+        space = make_space(pages, limits.page_tokens, num_slots, packed_pages, slot_pages)
         self.eviction = space.eviction
         self.residency = space.residency
         self.prefixes = space.prefixes

@@ -8,6 +8,7 @@ from flora.serve.engine.schedule.pages import PagePool
 from flora.serve.engine.schedule.prefix import PrefixCache
 from flora.serve.engine.schedule.residency import Residency
 from flora.serve.engine.schedule.room import Room
+from flora.serve.engine.schedule.slots import Slots
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,14 +24,21 @@ class Space:
     room: Room
 
 
-def make_space(pages: PagePool, page_tokens: int, num_slots: int, packed_pages: Callable[[str], int | None]) -> Space:
+def make_space(
+    pages: PagePool,
+    page_tokens: int,
+    num_slots: int,
+    packed_pages: Callable[[str], int | None],
+    slot_pages: int | None = None,
+) -> Space:
     """Space in which nothing is resident or cached yet.
 
     num_slots     adapters on the device at once
     packed_pages  of a serving digest: the pages it needs, if it lies packed in host memory
+    slot_pages    set aside for each slot; None: adapters take the pages that they need
     """
     eviction = Eviction(pages)
-    residency = Residency(pages, eviction, num_slots)
+    residency = Residency(Slots(pages, num_slots, slot_pages), eviction)
     return Space(
         page_tokens,
         packed_pages,
@@ -38,5 +46,5 @@ def make_space(pages: PagePool, page_tokens: int, num_slots: int, packed_pages: 
         eviction,
         residency,
         PrefixCache(pages, eviction, page_tokens),
-        Room(pages, residency, packed_pages, page_tokens),
+        Room(residency, packed_pages, page_tokens),
     )
