@@ -48,4 +48,4 @@ class Bed:
 
 def _widest(configs: list[EngineConfig]) -> EngineConfig:
     sizes = {name: max(getattr(config, name) for config in configs) for name in _SIZES}
-    return msgspec.structs.replace(configs[0], **sizes)
+    return msgspec.structs.replace(configs[0], **sizes, slot_bytes=None)  # slots are of the schedule, not of the device

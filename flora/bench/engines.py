@@ -12,15 +12,19 @@ import msgspec
 
 from flora.bench.registering import register_random_adapters
 from flora.bench.settings import ServeBench, Setting
-from flora.bench.shapes import MODULE_SETS, features, module_names, write_config
+from flora.bench.shapes import MODULE_SETS, SHAPES, features, module_names, write_config
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
+from flora.serve.engine.build import pool_geometry
 from flora.serve.engine.garbage import collect_as_usual, keep_collections_short
+from flora.serve.engine.layout import stream_alignment
+from flora.serve.engine.model.config import parse_model_config
 from flora.serve.request import AdapterTarget
 
 _SMALL_CACHE_BYTES = 3 << 29  # the least: pinning memory takes a second for every few GiB, so no more than is useful
 _SMALL_WORLD_BYTES = 64 << 20  # less than what drawing them takes, a process takes to start
 _CACHE_SLACK = 1.25  # pages are filled to their end, and an arena has gaps
+_ROW_ELEMENTS = 64  # that each row of a factor is filled up to a multiple of, on the device
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -34,15 +38,18 @@ class World:
 
     def config(self, numbers: Iterable[int]) -> EngineConfig:
         """The engine's, for requests that want these adapters."""
-        config = self.bench.engine
+        config, setting = self.bench.engine, self.bench.setting
         wanted = list(numbers)
+        if setting.fixed_slots is not None:
+            slots = {"max_adapters": setting.fixed_slots, "slot_bytes": slot_bytes(config, setting)}
+            config = msgspec.structs.replace(config, **slots)
         return msgspec.structs.replace(
             config,
             base=self.folder / "base",
             registry=str(self.folder / "registry"),
             cache_dir=self.folder / "cache",
             dummy_weights=True,
-            host_cache_bytes=host_cache_bytes(config, self.bench.setting, wanted),
+            host_cache_bytes=host_cache_bytes(config, setting, wanted),
             num_loaders=config.num_loaders if wanted else 0,
         )
 
@@ -104,5 +111,23 @@ def host_cache_bytes(config: EngineConfig, setting: Setting, numbers: Iterable[i
 
 def adapter_bytes(setting: Setting, number: int, dtype: str) -> int:
     """Of one adapter's factors."""
+    return setting.rank(number) * sum(_widths(setting)) * _ITEM_BYTES[dtype]
+
+
+def slot_bytes(config: EngineConfig, setting: Setting) -> int:
+    """Of the engine's pool, that hold any adapter of the setting's largest rank."""
+    model, item_bytes = parse_model_config(SHAPES[setting.shape]), _ITEM_BYTES[config.dtype]
+    alignment = stream_alignment(model, pool_geometry(model, config, item_bytes))
+    matrices = [max(setting.ranks) * _filled(width, _ROW_ELEMENTS) for width in _widths(setting)]
+    return sum(_filled(elements, alignment) for elements in matrices) * item_bytes
+
+
+def _widths(setting: Setting) -> list[int]:
+    """Of the rows of each factor of an adapter: inputs of A and outputs of B, module by module."""
     names = module_names(setting.shape, MODULE_SETS[setting.modules])
-    return sum(setting.rank(number) * sum(features(setting.shape, module)) for module, _ in names) * _ITEM_BYTES[dtype]
+    return [size for module, _ in names for size in features(setting.shape, module)]
+
+
+def _filled(count: int, unit: int) -> int:
+    """Up to whole units."""
+    return -(-count // unit) * unit

@@ -49,7 +49,7 @@ def workload_facts(bench: ServeBench, trace: Trace, num_adapters: int, seed: int
         "merged": bench.merged,
         "merged_turn_tokens": bench.merged_turn_tokens,
         "beside": bench.beside,
-        "fixed_slots": bench.engine.max_adapters if setting.is_padded else None,
+        "fixed_slots": setting.fixed_slots,
     }
 
 

@@ -12,7 +12,9 @@ Rows = Sequence[Mapping[str, Any]]
 _NAMING = ("system", "way", "gpu", "shape", "modules", "ranks", "adapters", "requests", "lengths", "rate", "alpha",
            "cv", "order", "clients", "max_sequences", "pool_gib", "merged", "merged_turn_tokens",
            "fixed_slots", "slo_ttft_s")  # fmt: skip
-_SIZES_LEFT_OUT = {"num_loaders", "page_tokens", "num_threads", "max_context", "max_adapters"}  # that name no curve
+_SIZES_LEFT_OUT = {  # that name no curve
+    "num_loaders", "page_tokens", "num_threads", "max_context", "max_adapters", "slot_bytes",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

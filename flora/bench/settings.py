@@ -21,7 +21,13 @@ class Setting:
     adapters: tuple[int, ...]  # how many there are, one measurement each; 0 is the base alone
     num_requests: int = 600
     lengths: tuple[int, int] = (8, 512)  # [low, high) of prompt and of answer, tokens
-    is_padded: bool = False  # every adapter is filled up to the largest rank with zeros, as in fixed slots
+    # So many adapters on the device at once, each filled up to the largest rank with zeros, in memory that is set aside
+    # for it; None: a unified pool of true ranks.
+    fixed_slots: int | None = None
+
+    @property
+    def is_padded(self) -> bool:
+        return self.fixed_slots is not None
 
     def rank(self, number: int) -> int:
         """Of adapter number `number`, as it is stored."""

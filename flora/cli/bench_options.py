@@ -95,7 +95,13 @@ MergedTurnTokens = Annotated[
 ]
 FixedSlots = Annotated[
     int | None,
-    _flag(_SWITCHES, "--fixed-slots", "N", "Adapters filled up to the largest rank, N on the device at most.", min=1),
+    _flag(
+        _SWITCHES,
+        "--fixed-slots",
+        "N",
+        "N adapters on the device, filled up to the largest rank, in memory set aside for them; else a unified pool.",
+        min=1,
+    ),
 ]
 OverHttp = Annotated[bool, _flag(_HTTP, "--http", None, "Measure a server of Flora's, started for this.")]
 Url = Annotated[str | None, _flag(_HTTP, "--url", "URL", "Measure the server there, Flora's or another.")]
@@ -135,14 +141,14 @@ def make_setting(
     adapters: str | None,
     requests: int | None,
     lengths: str | None,
-    is_padded: bool,
+    fixed_slots: int | None,
 ) -> Setting:
     """The preset, changed by the flags that were given. Raises UsageError."""
     from flora.bench.settings import SETTINGS
     from flora.bench.shapes import MODULE_SETS, SHAPES
 
     setting = one_of(SETTINGS, preset, "--preset")
-    changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests, "is_padded": is_padded}
+    changes: dict[str, Any] = {"shape": shape, "modules": modules, "num_requests": requests, "fixed_slots": fixed_slots}
     if ranks:
         changes["ranks"] = numbers(ranks, "--ranks", least=1)
     if adapters:

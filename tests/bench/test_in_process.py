@@ -172,18 +172,23 @@ def test_turns_of_merged_adapters_are_all_that_one_has_or_what_s_loras_queue_tak
     assert sorted(i for taken in merged_turns(asks, 8) for i in taken) == list(range(52))
 
 
-def test_fixed_slots_hold_adapters_of_the_largest_rank_and_no_more_than_there_are(tmp_path):
-    setting = replace(TINY, is_padded=True)
-    slots = msgspec.structs.replace(ENGINE, max_adapters=2)
-    world = make_world(tmp_path, ServeBench(setting=setting, engine=slots), range(4))
+def test_fixed_slots_hold_adapters_of_the_largest_rank_and_their_pages_are_nobody_elses(tmp_path):
+    world = make_world(tmp_path, ServeBench(setting=replace(TINY, fixed_slots=2), engine=ENGINE), range(4))
     asks = [ask(0.0, adapter=i % 4) for i in range(8)]
 
     with running_engine(world.config(range(4))) as engine:
         seen = drive_engine(engine, asks, world.targets)
-        resident = engine.heartbeat().resident
+        beat, largest = engine.heartbeat(), engine.host.num_pages(world.targets[0].serving_digest)
+        check_nothing_leaks(engine)
+        engine.forget()
+        check_nothing_leaks(engine)
+        emptied = engine.heartbeat()
 
     check_timelines(asks, seen.timelines)
-    assert [adapter.rank for adapter in resident] == [8, 8]  # ranks 8 and 4 in the setting
+    # the setting's ranks are 8 and 4
+    assert [(adapter.rank, adapter.num_pages) for adapter in beat.resident] == [(8, largest), (8, largest)]
+    assert beat.adapter_pages == emptied.adapter_pages == 2 * largest
+    assert beat.free_pages == emptied.free_pages
     assert seen.counts["evictions"] >= 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from flora.bench.engines import World
 from flora.bench.facts import Surroundings
 from flora.bench.suite import START_S, SuiteRun, is_measured
 from flora.bench.suites import FULL, SMALL, SUITES, Entry, entries_of
@@ -55,20 +56,47 @@ def test_the_table_is_the_workload_that_other_engines_were_measured_with():
     assert (entry.bench.rate, entry.bench.alpha, entry.bench.seeds) == (0.0, 1.0, (42,))
 
 
+def test_s_loras_pool_and_its_queue_are_those_of_its_a10g():
+    entries = {entry.label: entry.bench for entry in entries_of(["paper"], ENGINE)}
+    cells, cell_bytes = 14_500, 32 * 2 * 4096 * 2  # a token of the 7B shape: layers, keys and values, hidden, bf16
+
+    for label in ("S2/5/capped", "S2/5/capped/merged/queue"):
+        assert entries[label].engine.pool_bytes == cells * cell_bytes
+        assert entries[label].setting.num_requests == 150
+    assert entries["S2/5/capped/merged/queue"].merged_turn_tokens == cells // 6
+
+
+def test_slots_of_the_largest_rank_fit_into_the_pool_and_leave_most_of_it():
+    engine = msgspec.structs.replace(ENGINE, dtype="bfloat16")
+    benches = [entry.bench for entry in entries_of(["paper"], engine) if "fixed" in entry.label]
+    adapter = 64 * 32 * 8 * 4096 * 2  # rank, layers, A and B of q, k, v, o, hidden, bf16
+
+    assert [bench.setting.fixed_slots for bench in benches] == [64, 24, 16, 128]
+    for bench in benches:
+        config = World(Path(), bench, {}).config([])
+        assert (config.slot_bytes, config.max_adapters) == (adapter, bench.setting.fixed_slots)
+        assert config.max_adapters * adapter < config.pool_bytes / 2
+
+
 def test_rows_bear_the_label_and_what_tells_neighbours_apart():
-    rows, run = measure(small("base/alone", "base/beside", "S2/200/slots-64", "S2/5/merged", "S2/5/merged/queue",
-                               "S2/32/cluster-8"))  # fmt: skip
+    rows, run = measure(small("base/alone", "base/beside", "S2/200/fixed-64", "S2/5/merged", "S2/5/merged/queue",
+                               "S2/5/capped/merged/queue", "S2/32/cluster-8"))  # fmt: skip
 
     by_label = {row["label"].removeprefix("small/"): row for row in rows}
     assert run.outcome.done == list(dict.fromkeys(row["label"] for row in rows))
     assert sum(row["label"] == "small/base/alone" for row in rows) == 5
     assert [by_label[f"base/{name}"]["beside"] for name in ("alone", "beside")] == [0, 3]
     assert by_label["base/beside"]["adapters"] == 0
-    assert by_label["S2/200/slots-64"]["fixed_slots"] == 2
-    assert by_label["S2/200/slots-64"]["evictions"] > 0
+    slots = by_label["S2/200/fixed-64"]
+    assert (slots["fixed_slots"], slots["switches"]["max_adapters"]) == (2, 2)
+    # rank 8, two layers, A and B of four projections, rows of 64, float32
+    assert slots["switches"]["slot_bytes"] == 8 * 2 * 8 * 64 * 4
+    assert slots["evictions"] > 0
+    assert by_label["S2/5/merged"]["switches"]["slot_bytes"] is None
     assert by_label["S2/5/merged"]["merged"]
     assert by_label["S2/5/merged"]["merged_turn_tokens"] is None
     assert by_label["S2/5/merged/queue"]["merged_turn_tokens"] == 20_480
+    assert by_label["S2/5/capped/merged/queue"]["merged_turn_tokens"] == 2_416
     assert by_label["S2/32/cluster-8"]["switches"]["cluster"] == 8
 
 

@@ -116,7 +116,7 @@ def serve(
             adapters=adapters,
             requests=requests,
             lengths=lengths,
-            is_padded=fixed_slots is not None,
+            fixed_slots=fixed_slots,
         ),
         engine=flag.make_engine_config(
             device,
@@ -126,7 +126,7 @@ def serve(
             max_len=max_len or (_STORM_LENGTH if storm else None),
             max_sequences=max_sequences,
             max_batch_tokens=max_batch_tokens,
-            max_adapters=fixed_slots or max_adapters,
+            max_adapters=max_adapters,
             loaders=loaders,
             threads=threads,
             prefix_cache=prefix_cache,
