@@ -21,7 +21,7 @@ class Figure:
 FIGURES = (
     Figure("throughput", "throughput", "Requests a second by adapters, Llama-3-8B shape", r"(table|linear)/\d+"),
     Figure("s_lora", "throughput", "Requests a second by adapters, S-LoRA's settings", r"S[12]/\d+"),
-    Figure("slots", "slots", "A unified pool, and slots of the largest rank", r"S2/200(/capped)?(/fixed-\d+)?"),
+    Figure("slots", "slots", "A unified pool, and slots of the largest rank set aside", r"S2/200(/capped)?(/fixed-\d+)?"),
     Figure("early_abort", "burst", "First tokens in time under overload", r"S2/200/(fcfs|abort)/cv\d+"),
     Figure("clusters", "clusters", "Clusters of adapters, pool of 7 GiB", r"S2/32/.+"),
     Figure("cost", "cost", "Fine-tunes of a 1B model: adapters, and checkpoints in turn", r"cost/\w+/\d+"),
@@ -43,6 +43,7 @@ class Bars:
 BARS = (
     Bars("merged", "Five adapters at once, or merged one after the other (S2)", "requests a second", "req_s", {
         "S2/5": "on the fly", "S2/5/merged": "merged, in the best order", "S2/5/merged/queue": "merged, S-LoRA's queue",
+        "S2/5/capped": "on the fly, 7 GiB pool", "S2/5/capped/merged/queue": "merged, 7 GiB pool's queue",
     }),
     Bars("peft", "A hundred adapters (S2)", "requests a second", "req_s",
          {"S2/100": "Flora", "peft/100": "transformers and PEFT"}),
