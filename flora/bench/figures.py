@@ -21,7 +21,7 @@ class Figure:
 FIGURES = (
     Figure("throughput", "throughput", "Requests a second by adapters, Llama-3-8B shape", r"(table|linear)/\d+"),
     Figure("s_lora", "throughput", "Requests a second by adapters, S-LoRA's settings", r"S[12]/\d+"),
-    Figure("slots", "slots", "A unified pool, and slots of the largest rank set aside", r"S2/200(/capped)?(/fixed-\d+)?"),
+    Figure("slots", "slots", "A unified pool, and fixed slots of the largest rank", r"S2/200(/capped)?(/fixed-\d+)?"),
     Figure("early_abort", "burst", "First tokens in time under overload", r"S2/200/(fcfs|abort)/cv\d+"),
     Figure("clusters", "clusters", "Clusters of adapters, pool of 7 GiB", r"S2/32/.+"),
     Figure("cost", "cost", "Fine-tunes of a 1B model: adapters, and checkpoints in turn", r"cost/\w+/\d+"),
