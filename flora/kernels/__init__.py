@@ -8,7 +8,17 @@ from typing import Any
 
 from flora.kernels.context import Context
 from flora.kernels.linear import MIN_ROWS, PackedLinear, linear
-from flora.kernels.modules import ALL_GROUPS, ATTENTION_GROUPS, CHUNK, MODULES, Group, Place, padded, row_alignment
+from flora.kernels.modules import (
+    ALL_GROUPS,
+    ATTENTION_GROUPS,
+    CHUNK,
+    MODULES,
+    Group,
+    Place,
+    matrix_alignment,
+    padded,
+    row_alignment,
+)
 from flora.kernels.ops import Ops
 from flora.kernels.pointwise import rms_norm, rope, silu_mul
 from flora.kernels.project import SideStream, project, project_beside
@@ -36,6 +46,7 @@ __all__ = [
     "WorkList",
     "heaviest_first",
     "linear",
+    "matrix_alignment",
     "padded",
     "project",
     "project_beside",

@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from flora.kernels.lora_shrink import load_segment, matrix_offsets
-from flora.kernels.modules import CHUNK, MODULES, Place
+from flora.kernels.modules import CHUNK, MODULES, Place, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size, overlapped
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import FEW_ROWS, WorkList
@@ -31,7 +31,9 @@ def lora_expand(
     add      False: = instead of +=, and 0 where a row's adapter leaves out the module
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """
-    vector_n = min(tuning.expand_vector_n, weights.alignment)
+    most_n = min(row_alignment(weights.alignment, size) for size in place.out_sizes)
+    vector_n = min(tuning.expand_vector_n, most_n)
+    small_rank = tuning.expand_small_rank if 2 * vector_n <= most_n else 0
     tiles = sum(triton.cdiv(size, vector_n) for size in place.out_sizes)
     items = work.segments.shape[0] * tiles
     if items == 0 or y.shape[0] == 0:
@@ -63,6 +65,7 @@ def lora_expand(
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
+        SMALL_RANK=small_rank,
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,
         maxnreg=tuning.expand_registers,
@@ -103,6 +106,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    SMALL_RANK: tl.constexpr,  # up to which an adapter goes a way of its own, whoever else is there
     OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
     tiles_0 = tl.cdiv(size_0, VECTOR_N)
@@ -136,15 +140,15 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
             if FEW:
                 if num_rows == 1:
                     _expand_few(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS, BLOCK_RANK,
-                        VECTOR_N,
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS,
+                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
                     )  # fmt: skip
                 else:
                     _expand_few(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
-                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS, BLOCK_RANK,
-                        VECTOR_N,
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS,
+                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
                     )  # fmt: skip
             else:
                 for n_part in range(n, tl.minimum(n + VECTOR_N, size), MATRIX_N):
@@ -157,6 +161,35 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _expand_few(  # type: ignore[no-untyped-def]
+    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size, num_rows,
+    y_row_stride, v_split_stride, v_row_stride, ROWS: tl.constexpr, ADD: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, SMALL_RANK: tl.constexpr, VECTOR_N: tl.constexpr,
+):  # fmt: skip
+    """One item of a list of few rows a segment. An item waits for one read after another, so it reads as many bytes of
+    an adapter of small rank as of any: half the rows, twice as wide, and every other item has nothing to do.
+    """
+    if SMALL_RANK == 0:  # noqa: SIM114, this is known when the kernel is compiled
+        _expand_block(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+            i_tile * VECTOR_N, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ROWS, ADD, SPLITS,
+            BLOCK_RANK, VECTOR_N,
+        )  # fmt: skip
+    elif rank > SMALL_RANK:
+        _expand_block(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+            i_tile * VECTOR_N, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ROWS, ADD, SPLITS,
+            BLOCK_RANK, VECTOR_N,
+        )  # fmt: skip
+    elif i_tile % 2 == 0:
+        _expand_block(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+            i_tile * VECTOR_N, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ROWS, ADD, SPLITS,
+            SMALL_RANK, 2 * VECTOR_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _expand_block(  # type: ignore[no-untyped-def]
     p_rows_y,
     p_rows_v,
     p_pool,

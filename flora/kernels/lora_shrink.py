@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from flora.kernels.modules import CHUNK, MODULES, Place, padded
+from flora.kernels.modules import CHUNK, MODULES, Place, padded, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
@@ -35,7 +35,7 @@ def lora_shrink(
     splits = triton.cdiv(in_features, split)
     width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
     v = torch.empty(splits, n, num_slices, width, dtype=torch.float32, device=x.device)
-    span = min(weights.alignment, split)
+    span = min(row_alignment(weights.alignment, in_features), split)
     items = work.segments.shape[0] * num_slices * tuning.shrink_lanes * splits
     if items == 0 or n == 0:
         return v
@@ -55,6 +55,8 @@ def lora_shrink(
         weights.cells.stride(0),
         weights.modules.stride(0),
         *v.stride()[:3],
+        work.segments.shape[0],
+        tuning.shrink_crowd * num_sms,
         NUM_SLICES=num_slices,
         SPLITS=splits,
         SPLIT=split,
@@ -62,7 +64,10 @@ def lora_shrink(
         BLOCK_K=min(tuning.shrink_block_k, span),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
+        SMALL_RANK=tuning.shrink_small_rank,
+        SMALL_BLOCK_K=min(2 * tuning.shrink_block_k, span),
         RANK_LANES=tuning.shrink_lanes,
+        CROWDED_LANES=max(1, tuning.shrink_lanes // 2),
         SAME_DTYPE=x.dtype == weights.pool.dtype,
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
@@ -90,6 +95,8 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     v_split_stride,
     v_row_stride,
     v_slice_stride,
+    capacity,
+    crowd,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,  # input elements that one partial sums
@@ -97,7 +104,10 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    SMALL_RANK: tl.constexpr,  # up to which an adapter goes a way of its own, whoever else is there
+    SMALL_BLOCK_K: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
+    CROWDED_LANES: tl.constexpr,  # where there would be more than `crowd` of them
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -106,13 +116,21 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     # The first item's segment is read while the number of segments still travels: an item waits for one load less.
     i_first = tl.program_id(0)
     slot, first_row, num_rows = load_segment(p_segments, i_first // (SPLITS * RANK_LANES * NUM_SLICES))
-    num_items = tl.load(p_num_segments) * (NUM_SLICES * RANK_LANES * SPLITS)
+    i_crowded = tl.minimum(i_first // (SPLITS * CROWDED_LANES * NUM_SLICES), capacity - 1)
+    slot_crowded, first_row_crowded, num_rows_crowded = load_segment(p_segments, i_crowded)
+    num_segments = tl.load(p_num_segments)
+    is_crowded = num_segments * (NUM_SLICES * RANK_LANES * SPLITS) > crowd
+    lanes = tl.where(is_crowded, CROWDED_LANES, RANK_LANES)
+    slot = tl.where(is_crowded, slot_crowded, slot)
+    first_row = tl.where(is_crowded, first_row_crowded, first_row)
+    num_rows = tl.where(is_crowded, num_rows_crowded, num_rows)
+    num_items = num_segments * (NUM_SLICES * SPLITS) * lanes
     for item in range(i_first, num_items, tl.num_programs(0)):
         if item != i_first:
-            slot, first_row, num_rows = load_segment(p_segments, item // (SPLITS * RANK_LANES * NUM_SLICES))
+            slot, first_row, num_rows = load_segment(p_segments, item // (SPLITS * NUM_SLICES * lanes))
         i_split = item % SPLITS
-        i_lane = item // SPLITS % RANK_LANES
-        i_slice = item // (SPLITS * RANK_LANES) % NUM_SLICES
+        i_lane = item // SPLITS % lanes
+        i_slice = item // (SPLITS * lanes) % NUM_SLICES
         p_record = p_modules + slot * modules_slot_stride + record_offset + 3 * i_slice
         rank = tl.load(p_record)
         a_chunk = tl.load(p_record + 1)
@@ -123,13 +141,24 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         k_end = tl.minimum(in_features, k_begin + SPLIT)
         o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
         m_rows = (o_rows < num_rows)[:, None]
-        for j in range(i_lane * BLOCK_RANK, rank, RANK_LANES * BLOCK_RANK):
-            b_v = _shrink_rows(
-                p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
-            )  # fmt: skip
-            o_j = j + tl.arange(0, BLOCK_RANK)
-            tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
+        if SMALL_RANK > 0 and rank <= SMALL_RANK:
+            if (i_lane == 0) & (rank > 0):  # fewer rows of A, so wider ones: as many bytes on their way
+                b_v = _shrink_rows(
+                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                    cell_chunks, 0, rank, k_begin, k_end, SPAN, BLOCK_ROWS, SMALL_RANK, SMALL_BLOCK_K, SAME_DTYPE,
+                )  # fmt: skip
+                p_out = p_rows_v + o_rows[:, None] * v_row_stride + tl.arange(0, SMALL_RANK)[None, :]
+                tl.store(p_out, b_v, mask=m_rows)
+                for j in tl.static_range(SMALL_RANK, BLOCK_RANK, SMALL_RANK):
+                    tl.store(p_out + j, tl.zeros((BLOCK_ROWS, SMALL_RANK), tl.float32), mask=m_rows)
+        else:
+            for j in range(i_lane * BLOCK_RANK, rank, lanes * BLOCK_RANK):
+                b_v = _shrink_rows(
+                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                    cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
+                )  # fmt: skip
+                o_j = j + tl.arange(0, BLOCK_RANK)
+                tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
 
 
 @triton.jit

@@ -37,10 +37,15 @@ def padded(row_elements: int) -> int:
     return -(-row_elements // CHUNK) * CHUNK
 
 
-def row_alignment(row_elements: Iterable[int], cell_elements: int) -> int:
-    """The largest power of two, up to 1024, on which every row starts if matrices of these rows lie back to back.
+def matrix_alignment(row_elements: Iterable[int], cell_elements: int) -> int:
+    """Elements on which a stored matrix starts: the largest power of two, up to 1024, that is of use to any of these.
 
     row_elements  lengths of all rows that an adapter may store on this device: the modules' inputs and outputs.
-    It is what AdapterWeights.alignment may promise; 64 for a hidden size of 576, 1024 for 4096.
+    It is what AdapterWeights.alignment may promise; 1024 for rows of 4096 beside others of 11008.
     """
-    return gcd(1024, cell_elements, *(padded(length) for length in row_elements))
+    return max(gcd(1024, cell_elements, padded(length)) for length in row_elements)
+
+
+def row_alignment(alignment: int, row_elements: int) -> int:
+    """Elements on which every row of a matrix starts that starts on `alignment`: as many always lie in one cell."""
+    return gcd(alignment, padded(row_elements))

@@ -21,6 +21,6 @@ class AdapterWeights:
     cells: Tensor  # int32 [num_slots, max_cells]; unread past an adapter's last cell
     modules: Tensor  # int32 [num_slots, num_layers, 7, 3]: rank (0 = absent), start of A and of B in chunks
     scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank
-    # Elements: a power of two that divides cell_elements, every padded row length and every matrix's start. A kernel
-    # looks a cell up once per that many elements, so 64, which always holds, is slow on a GPU: see row_alignment.
+    # Elements: a power of two that divides cell_elements and every matrix's start. A kernel looks a cell up once per
+    # row_alignment of it, so 64, which always holds, is slow on a GPU: see matrix_alignment.
     alignment: int = CHUNK

@@ -58,9 +58,17 @@ def random_adapter(shape: Shape, ranks: list[int], seed: int) -> Adapter:
 
 
 def pack_adapters(
-    layers_of: list[list[Adapter]], *, cell_elements: int = 256, dtype: torch.dtype = torch.float32, seed: int = 0
+    layers_of: list[list[Adapter]],
+    *,
+    cell_elements: int = 256,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    alignment: int = CHUNK,
 ) -> AdapterWeights:
-    """The adapters (each a list of layers) scattered over random cells of a pool in which all else is NaN."""
+    """The adapters (each a list of layers) scattered over random cells of a pool in which all else is NaN.
+
+    alignment  elements that every matrix starts on
+    """
     streams, records = [], []
     for layers in layers_of:
         rows: list[Tensor] = []
@@ -69,6 +77,9 @@ def pack_adapters(
         for i, layer in enumerate(layers):
             for part, matrices in ((1, layer.a), (2, [b.t() for b in layer.b])):
                 for m, matrix in enumerate(matrices):
+                    gap = -chunk % (alignment // CHUNK)
+                    rows.append(torch.full((gap * CHUNK,), NAN))
+                    chunk += gap
                     table[i, m, 0], table[i, m, part] = len(matrix), chunk
                     row = torch.full((len(matrix), padded(matrix.shape[1])), NAN)
                     row[:, : matrix.shape[1]] = matrix
@@ -88,7 +99,7 @@ def pack_adapters(
         pool[cells[slot, :count].long()] = filled.view(count, cell_elements)
         taken += count
     scales = torch.tensor([[layer.scale for layer in layers] for layers in layers_of])
-    return AdapterWeights(pool.to(dtype), cells, torch.stack(records), scales)
+    return AdapterWeights(pool.to(dtype), cells, torch.stack(records), scales, alignment)
 
 
 def work_for(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flora.adapter import AdapterHeader, ChangeReport, Module
 from flora.errors import ShapeMismatch, Unsupported
-from flora.kernels.modules import CHUNK, MODULES, padded, row_alignment
+from flora.kernels.modules import CHUNK, MODULES, matrix_alignment, padded
 from flora.serve.engine.model.config import ModelConfig
 
 _MODULE_NAME = re.compile(
@@ -71,7 +71,7 @@ class PoolGeometry:
 
 @dataclass(frozen=True, slots=True)
 class PlacedModule:
-    """One module's place in its adapter's stream. A row starts on a chunk of 64 elements."""
+    """One module's place in its adapter's stream. A row starts on a chunk of 64 elements, a matrix on more."""
 
     name: str
     layer: int
@@ -113,11 +113,17 @@ class AdapterLayout:
 
 
 def adapter_layout(
-    config: ModelConfig, header: AdapterHeader, tp_size: int = 1, report: ChangeReport | None = None
+    config: ModelConfig,
+    header: AdapterHeader,
+    tp_size: int = 1,
+    report: ChangeReport | None = None,
+    *,
+    alignment: int = CHUNK,
 ) -> AdapterLayout:
     """The stream of this adapter on one of `tp_size` devices; equal for all of them.
 
-    report  of the extraction: lets a refusal say how much of the change it is about
+    report     of the extraction: lets a refusal say how much of the change it is about
+    alignment  elements, a multiple of CHUNK, that every matrix starts on: stream_alignment
     Raises Unsupported (a module that the server cannot adapt) and ShapeMismatch (of another model), naming the module.
     """
     if header.exact_tensors:
@@ -134,17 +140,17 @@ def adapter_layout(
     for module in header.modules:
         by_place[_place(config, module, report)] = module
     placed: list[PlacedModule] = []
-    chunk = 0
+    chunk, step = 0, alignment // CHUNK
     for layer in range(config.num_layers):
         present = [(index, by_place[layer, index]) for index in range(len(MODULES)) if (layer, index) in by_place]
         shapes = [_local_shape(MODULES[index], module, tp_size) for index, module in present]
         a_chunks, b_chunks = [], []
         for (_, module), (in_features, _) in zip(present, shapes, strict=True):
-            a_chunks.append(chunk)
-            chunk += module.rank * padded(in_features) // CHUNK
+            a_chunks.append(-(-chunk // step) * step)
+            chunk = a_chunks[-1] + module.rank * padded(in_features) // CHUNK
         for (_, module), (_, out_features) in zip(present, shapes, strict=True):
-            b_chunks.append(chunk)
-            chunk += module.rank * padded(out_features) // CHUNK
+            b_chunks.append(-(-chunk // step) * step)
+            chunk = b_chunks[-1] + module.rank * padded(out_features) // CHUNK
         placed += [
             PlacedModule(module.name, layer, index, module.rank, *shape, module.scale, a_chunk, b_chunk)
             for (index, module), shape, a_chunk, b_chunk in zip(present, shapes, a_chunks, b_chunks, strict=True)
@@ -153,9 +159,9 @@ def adapter_layout(
 
 
 def stream_alignment(config: ModelConfig, geometry: PoolGeometry) -> int:
-    """Elements on which every row of any adapter's stream starts: kernels look a cell up once for as many."""
+    """Elements on which every matrix of any adapter's stream starts: kernels look cells up the less often for it."""
     sizes = (size for module in MODULES for size in config.module_shape(module))
-    return row_alignment(sizes, geometry.cell_elements)
+    return matrix_alignment(sizes, geometry.cell_elements)
 
 
 def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> tuple[int, int]:

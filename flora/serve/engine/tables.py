@@ -18,7 +18,7 @@ class AdapterTables:
         self, num_slots: int, num_layers: int, pool_cells: Tensor, max_cells: int = 64, alignment: int = CHUNK
     ) -> None:
         """max_cells  of an adapter, at first: a larger one makes the table wider, and it then lies elsewhere
-        alignment  elements on which every stored row starts: layout.stream_alignment
+        alignment  elements on which every stored matrix starts: layout.stream_alignment
         """
         self._alignment = alignment
         self._pool_cells = pool_cells

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flora.kernels import (
+    CHUNK,
     AdapterWeights,
     Group,
     Ops,
@@ -15,12 +16,13 @@ from flora.kernels import (
     project_beside,
 )
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
+from flora.kernels.tuning import LONG_LIST, SHORT_LIST, LoraTuning, Tuning
 from flora.kernels.work import FEW_ROWS
 from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
 
 ODD = Shape(hidden=100, kv=63, ff=200)
 SMALL_LLAMA = Shape(hidden=576, kv=192, ff=896)
+EVEN = Shape(hidden=256, kv=256, ff=512)  # two tiles of outputs fit a row's alignment
 RANKS = [[1, 3, 4, 8, 64, 3, 1], [8, 0, 1, 0, 0, 5, 16], [0] * 7, [40, 17, 64, 4, 3, 3, 8]]
 ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
@@ -121,15 +123,35 @@ def test_blocks_of_many_rows_as_prompts_have_them(ops, device, dtype, block_rows
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, Group.QKV, work), dtype)
 
 
-def test_aligned_rows_are_looked_up_by_the_cell(device, dtype):
+@pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
+def test_each_matrix_is_looked_up_as_seldom_as_its_own_rows_allow(device, dtype, group):
+    """Rows of 256 beside others of 384, in cells of 512, every matrix on a multiple of 256."""
     shape = Shape(hidden=256, kv=128, ff=384)
-    weights = to(device, replace(pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=512), alignment=128))
-    x, y = inputs(shape, Group.QKV, len(ROW_SLOTS), dtype, device)
+    weights = to(device, pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=512, alignment=256))
+    x, y = inputs(shape, group, len(ROW_SLOTS), dtype, device)
     work = work_for(ROW_SLOTS, device=device)
 
-    result = run(TritonOps(num_sms=2, tuning=FINE), x, y, weights, shape, Group.QKV, work)
+    result = run(TritonOps(num_sms=2, tuning=FINE), x, y, weights, shape, group, work)
 
-    assert_agrees(result, run(ReferenceOps(), x, y, weights, shape, Group.QKV, work), dtype)
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, shape, group, work), dtype)
+
+
+@pytest.mark.parametrize("room", [0, LONG_LIST])
+@pytest.mark.parametrize("group", [Group.QKV, Group.OUT])
+def test_small_ranks_go_a_way_of_their_own_beside_others(ops, device, dtype, group, room):
+    weights = to(device, pack_adapters(adapters_of(EVEN), dtype=dtype, cell_elements=1024, alignment=256))
+    x, y = inputs(EVEN, group, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, spare=room, device=device)
+    place = EVEN.place(1, group)
+
+    result = run(ops, x, y, weights, EVEN, group, work)
+    terms = torch.full_like(y, NAN)
+    ops.lora_expand(terms, ops.lora_shrink(x, weights, place, work), weights, place, work, add=False)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, EVEN, group, work), dtype)
+    rows = [row for row, slot in enumerate(ROW_SLOTS) if slot is not None]
+    wanted = run(ReferenceOps(), x, torch.zeros_like(y), weights, EVEN, group, work)
+    assert_agrees(terms[rows], wanted[rows], dtype)
 
 
 def test_half_precision_weights_cost_a_float32_step_no_digits(ops, device):
@@ -144,21 +166,26 @@ def test_half_precision_weights_cost_a_float32_step_no_digits(ops, device):
 
 
 @pytest.mark.parametrize("sharing", [1, 2, 3, 4, 9, 20])
-@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+@pytest.mark.parametrize(
+    ("shape", "group", "room"),
+    [(ODD, Group.QKV, 3), (ODD, Group.DOWN, 3), (EVEN, Group.QKV, 3), (EVEN, Group.OUT, 3), (EVEN, Group.OUT, 200)],
+    ids=str,
+)
 def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_its_adapter(
-    ops, device, dtype, group, sharing
+    ops, device, dtype, shape, group, room, sharing
 ):
-    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
-    x, y = inputs(ODD, group, 1, dtype, device)
-    alone = run(ops, x, y, weights, ODD, group, work_for([3], device=device))[0]
+    alignment = 256 if shape is EVEN else CHUNK
+    weights = to(device, pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=1024, alignment=alignment))
+    x, y = inputs(shape, group, 1, dtype, device)
+    alone = run(ops, x, y, weights, shape, group, work_for([3], spare=room, device=device))[0]
     row_slots = [0, 0, 0, None, 1, None, None, 2, *[3] * sharing]
     # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
     for place in range(8, 8 + sharing, 1 if device.type == "cuda" else FEW_ROWS):
-        others, other_y = inputs(ODD, group, len(row_slots), dtype, device)
+        others, other_y = inputs(shape, group, len(row_slots), dtype, device)
         others[8:], others[4] = NAN, NAN
         others[place], other_y[place] = x[0], y[0]
 
-        result = run(ops, others, other_y, weights, ODD, group, work_for(row_slots, device=device))
+        result = run(ops, others, other_y, weights, shape, group, work_for(row_slots, spare=room, device=device))
 
         assert torch.equal(result[place], alone), place
 

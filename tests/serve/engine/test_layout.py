@@ -1,12 +1,14 @@
 """Where an adapter lies in the pool: arithmetic that every process repeats with the same result."""
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
 
 from flora.adapter import AdapterHeader, BaseBinding, ChangeReport, ExactTensor, Module, Recipe, TensorChange
 from flora.errors import ShapeMismatch, Unsupported
-from flora.kernels import CHUNK, MODULES, padded
+from flora.kernels import CHUNK, MODULES, padded, row_alignment
 from flora.serve.engine.layout import PoolGeometry, adapter_layout, stream_alignment
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
 from tests.serve.engine.adapters import module_name, random_adapter
@@ -203,8 +205,11 @@ def test_a_layer_that_the_base_does_not_have_is_refused(config):
         adapter_layout(config, header_of(module(module_name(2, "q"), 100, 80)))
 
 
-@pytest.mark.parametrize(("hidden", "ff", "kv_heads"), [(4096, 14336, 8), (576, 1536, 3), (896, 4864, 2)])
-def test_every_row_of_every_stream_starts_on_the_alignment_that_kernels_are_promised(hidden, ff, kv_heads):
+@pytest.mark.parametrize(
+    ("hidden", "ff", "kv_heads", "promised"),
+    [(4096, 14336, 8, 1024), (4096, 11008, 32, 1024), (576, 1536, 3, 512), (896, 4864, 2, 256)],
+)
+def test_what_kernels_are_promised_of_every_stream_to_read_as_much_from_one_cell(hidden, ff, kv_heads, promised):
     head_dim = 128 if hidden == 4096 else 64
     config = parse_model_config(
         {
@@ -225,9 +230,25 @@ def test_every_row_of_every_stream_starts_on_the_alignment_that_kernels_are_prom
     alignment = stream_alignment(config, geometry)
 
     for seed in range(5):
-        layout = adapter_layout(config, random_adapter(config, seed, ranks=(1, 3, 5, 8, 13)).header)
-        for placed in layout.modules:
-            starts = (placed.a_chunk * CHUNK, placed.b_chunk * CHUNK)
-            rows = (padded(placed.in_features), padded(placed.out_features))
-            assert not [n for n in (*starts, *rows, geometry.cell_elements) if n % alignment]
-    assert alignment == {4096: 1024, 576: 64, 896: 128}[hidden]
+        header = random_adapter(config, seed, ranks=(1, 3, 5, 8, 13)).header
+        for placed in adapter_layout(config, header, alignment=alignment).modules:
+            for chunk, length in ((placed.a_chunk, placed.in_features), (placed.b_chunk, placed.out_features)):
+                read = row_alignment(alignment, length)
+                starts = [chunk * CHUNK + row * padded(length) for row in range(placed.rank)]
+                assert chunk * CHUNK % alignment == 0
+                assert not [n for n in (*starts, geometry.cell_elements) if n % read]
+    assert alignment == promised
+
+
+def test_matrices_that_start_on_more_than_a_chunk_overlap_no_other_and_lose_little(config):
+    header = random_adapter(config, 3, ranks=(1, 3, 5)).header
+    dense, spaced = adapter_layout(config, header), adapter_layout(config, header, alignment=4 * CHUNK)
+
+    taken = sorted(
+        (chunk, chunk + placed.rank * padded(length) // CHUNK)
+        for placed in spaced.modules
+        for chunk, length in ((placed.a_chunk, placed.in_features), (placed.b_chunk, placed.out_features))
+    )
+    assert all(end <= start for (_, end), (start, _) in pairwise(taken))
+    assert taken[-1][1] * CHUNK == spaced.num_elements
+    assert dense.num_elements <= spaced.num_elements <= dense.num_elements + 3 * CHUNK * len(taken)

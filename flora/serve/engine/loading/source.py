@@ -11,7 +11,7 @@ from flora.errors import AdapterInvalid, AdapterNotFound, OutOfPages, StoreError
 from flora.identity import BaseRecord
 from flora.registry import Registry, Version
 from flora.registry.leases import Lease
-from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout
+from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout, stream_alignment
 from flora.serve.engine.loading.binding import admit
 from flora.serve.engine.loading.packing import PackedAdapter, pack_cells
 from flora.serve.engine.model.config import ModelConfig
@@ -79,7 +79,8 @@ class RegistrySource:
             )
         header = self._registry.header(version)
         admit(self._registry, version, header, self._base, target.label, allow_mismatch=self._allow_base_mismatch)
-        layout = adapter_layout(self._config, header, report=self._registry.report(version))
+        alignment = stream_alignment(self._config, self.geometry)
+        layout = adapter_layout(self._config, header, report=self._registry.report(version), alignment=alignment)
         num_pages = self.geometry.pages_for_elements(layout.num_elements)
         if num_pages >= self.geometry.num_pages:
             raise OutOfPages(
