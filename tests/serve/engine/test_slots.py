@@ -126,6 +126,7 @@ def play(trace: Trace, desk: Desk) -> Played:
             str(number), trace.prompts[number], max_tokens=int(trace.output_lens[number]), adapter=f"a{adapter}"
         )
     while not desk.scheduler.is_empty:
+        assert done.steps < 10_000, "the queue does not drain"
         desk.step(now_s=done.steps * 0.05)
         done.steps += 1
         done.most_kv = max(done.most_kv, desk.pages.count(Use.KV))
