@@ -21,18 +21,18 @@ def row(label: str, **fields: Any) -> dict[str, Any]:
 SET_ASIDE = {"slot_bytes": 9}
 SLOTS = [
     row("S2/200", req_s=30.0, pool_gib=54.0, switches={"slot_bytes": None}),
-    row("S2/200/fixed-64", req_s=20.0, pool_gib=54.0, fixed_slots=64, switches={"max_adapters": 64, **SET_ASIDE}),
+    row("S2/200/fixed-144", req_s=20.0, pool_gib=54.0, fixed_slots=144, switches={"max_adapters": 144, **SET_ASIDE}),
     row("S2/200/fixed-128", req_s=24.0, pool_gib=54.0, fixed_slots=128, switches={"max_adapters": 128, **SET_ASIDE}),
     row("S2/200/capped", req_s=9.0, pool_gib=7.1),
     row("S2/200/capped/fixed-8", req_s=5.0, pool_gib=7.1, fixed_slots=8),
-    row("S2/200/capped/fixed-16", req_s=6.0, pool_gib=7.1, fixed_slots=16),
+    row("S2/200/capped/fixed-20", req_s=6.0, pool_gib=7.1, fixed_slots=20),
 ]
 
 
 def test_slots_are_curves_and_the_unified_pool_is_their_level():
     assert curves_of(PLOTS["slots"], SLOTS) == [
-        Curve("pool gib 54.0", ((64.0, 20.0), (128.0, 24.0)), base=30.0),
-        Curve("pool gib 7.1", ((8.0, 5.0), (16.0, 6.0)), base=9.0),
+        Curve("pool gib 54.0", ((128.0, 24.0), (144.0, 20.0)), base=30.0),
+        Curve("pool gib 7.1", ((8.0, 5.0), (20.0, 6.0)), base=9.0),
     ]
 
 
@@ -93,7 +93,7 @@ def test_what_has_no_points_is_not_drawn(tmp_path):
 
 def test_rows_of_slots_that_lent_their_pages_are_not_drawn_among_those_that_do_not():
     """They stand in the file under labels of their own: `S2/200/slots-64` was measured before memory was set aside."""
-    lent = [row("S2/200/slots-64", req_s=26.0, pool_gib=54.0, fixed_slots=64)]
+    lent = [row("S2/200/slots-64", req_s=26.0, pool_gib=54.0, fixed_slots=144)]
 
     assert [len(curves) for _, _, curves in drawable(SLOTS + lent)] == [2]
     assert list(drawable(lent + SLOTS[:1])) == []

@@ -71,7 +71,7 @@ def test_slots_of_the_largest_rank_fit_into_the_pool_and_leave_most_of_it():
     benches = [entry.bench for entry in entries_of(["paper"], engine) if "fixed" in entry.label]
     adapter = 64 * 32 * 8 * 4096 * 2  # rank, layers, A and B of q, k, v, o, hidden, bf16
 
-    assert [bench.setting.fixed_slots for bench in benches] == [64, 24, 16, 128]
+    assert [bench.setting.fixed_slots for bench in benches] == [144, 20, 24, 128]
     for bench in benches:
         config = World(Path(), bench, {}).config([])
         assert (config.slot_bytes, config.max_adapters) == (adapter, bench.setting.fixed_slots)
@@ -79,7 +79,7 @@ def test_slots_of_the_largest_rank_fit_into_the_pool_and_leave_most_of_it():
 
 
 def test_rows_bear_the_label_and_what_tells_neighbours_apart():
-    rows, run = measure(small("base/alone", "base/beside", "S2/200/fixed-64", "S2/5/merged", "S2/5/merged/queue",
+    rows, run = measure(small("base/alone", "base/beside", "S2/200/fixed-144", "S2/5/merged", "S2/5/merged/queue",
                                "S2/5/capped/merged/queue", "S2/32/cluster-8"))  # fmt: skip
 
     by_label = {row["label"].removeprefix("small/"): row for row in rows}
@@ -87,7 +87,7 @@ def test_rows_bear_the_label_and_what_tells_neighbours_apart():
     assert sum(row["label"] == "small/base/alone" for row in rows) == 5
     assert [by_label[f"base/{name}"]["beside"] for name in ("alone", "beside")] == [0, 3]
     assert by_label["base/beside"]["adapters"] == 0
-    slots = by_label["S2/200/fixed-64"]
+    slots = by_label["S2/200/fixed-144"]
     assert (slots["fixed_slots"], slots["switches"]["max_adapters"]) == (2, 2)
     # rank 8, two layers, A and B of four projections, rows of 64, float32
     assert slots["switches"]["slot_bytes"] == 8 * 2 * 8 * 64 * 4

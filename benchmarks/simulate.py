@@ -1,0 +1,274 @@
+"""What would a schedule give on another device? The engine's own, over a device that only counts what a step costs.
+
+    python benchmarks/simulate.py S2 5 2000                    requests/s of S-LoRA's settings, 60 GiB, over each number
+    python benchmarks/simulate.py S2 200 --pool-gib 7.08 --requests 400 --fixed-slots 24
+    python benchmarks/simulate.py S2 5 --merged 20480
+
+Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
+on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
+worth, and proves no throughput. It was within 7 % of those that were measured at b45a288, always above.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from flora.bench.asks import asks_of
+from flora.bench.engines import adapter_bytes
+from flora.bench.in_process import drive_engine
+from flora.bench.merged import drive_merged
+from flora.bench.settings import SETTINGS, Setting
+from flora.bench.shapes import SHAPES
+from flora.bench.trace import Workload, draw_trace
+from flora.serve.engine import Engine
+from flora.serve.engine.layout import AdapterTable
+from flora.serve.engine.loading.loader import Finished
+from flora.serve.engine.loading.packing import PackedAdapter
+from flora.serve.engine.sampler import Drawn
+from flora.serve.engine.schedule.pages import PagePool
+from flora.serve.engine.schedule.policy import Policy
+from flora.serve.engine.schedule.residency import Resident
+from flora.serve.engine.schedule.scheduler import Chunk, Limits
+from flora.serve.messages import Ready
+from flora.serve.request import AdapterTarget
+
+PAGE_TOKENS, TOKEN = 16, 7
+
+
+@dataclass
+class Time:
+    """Seconds, moved on by whoever takes them."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def now(self) -> float:
+        return self.now_s
+
+    def sleep_until(self, moment_s: float) -> None:
+        self.now_s = max(self.now_s, moment_s)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one H100 80GB."""
+
+    weights_s: float  # of a step: to read them
+    row_s: float  # its products
+    kv_bytes: int  # of a token, all layers
+    attention_rate: float = 2.75e12  # bytes a second
+    adapter_rate: float = 2.2e12 / 0.75  # a quarter of it was hidden
+    adapters_s: float = 0.9e-3  # of a step that has any: launches, and rows that share one
+    prompt_row_s: float = 3.2e-6  # of the low-rank terms of prompts
+    step_s: float = 0.6e-3  # everything else
+    bus_rate: float = 50e9
+    load_rate: float = 2.0e9  # of one loader
+    load_s: float = 7e-3  # of it whatever the adapter holds
+    plan_s: float = 1.5e-3
+
+
+def costs_of(shape: str) -> Costs:
+    config = SHAPES[shape]
+    hidden, layers, ff = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    parameters = layers * (2 * hidden * (hidden + kv) + 3 * hidden * ff) + hidden * config["vocab_size"]
+    return Costs(weights_s=2 * parameters / 2.85e12, row_s=2 * parameters / 600e12, kv_bytes=4 * kv * layers)
+
+
+@dataclass
+class Step:
+    """On its way; its tokens are there when time has come to its end."""
+
+    time: Time
+    sampled: list[Chunk]
+    end_s: float
+
+    def collect(self) -> list[tuple[Chunk, Drawn]]:
+        self.time.sleep_until(self.end_s)
+        return [(chunk, Drawn(TOKEN)) for chunk in self.sampled]
+
+
+class NoMemory:
+    def poison(self, pages: Sequence[int]) -> None:
+        pass
+
+
+@dataclass
+class Device:
+    """A runner that computes nothing: one step after another, copies beside them."""
+
+    time: Time
+    costs: Costs
+    overlaps: bool = True
+    pool: NoMemory = field(default_factory=NoMemory)
+    free_s: float = 0.0  # when the last step that was launched ends
+    bus_free_s: float = 0.0
+    held: dict[int, int] = field(default_factory=dict)  # slot -> bytes
+    arrives_s: dict[int, float] = field(default_factory=dict)
+
+    def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:
+        self.bus_free_s = max(self.bus_free_s, self.time.now_s) + packed.num_bytes / self.costs.bus_rate
+        self.held[resident.slot] = packed.num_bytes
+        self.arrives_s[resident.slot] = max(self.bus_free_s, self.free_s)
+
+    def remove_adapter(self, slot: int) -> None:
+        self.held.pop(slot)
+
+    def settle(self, digest: str) -> None:
+        pass
+
+    def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> Step:
+        costs, slots = self.costs, {slot for slot in adapter_slots if slot is not None}
+        rows, prompts = sum(chunk.count for chunk in chunks), sum(chunk.count for chunk in chunks if chunk.count > 1)
+        context = sum(chunk.start + 1 for chunk in chunks if chunk.count == 1)
+        took_s = costs.step_s + max(costs.weights_s, rows * costs.row_s)
+        took_s += context * costs.kv_bytes / costs.attention_rate
+        if slots:
+            took_s += costs.adapters_s + prompts * costs.prompt_row_s
+            took_s += sum(self.held[slot] for slot in slots) / costs.adapter_rate
+        start_s = max(self.time.now_s, self.free_s, *(self.arrives_s.pop(slot, 0.0) for slot in slots), 0.0)
+        self.free_s = start_s + took_s
+        self.time.now_s += costs.plan_s
+        return Step(self.time, [chunk for chunk in chunks if chunk.samples], self.free_s)
+
+
+class Loaders:
+    """Loads that take as long as an adapter is large, each loader one after another."""
+
+    def __init__(self, time: Time, costs: Costs, num_bytes: Callable[[str], int], page_bytes: int, count: int) -> None:
+        self.max_loading = 4 * count
+        self._time = time
+        self._costs = costs
+        self._num_bytes = num_bytes
+        self._page_bytes = page_bytes
+        self._free_s = [0.0] * count
+        self._on_way: list[tuple[float, PackedAdapter]] = []
+
+    def use_cache(self, make_room: Callable[[int], bool]) -> None:
+        pass
+
+    def start(self, target: AdapterTarget) -> None:
+        num_bytes = self._num_bytes(target.serving_digest)
+        load_s = self._costs.load_s + num_bytes / self._costs.load_rate
+        loader = min(range(len(self._free_s)), key=self._free_s.__getitem__)
+        self._free_s[loader] = max(self._time.now_s, self._free_s[loader]) + load_s
+        cells = torch.empty(num_bytes, dtype=torch.uint8, device="meta")
+        pages = -(-num_bytes // self._page_bytes)
+        packed = PackedAdapter(target.serving_digest, AdapterTable(b"", b"", 1, 0), cells, pages, load_s)
+        self._on_way.append((self._free_s[loader], packed))
+
+    def finished(self, timeout_s: float = 0.0) -> list[Finished]:
+        if timeout_s and self._on_way:
+            next_s = min(done_s for done_s, _ in self._on_way)
+            self._time.sleep_until(min(next_s, self._time.now_s + timeout_s))
+        now_s = self._time.now_s
+        done = [packed for done_s, packed in self._on_way if done_s <= now_s]
+        self._on_way = [(done_s, packed) for done_s, packed in self._on_way if done_s > now_s]
+        return list(done)
+
+    def close(self) -> None:
+        pass
+
+
+def make_engine(args: argparse.Namespace, setting: Setting, time: Time) -> tuple[Engine, Device]:
+    costs = costs_of(setting.shape)
+    page_bytes = PAGE_TOKENS * costs.kv_bytes
+    num_pages = int(args.pool_gib * 2**30) // page_bytes
+    largest = adapter_bytes(setting, 0, "bfloat16")
+    fixed = args.fixed_slots
+
+    def num_bytes(digest: str) -> int:
+        return largest if fixed else adapter_bytes(setting, int(digest), "bfloat16")
+
+    device = Device(time, costs)
+    ready = Ready(
+        base_id="",
+        max_context=2048,
+        vocab_size=SHAPES[setting.shape]["vocab_size"],
+        num_pages=num_pages,
+        page_tokens=PAGE_TOKENS,
+        page_bytes=page_bytes,
+        device="none",
+        dtype="bfloat16",
+        kernels={},
+        engine_pid=os.getpid(),
+    )
+    policy = Policy(fairness=True, max_wait_s=args.max_wait, cluster=args.cluster)
+    engine = Engine(
+        ready,
+        device,
+        PagePool(num_pages),
+        Limits(PAGE_TOKENS, args.max_sequences, args.max_batch_tokens, max_waiting=100_000),
+        policy,
+        Loaders(time, costs, num_bytes, page_bytes, args.loaders),
+        num_slots=fixed or 1024,
+        host_cache_bytes=1 << 50,
+        slot_pages=-(-largest // page_bytes) if fixed else None,
+        clock=time,
+    )
+    return engine, device
+
+
+def simulate(args: argparse.Namespace, num_adapters: int) -> dict[str, object]:
+    setting = SETTINGS[args.setting]
+    time = Time()
+    engine, device = make_engine(args, setting, time)
+    workload = Workload(args.requests, num_adapters, rate=args.rate, cv=args.cv, lengths=setting.lengths)
+    asks = asks_of(draw_trace(workload, args.seed), has_adapters=num_adapters > 0)
+    if args.merged is not None:
+        seen = drive_merged(engine, asks, args.merged or None, time)
+    else:
+        numbers = {ask.adapter for ask in asks if ask.adapter is not None}
+        targets = {i: AdapterTarget(serving_digest=str(i), version_digest="", label=str(i)) for i in numbers}
+        seen = drive_engine(engine, asks, targets, time)
+    tokens = sum(ask.num_tokens for ask in asks)
+    return {
+        "bench": "simulate",
+        "setting": args.setting,
+        "adapters": num_adapters,
+        "requests": args.requests,
+        "pool_gib": args.pool_gib,
+        "fixed_slots": args.fixed_slots,
+        "merged": args.merged,
+        "req_s": round(args.requests / device.free_s, 2),
+        "full_batch_after_s": seen.full_batch_after_s,
+        "rows_a_step": round(tokens / seen.counts["steps"], 1),
+        **seen.counts,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=[name for name in SETTINGS if name != "small"])
+    parser.add_argument("adapters", type=int, nargs="+", help="how many, one line each")
+    parser.add_argument("--requests", type=int, default=600)
+    parser.add_argument("--pool-gib", type=float, default=60.0)
+    parser.add_argument("--fixed-slots", type=int, help="as many, of the largest rank, set aside for good")
+    parser.add_argument("--merged", type=int, metavar="TOKENS", help="turns of merged adapters; 0: in the best order")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
+    parser.add_argument("--cv", type=float, default=1.0)
+    parser.add_argument("--cluster", type=int)
+    parser.add_argument("--max-wait", type=float, default=5.0)
+    parser.add_argument("--max-sequences", type=int, default=256)
+    parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--loaders", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--out", type=Path, help="append the JSON lines here")
+    args = parser.parse_args()
+    for num_adapters in args.adapters:
+        line = json.dumps(simulate(args, num_adapters))
+        print(line)
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""benchmarks/simulate.py: the engine's real schedule over a device that only counts what a step costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOKENS_A_REQUEST = 260  # of the answers, on average
+
+
+def simulated(*arguments: str) -> list[dict[str, Any]]:
+    command = [sys.executable, str(ROOT / "benchmarks/simulate.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def many() -> dict[str, Any]:
+    return simulated("S2", "200", "--requests", "60", "--pool-gib", "7.08")[0]
+
+
+def test_every_step_costs_its_weights_and_every_adapter_is_loaded_at_least_once(many):
+    steps_s = 60 / many["req_s"]
+    assert many["steps"] * 0.0047 < steps_s < many["steps"] * 0.02
+    assert 40 < many["loads"] <= 60
+    assert many["rows_a_step"] * many["steps"] == pytest.approx(60 * TOKENS_A_REQUEST, rel=0.1)
+
+
+def test_slots_that_are_set_aside_leave_less_room(many):
+    (slots,) = simulated("S2", "200", "--requests", "60", "--pool-gib", "7.08", "--fixed-slots", "16")
+    assert slots["rows_a_step"] < many["rows_a_step"]
+    assert slots["req_s"] < many["req_s"]
+
+
+def test_few_adapters_are_faster_than_many_and_merged_ones_take_turns(many):
+    few, _ = simulated("S2", "5", "200", "--requests", "60", "--pool-gib", "7.08")
+    (turns,) = simulated("S2", "5", "--requests", "60", "--pool-gib", "7.08", "--merged", "2416")
+    assert turns["req_s"] < many["req_s"] < few["req_s"]
+    assert turns["loads"] == 0
