@@ -24,10 +24,12 @@ class Office:
 
     def take(self, num_pages: int) -> int:
         """What there is at once."""
+        self.claims.expect()
         return self._threads.submit(self.claims.take, num_pages * PAGE).result(timeout=60)
 
     def wait(self, num_pages: int) -> Future[int]:
         """A claim that waits."""
+        self.claims.expect()
         start = self._threads.submit(self.claims.take, num_pages * PAGE)
         assert self._is_waiting.acquire(timeout=60)
         return start
@@ -62,7 +64,7 @@ def test_room_is_made_on_the_thread_that_settles_until_the_range_is_long_enough(
         return True
 
     start = office.wait(2)
-    office.claims.settle(make_room, num_behind=0)
+    office.claims.settle(make_room)
 
     assert start.result(timeout=60) == 2 * PAGE
     assert made == [(get_ident(), 2 * PAGE)] * 2
@@ -73,16 +75,16 @@ def test_nobody_overtakes_those_who_wait_unless_no_room_can_be_made_for_them(off
     large = office.wait(2)
 
     small = office.wait(1)  # though there is a gap
-    office.claims.settle(no_room, num_behind=0)
+    office.claims.settle(no_room)
 
     assert small.result(timeout=60) == 3 * PAGE
     assert not large.done()
     office.arena.release(0, 3 * PAGE)
-    office.claims.settle(no_room, num_behind=0)
+    office.claims.settle(no_room)
     assert large.result(timeout=60) == 0
 
 
-def test_room_is_made_ahead_for_loads_that_have_yet_to_ask(office):
+def test_room_is_made_ahead_for_loads_that_are_expected(office):
     held = [office.take(1) for _ in range(4)]
 
     def make_room(num_bytes: int) -> bool:
@@ -90,13 +92,24 @@ def test_room_is_made_ahead_for_loads_that_have_yet_to_ask(office):
             office.arena.release(held.pop(), PAGE)
         return True
 
-    first = office.wait(1)
-    office.claims.settle(make_room, num_behind=2)
+    office.claims.expect()
+    office.claims.expect()
+    office.claims.settle(make_room)
+    assert office.arena.num_free == 2 * PAGE
+    office.claims.settle(make_room)
+    assert office.arena.num_free == 2 * PAGE  # which is enough
 
-    assert first.result(timeout=60) == 3 * PAGE
-    assert (len(held), office.arena.num_free) == (1, 2 * PAGE)
-    office.claims.settle(make_room, num_behind=2)
-    assert len(held) == 1  # there is room enough
+    office.claims.forgo()  # that load failed
+    assert office.claims.take(PAGE) == 2 * PAGE
+    office.claims.settle(make_room)
+    assert office.arena.num_free == PAGE  # nobody else is expected
+
+
+def test_what_is_longer_than_the_arena_is_refused_and_nobody_waits_behind_it(office):
+    with pytest.raises(ServeError, match="20480 bytes does not fit the 16384"):
+        office.take(5)
+
+    assert office.take(4) == 0
 
 
 def test_whoever_waits_at_the_end_is_told_and_so_is_whoever_comes_later(office):

@@ -27,27 +27,43 @@ class Claims:
         self._lock = Lock()
         self._waiting: list[_Claim] = []
         self._is_closed = False
+        self._num_expected = 0  # loads that have no range yet
         self._last_bytes = 0  # of a claim
+
+    def expect(self) -> None:
+        """One more load will take a range, or else `forgo` it."""
+        with self._lock:
+            self._num_expected += 1
+
+    def forgo(self) -> None:
+        """A load has failed before it had a range."""
+        with self._lock:
+            self._num_expected -= 1
 
     def take(self, num_bytes: int) -> int:
         """Where the range starts, once there is one. Raises ServeError if that will never be."""
+        if num_bytes > self._arena.num_bytes:
+            raise ServeError(
+                f"an adapter of {num_bytes} bytes does not fit the {self._arena.num_bytes} bytes of the host cache",
+                fix="start the server with a larger --host-cache",
+            )
         with self._lock:
             if self._is_closed:
                 raise _closed()
             self._last_bytes = num_bytes
             start = None if self._waiting else self._arena.allocate(num_bytes)  # nobody overtakes those who wait
             if start is not None:
+                self._num_expected -= 1
                 return start
             claim = _Claim(num_bytes)
             self._waiting.append(claim)
         self._on_waiting()
         return claim.start.result()
 
-    def settle(self, make_room: Callable[[int], bool], num_behind: int) -> None:
+    def settle(self, make_room: Callable[[int], bool]) -> None:
         """Gives ranges to those who wait, as far as room can be made; on the engine's thread.
 
-        num_behind  loads that have yet to ask: with room made for them now, each of the last one's size, they will not
-                    have to wait for the engine's next step
+        Those that are expected get room ahead, each of the last one's size: they will not wait for the engine's step.
         """
         with self._lock:
             waiting = list(self._waiting)
@@ -58,8 +74,10 @@ class Claims:
             if start is not None:
                 with self._lock:
                     self._waiting.remove(claim)
+                    self._num_expected -= 1
                 claim.start.set_result(start)
-        missing = num_behind * self._last_bytes - self._arena.num_free
+        with self._lock:
+            missing = self._num_expected * self._last_bytes - self._arena.num_free
         if missing > 0:
             make_room(missing)
 

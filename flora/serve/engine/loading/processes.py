@@ -1,7 +1,7 @@
 """Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter.
 
-A thread leads each process from load to load, so that none waits for the engine's step: only where the arena is full
-does a load wait for the engine's thread, which alone can make room in the host cache.
+A thread leads each process from load to load, so that none waits for the engine's step. The engine's own thread alone
+makes room in the host cache, when it asks for a load; only a load that finds no gap all the same waits for it.
 """
 
 import math
@@ -72,6 +72,8 @@ class ProcessLoader:
         self._make_room = make_room
 
     def start(self, target: AdapterTarget) -> None:
+        self._claims.expect()
+        self._claims.settle(self._make_room)
         with self._changed:
             self._asked.append(target)
             self._changed.notify()
@@ -85,7 +87,7 @@ class ProcessLoader:
                 told.append(self._finished.get_nowait())
         except Empty:
             pass
-        self._claims.settle(self._make_room, num_behind=len(self._asked))
+        self._claims.settle(self._make_room)
         return [finished for finished in told if finished]
 
     def close(self) -> None:
@@ -130,7 +132,9 @@ class ProcessLoader:
             start = self._claims.take(num_bytes)
             self._last_s = load_s = child.pack(start)
         except FloraError as error:
-            if start is not None:
+            if start is None:
+                self._claims.forgo()
+            else:
                 self._arena.release(start, num_bytes)
             return LoadFailed(target.serving_digest, error)
         return PackedAdapter(
