@@ -59,6 +59,16 @@ def test_loads_are_timed_in_this_process_and_in_a_loader(tmp_path, monkeypatch):
             assert 0 < took["min"] <= took["p50"] <= took["max"]
 
 
+def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
+    _, rows = run(script("bench_products"), ["--shapes", "tiny,smollm2-135m", "--rows", "1,64"], tmp_path, monkeypatch)
+
+    assert [(row["shape"], row["rows"]) for row in rows] == [
+        ("tiny", 1), ("tiny", 64), ("smollm2-135m", 1), ("smollm2-135m", 64)
+    ]  # fmt: skip
+    assert all(set(row["us"]) == {"qkv", "o", "gate_up", "down"} and min(row["us"].values()) > 0 for row in rows)
+    assert rows[3]["layer_us"] > rows[1]["layer_us"], "some forty times the operations"
+
+
 def test_no_batch_begins_after_the_time_is_up(tmp_path, monkeypatch):
     words = ["--shape", "tiny", "--dtype", "float32", "--requests", "10", "--lengths", "4,9", "--adapters", "5",
              "--ranks", "4", "--seconds", "0"]  # fmt: skip

@@ -31,16 +31,21 @@ class StepOutput:
         return StepOutput(self.logits[:count], self.tokens[:count], self.highest[:count])
 
 
+_SLOW_SIZES = (240, 448)  # cuBLAS takes longer for as many rows of a Llama than for 256 and 512: benchmarks/NOTES.md
+
+
 def decode_sizes(max_sequences: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then multiples of 16: at most 15 rows of padding."""
-    sizes = {size for size in (1, 2, 4, 8, *range(16, max_sequences, 16)) if size < max_sequences}
-    return (*sorted(sizes), max_sequences)
+    """1, 2, 4, 8, then multiples of 16: at most 31 rows of padding, mostly less than 16."""
+    return _sizes((1, 2, 4, 8, *range(16, max_sequences, 16)), max_sequences)
 
 
 def mixed_sizes(max_rows: int) -> tuple[int, ...]:
-    """Multiples of 64, of 128 from 512 on and of 256 from 1,024 on: padding stays below a quarter, mostly far below."""
-    steps = (*range(64, 512, 64), *range(512, 1024, 128), *range(1024, max_rows, 256))
-    return (*(size for size in steps if size < max_rows), max_rows)
+    """Multiples of 64, of 128 from 512 on and of 256 from 1,024 on: padding stays below a third, mostly far below."""
+    return _sizes((*range(64, 512, 64), *range(512, 1024, 128), *range(1024, max_rows, 256)), max_rows)
+
+
+def _sizes(usual: Sequence[int], largest: int) -> tuple[int, ...]:
+    return (*(size for size in usual if size < largest and size not in _SLOW_SIZES), largest)
 
 
 class StepGraphs:
