@@ -10,7 +10,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """`of` alone, or divided by (minus, where `is_difference`) the best of `against`."""
+    """`of` alone, or divided by (minus, where `is_difference`) the best of `against`, of the same commit."""
 
     what: str
     field: str  # of the rows; a dot leads into what it holds
@@ -112,10 +112,27 @@ def label_of(row: Mapping[str, Any]) -> str | None:
     return row.get("label")
 
 
+def of_one_commit(rows: Rows, labels: Sequence[str]) -> Rows:
+    """Of the rows of these labels those that may be compared: of the commit that has the most of the labels, of several
+    the latest. What has no commit, as a peer's rows, goes with any.
+    """
+    own = [row for row in rows if label_of(row) in labels]
+    there: dict[Any, set[str | None]] = {}
+    for row in own:
+        commit = row.get("commit")
+        there.setdefault(commit, set()).add(label_of(row))
+    commits = [commit for commit in there if commit is not None]
+    chosen = max(reversed(commits), key=lambda commit: len(there[commit]), default=None)
+    return [row for row in own if row.get("commit") in (None, chosen)]
+
+
 def _value(claim: Claim, rows: Rows) -> float | None:
+    if not claim.against:
+        return measured(rows, claim.of, claim.field)
+    rows = of_one_commit(rows, (claim.of, *claim.against))
     value = measured(rows, claim.of, claim.field)
-    if value is None or not claim.against:
-        return value
+    if value is None:
+        return None
     others = [measured(rows, label, claim.against_field or claim.field) for label in claim.against]
     known = [other for other in others if other is not None]
     if not known:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flora.bench.claims import Rows, measured
+from flora.bench.claims import Rows, label_of, measured, of_one_commit
 from flora.bench.plots import PLOTS, Curve, Plot, curves_of
 
 _LEAST_POINTS = 2  # one figure says less than the table does
@@ -16,14 +16,17 @@ class Figure:
     plot: str  # key of PLOTS
     title: str
     labels: str  # what the labels of its rows match
+    is_paired: bool = False  # it compares them: rows of one commit alone
 
 
 FIGURES = (
     Figure("throughput", "throughput", "Requests a second by adapters, Llama-3-8B shape", r"(table|linear)/\d+"),
     Figure("s_lora", "throughput", "Requests a second by adapters, S-LoRA's settings", r"S[12]/\d+"),
-    Figure("slots", "slots", "A unified pool, and fixed slots of the largest rank", r"S2/200(/capped)?(/fixed-\d+)?"),
-    Figure("early_abort", "burst", "First tokens in time under overload", r"S2/200/(fcfs|abort)/cv\d+"),
-    Figure("clusters", "clusters", "Clusters of adapters, pool of 7 GiB", r"S2/32/.+"),
+    Figure("slots", "slots", "A unified pool, and fixed slots of the largest rank", r"S2/200(/capped)?(/fixed-\d+)?",
+           is_paired=True),
+    Figure("early_abort", "burst", "First tokens in time under overload", r"S2/200/(fcfs|abort)/cv\d+",
+           is_paired=True),
+    Figure("clusters", "clusters", "Clusters of adapters, pool of 7 GiB", r"S2/32/.+", is_paired=True),
     Figure("cost", "cost", "Fine-tunes of a 1B model: adapters, and checkpoints in turn", r"cost/\w+/\d+"),
     Figure("bill", "bill", "Fine-tunes of a 1B model: GPU seconds for a million tokens", r"cost/\w+/\d+"),
 )  # fmt: skip
@@ -67,7 +70,9 @@ def drawable(rows: Rows, figures: Sequence[Figure] = FIGURES) -> Iterator[tuple[
     """The figures that these rows have points for."""
     for figure in figures:
         plot = PLOTS[figure.plot]
-        own = [row for row in rows if re.fullmatch(figure.labels, str(row.get("label") or ""))]
+        own: Rows = [row for row in rows if re.fullmatch(figure.labels, str(row.get("label") or ""))]
+        if figure.is_paired:
+            own = of_one_commit(own, [str(label_of(row)) for row in own])
         curves = curves_of(plot, own) if own else []
         if sum(len(curve.points) for curve in curves) >= _LEAST_POINTS:
             yield figure, plot, curves

@@ -56,6 +56,16 @@ def test_the_latest_commit_counts_and_of_its_passes_the_median():
     assert measured([*rows, row("x", commit="new", req_s=None)], "x", "req_s") == 2.0
 
 
+def test_only_rows_of_one_commit_are_compared_and_of_the_commit_that_has_most_of_them():
+    claim = Claim("", "req_s", "x", ("y", "z"), at_least=2)
+    both = [row("x", commit="old", req_s=40.0), row("y", commit="old", req_s=20.0)]
+    alone = row("x", commit="new", req_s=90.0)
+
+    assert [found.value for found in findings_of([*both, alone], [claim])] == [2.0]
+    assert [found.value for found in findings_of([*both, alone, row("z", commit="new", req_s=30.0)], [claim])] == [3.0]
+    assert findings_of([row("y", commit="old", req_s=20.0), alone], [claim]) == []
+
+
 def test_a_cold_row_of_vllm_on_the_same_workload_stands_beside_ours():
     theirs = {
         "system": "vllm",
