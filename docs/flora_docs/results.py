@@ -29,6 +29,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "How fast are the kernels? (Bytes of true ranks, by graph replay.)",
         ("lora_tb_s", "lora_all_tb_s", "decode_tb_s", "gpu"),
     ),
+    "products": (
+        "How long do a layer's products take, by rows? (Steps are padded past 240 and 448.)",
+        ("shape", "rows", "layer_us", "us", "gpu"),
+    ),
     "load": (
         "How long does an adapter take from its file to the host cache?",
         ("shape", "modules", "rank", "num_bytes", "pack_ms", "pack_cpu_ms", "loader_ms", "load"),

@@ -112,16 +112,18 @@ def label_of(row: Mapping[str, Any]) -> str | None:
     return row.get("label")
 
 
-def of_one_commit(rows: Rows, labels: Sequence[str]) -> Rows:
+def of_one_commit(rows: Rows, labels: Sequence[str], needed: str | None = None) -> Rows:
     """Of the rows of these labels those that may be compared: of the commit that has the most of the labels, of several
-    the latest. What has no commit, as a peer's rows, goes with any.
+    the one whose row comes last. What has no commit, as a peer's rows, goes with any.
+
+    needed  a label that the commit must have
     """
     own = [row for row in rows if label_of(row) in labels]
     there: dict[Any, set[str | None]] = {}
     for row in own:
         commit = row.get("commit")
-        there.setdefault(commit, set()).add(label_of(row))
-    commits = [commit for commit in there if commit is not None]
+        there[commit] = there.pop(commit, set()) | {label_of(row)}  # its latest row decides its place
+    commits = [commit for commit, found in there.items() if commit is not None and (needed is None or needed in found)]
     chosen = max(reversed(commits), key=lambda commit: len(there[commit]), default=None)
     return [row for row in own if row.get("commit") in (None, chosen)]
 
@@ -129,7 +131,7 @@ def of_one_commit(rows: Rows, labels: Sequence[str]) -> Rows:
 def _value(claim: Claim, rows: Rows) -> float | None:
     if not claim.against:
         return measured(rows, claim.of, claim.field)
-    rows = of_one_commit(rows, (claim.of, *claim.against))
+    rows = of_one_commit(rows, (claim.of, *claim.against), needed=claim.of)
     value = measured(rows, claim.of, claim.field)
     if value is None:
         return None

@@ -46,8 +46,9 @@ class Bars:
 BARS = (
     Bars("merged", "Five adapters at once, or merged one after the other (S2)", "requests a second", "req_s", {
         "S2/5": "on the fly", "S2/5/merged": "merged, in the best order", "S2/5/merged/queue": "merged, S-LoRA's queue",
-        "S2/5/capped": "on the fly, 7 GiB pool", "S2/5/capped/merged/queue": "merged, 7 GiB pool's queue",
     }),
+    Bars("merged_small", "The same in S-LoRA's own pool of 7 GiB", "requests a second", "req_s",
+         {"S2/5/capped": "on the fly", "S2/5/capped/merged/queue": "merged, S-LoRA's queue"}),
     Bars("peft", "A hundred adapters (S2)", "requests a second", "req_s",
          {"S2/100": "Flora", "peft/100": "transformers and PEFT"}),
     Bars("prefetch", "Three quarters of the load, 2,000 adapters (S2)", "ms to the first token, 99th percentile",
@@ -58,9 +59,10 @@ BARS = (
 
 
 def drawable_bars(rows: Rows, bars: Sequence[Bars] = BARS) -> Iterator[tuple[Bars, list[tuple[str, float]]]]:
-    """Of these, those that the rows have two measurements for: words and value, the latest commit's."""
+    """Of these, those that the rows have two measurements for, of one commit: words and value."""
     for each in bars:
-        values = [(words, measured(rows, label, each.field)) for label, words in each.words.items()]
+        own = of_one_commit(rows, list(each.words))
+        values = [(words, measured(own, label, each.field)) for label, words in each.words.items()]
         known = [(words, value) for words, value in values if value is not None]
         if len(known) >= _LEAST_POINTS:
             yield each, known

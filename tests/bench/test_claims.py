@@ -66,6 +66,23 @@ def test_only_rows_of_one_commit_are_compared_and_of_the_commit_that_has_most_of
     assert findings_of([row("y", commit="old", req_s=20.0), alone], [claim]) == []
 
 
+def test_a_commit_without_what_the_claim_is_about_is_none_to_compare():
+    claim = Claim("", "req_s", "x", ("y", "z"), at_least=2)
+    old = [row("x", commit="old", req_s=40.0), row("y", commit="old", req_s=20.0)]
+    new = [row("y", commit="new", req_s=1.0), row("z", commit="new", req_s=1.0)]
+
+    assert [found.value for found in findings_of([*old, *new], [claim])] == [2.0]
+
+
+def test_of_commits_alike_the_one_measured_last_counts():
+    claim = Claim("", "req_s", "x", ("y",), at_least=2)
+    a = [row("x", commit="a", req_s=9.0), row("y", commit="a", req_s=1.0)]
+    b = [row("x", commit="b", req_s=4.0), row("y", commit="b", req_s=1.0)]
+    rows = [*a, *b, row("x", commit="a", req_s=5.0)]
+
+    assert [found.value for found in findings_of(rows, [claim])] == [7.0]
+
+
 def test_a_cold_row_of_vllm_on_the_same_workload_stands_beside_ours():
     theirs = {
         "system": "vllm",

@@ -1,6 +1,6 @@
 """Fixed slots, which a unified pool is measured against: each has its pages for good, whoever lies there."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -115,7 +115,6 @@ class Played:
     most_kv: int = 0
     most_running: int = 0
     steps: int = 0
-    finished: list[str] = field(default_factory=list)
 
 
 def play(trace: Trace, desk: Desk) -> Played:

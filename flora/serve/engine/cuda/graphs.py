@@ -31,7 +31,9 @@ class StepOutput:
         return StepOutput(self.logits[:count], self.tokens[:count], self.highest[:count])
 
 
-_SLOW_SIZES = (240, 448)  # cuBLAS takes longer for as many rows of a Llama than for 256 and 512: benchmarks/NOTES.md
+# cuBLAS's products of a Llama-7B take longer for 240 rows than for 256, those of a Llama-3-8B half as long again for
+# 448 as for 512; the other of the two shapes does not mind (benchmarks/results/products.jsonl, of an H100).
+_SLOW_SIZES = (240, 448)
 
 
 def decode_sizes(max_sequences: int) -> tuple[int, ...]:
@@ -40,7 +42,7 @@ def decode_sizes(max_sequences: int) -> tuple[int, ...]:
 
 
 def mixed_sizes(max_rows: int) -> tuple[int, ...]:
-    """Multiples of 64, of 128 from 512 on and of 256 from 1,024 on: padding stays below a third, mostly far below."""
+    """Multiples of 64, of 128 from 512 on and of 256 from 1,024 on: as much padding at most, and 127 rows past 384."""
     return _sizes((*range(64, 512, 64), *range(512, 1024, 128), *range(1024, max_rows, 256)), max_rows)
 
 
