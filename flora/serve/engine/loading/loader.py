@@ -23,6 +23,14 @@ class LoadFailed:
 Finished = PackedAdapter | LoadFailed
 
 
+def load_failed(target: AdapterTarget, error: Exception) -> LoadFailed:
+    """Whatever it is that is handled now, it concerns this adapter's requests and nobody else: logged if unforeseen."""
+    if not isinstance(error, FloraError):
+        logger.exception("adapter load failed label=%s", target.label)
+        error = ServeError(f"adapter {target.label} could not be loaded", cause=repr(error))
+    return LoadFailed(target.serving_digest, error)
+
+
 class Loader(Protocol):
     """Loads run elsewhere and finish in any order; the engine asks between steps."""
 
@@ -85,10 +93,5 @@ class ThreadLoader:
     def _attempt(self, target: AdapterTarget) -> Finished:
         try:
             return self._load(target)
-        except FloraError as error:
-            return LoadFailed(target.serving_digest, error)
-        except Exception as error:  # whatever it is, it concerns this adapter's requests and nobody else
-            logger.exception("adapter load failed label=%s", target.label)
-            return LoadFailed(
-                target.serving_digest, ServeError(f"adapter {target.label} could not be loaded", cause=repr(error))
-            )
+        except Exception as error:
+            return load_failed(target, error)

@@ -2,6 +2,8 @@
 
 engine ── Read ──► loader ── Found ──► engine ── Pack ──► loader ── Packed ──► engine
                       └───── Failed ──────────────────────────┘
+
+A Read in place of Pack: there is no room for what was found, and the next adapter's turn.
 """
 
 import msgspec

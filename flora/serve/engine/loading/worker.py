@@ -3,7 +3,6 @@
 It lives as long as its socket: when the engine's process ends, however it ends, the next read finds the end of file.
 """
 
-import logging
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -11,13 +10,11 @@ from multiprocessing.connection import Connection
 import msgspec
 import torch
 
-from flora.errors import FloraError, ServeError
 from flora.serve.config import decode_engine_config
 from flora.serve.engine.build import adapter_source
 from flora.serve.engine.loading.arena import bytes_of, cells_of, map_arena, map_pages
-from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
-
-logger = logging.getLogger(__name__)
+from flora.serve.engine.loading.loader import load_failed
+from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Packed, Read, ToLoader
 
 
 def main() -> None:
@@ -30,33 +27,38 @@ def main() -> None:
     memory = bytes_of(arena)
     decoder, encoder = msgspec.msgpack.Decoder(ToLoader), msgspec.msgpack.Encoder()
 
+    def hear() -> ToLoader:
+        message: ToLoader = decoder.decode(connection.recv_bytes())
+        return message
+
     def answer(message: FromLoader) -> None:
         connection.send_bytes(encoder.encode(message))
 
+    asked: ToLoader | None = None
     while True:
         try:
-            asked = decoder.decode(connection.recv_bytes())
+            asked = asked or hear()
             assert isinstance(asked, Read)
+            target, asked = asked.target, None
             try:
                 started_s = time.perf_counter()
-                found = source.find(asked.target)
+                found = source.find(target)
                 read_s = time.perf_counter() - started_s
                 answer(Found(found.layout.table(), found.num_cells))
-                room = decoder.decode(connection.recv_bytes())
-                assert isinstance(room, Pack)
+                room = hear()
+                if isinstance(room, Read):  # there is none for it: it was given up
+                    asked = room
+                    continue
                 started_s = time.perf_counter()
                 geometry = source.geometry
                 cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
                 map_pages(arena, room.start, cells.nbytes)
                 source.pack(found, cells)
                 answer(Packed(read_s + time.perf_counter() - started_s))
-            except FloraError as error:
-                answer(Failed(error.code, error.what, error.cause, error.fix))
             except (EOFError, OSError):
                 raise
-            except Exception as error:  # whatever it is, it concerns this adapter's requests and nobody else
-                logger.exception("adapter load failed label=%s", asked.target.label)
-                refusal = ServeError(f"adapter {asked.target.label} could not be loaded", cause=repr(error))
+            except Exception as error:
+                refusal = load_failed(target, error).error
                 answer(Failed(refusal.code, refusal.what, refusal.cause, refusal.fix))
         except (EOFError, OSError):
             return
