@@ -2,12 +2,14 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Semaphore, get_ident
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -17,6 +19,7 @@ from flora.errors import ServeError
 from flora.serve.config import EngineConfig
 from flora.serve.engine.build import adapter_source
 from flora.serve.engine.loading.arena import Arena
+from flora.serve.engine.loading.child import Child
 from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.loader import Finished, LoadFailed
 from flora.serve.engine.loading.packing import PackedAdapter
@@ -54,8 +57,10 @@ class Shop:
 
     def take(self, num_loads: int) -> Iterator[Finished]:
         """As many as that, each once it has finished."""
+        give_up_s = time.monotonic() + 60
         while num_loads > 0:
             finished = self.loader.finished(60.0)
+            assert finished or time.monotonic() < give_up_s, f"{num_loads} loads never end"
             yield from finished
             num_loads -= len(finished)
 
@@ -113,15 +118,29 @@ def test_all_that_is_asked_for_is_loaded_during_one_step_of_the_engine(shop):
         packed.release()
 
 
-def test_no_load_waits_for_a_step_longer_than_what_is_asked_for_lasts(shop):
+@pytest.mark.parametrize("load_s", [0.02, 0.07, 0.5])
+def test_behind_a_load_as_many_are_asked_for_as_keep_its_process_busy_for_a_step_of_70_ms(shop, monkeypatch, load_s):
+    load_one_in(load_s, shop, monkeypatch)
+
+    num_behind = shop.loader.max_loading // NUM_WORKERS - 1
+
+    assert num_behind * load_s >= 0.07
+    assert (num_behind - 1) * load_s < 0.07  # and no more, for they can still be cancelled
+
+
+def test_after_a_load_that_took_no_time_no_endless_number_is_asked_for(shop, monkeypatch):
+    load_one_in(1e-9, shop, monkeypatch)
+
+    assert shop.loader.max_loading <= 10 * NUM_WORKERS
+
+
+def load_one_in(load_s: float, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads an adapter, and says that it took so long."""
+    pack = Child.pack
+    monkeypatch.setattr(Child, "pack", lambda child, start: pack(child, start) and load_s)
     shop.start(shop.targets[:1])
     (packed,) = shop.take(1)
     packed.release()
-    load_s = max(packed.load_s, 0.009)
-
-    each = shop.loader.max_loading / NUM_WORKERS
-
-    assert (each - 2) * load_s < 0.07 <= (each - 1) * load_s
 
 
 def test_an_arena_that_is_too_small_gets_room_from_the_engines_thread_alone(shop):
@@ -147,7 +166,7 @@ def test_an_arena_that_is_too_small_gets_room_from_the_engines_thread_alone(shop
     shop.arena.release(held, 4 * shop.adapter_bytes)
 
 
-def test_where_the_arena_is_full_room_is_made_for_a_load_when_it_is_asked_for(shop):
+def test_where_the_arena_is_full_room_is_made_for_the_next_load_of_each_process_when_it_is_asked_for(shop):
     cache = HostCache(shop.arena.num_bytes)
     shop.start(shop.targets)
     for finished in shop.take(NUM_ADAPTERS):
@@ -155,14 +174,16 @@ def test_where_the_arena_is_full_room_is_made_for_a_load_when_it_is_asked_for(sh
     shop.hear(NUM_ADAPTERS)
     shop.loader.use_cache(lambda num_bytes: cache.free(num_bytes, lambda digest: False))
 
-    shop.start(shop.targets)
-    shop.hear(NUM_ADAPTERS)  # without another word from the engine
+    shop.start(shop.targets[:NUM_WORKERS])
+    shop.hear(NUM_WORKERS)  # without another word from the engine
 
     again = shop.loader.finished()
-    assert len(again) == NUM_ADAPTERS
+    assert len(again) == NUM_WORKERS
     assert all(shop.is_right(each) for each in again)
+    assert cache.num_bytes == (NUM_ADAPTERS - NUM_WORKERS) * shop.adapter_bytes
     for packed in again:
         packed.release()
+    cache.free(cache.num_bytes, lambda digest: False)
 
 
 def test_an_engine_tells_the_same_whether_a_thread_loads_or_processes_whose_arena_is_small(world):
@@ -180,6 +201,55 @@ def test_an_engine_tells_the_same_whether_a_thread_loads_or_processes_whose_aren
 
     assert tell(NUM_WORKERS, host_cache_bytes=1 << 17) == by_a_thread
     assert all(by_a_thread)
+
+
+@pytest.mark.parametrize("when", ["find", "pack"])
+def test_an_error_that_nobody_foresaw_fails_its_load_alone_and_the_thread_goes_on(shop, monkeypatch, caplog, when):
+    ask_child = getattr(Child, when)
+    first_ones = iter(range(NUM_WORKERS))
+
+    def misunderstand(child: Child, *asked: object) -> object:
+        said = ask_child(child, *asked)
+        if next(first_ones, None) is not None:
+            raise msgspec.ValidationError("not what a loader process says")
+        return said
+
+    monkeypatch.setattr(Child, when, misunderstand)
+    shop.start(shop.targets)
+
+    finished = list(shop.take(NUM_ADAPTERS))
+
+    failed = [each for each in finished if isinstance(each, LoadFailed)]
+    labels = {target.serving_digest: target.label for target in shop.targets}
+    assert len(failed) == NUM_WORKERS
+    for each in failed:
+        assert isinstance(each.error, ServeError)
+        assert f"adapter {labels[each.digest]} could not be loaded" in str(each.error)
+        assert "not what a loader process says" in str(each.error)
+        assert f"adapter load failed label={labels[each.digest]}" in caplog.messages
+    packed = [each for each in finished if isinstance(each, PackedAdapter)]
+    assert len(packed) == NUM_ADAPTERS - NUM_WORKERS
+    assert all(shop.is_right(each) for each in packed)
+    for each in packed:
+        each.release()
+    shop.start(shop.targets)  # no range is lost, and no load is expected in vain
+    for each in shop.take(NUM_ADAPTERS):
+        assert shop.is_right(each)
+        each.release()
+
+
+def test_an_adapter_that_no_arena_holds_fails_alone_and_not_the_next_one_of_its_process(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        world = World(bases("llama"), tmp_path)
+        large = world.add(random_adapter(world.config, 99, ranks=[64], absent=0), "large")
+        shop.start([large, large, *shop.targets])
+
+        finished = list(shop.take(2 + NUM_ADAPTERS))
+
+        failed = [each for each in finished if isinstance(each, LoadFailed)]
+        assert [each.digest for each in failed] == [large.serving_digest] * 2
+        assert all("does not fit" in str(each.error) for each in failed)
+        assert sum(shop.is_right(each) for each in finished) == NUM_ADAPTERS
 
 
 def test_a_process_that_dies_fails_its_load_and_gets_no_more(bases, tmp_path):

@@ -1,5 +1,7 @@
 """Ranges of the arena for loads, in the order in which they ask: at once where there is a gap, or as room is made."""
 
+import math
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -7,6 +9,8 @@ from threading import Lock
 
 from flora.errors import ServeError
 from flora.serve.engine.loading.arena import Arena
+
+_NUM_RECENT = 16  # claims whose mean size tells what the next ones will need
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,15 +24,18 @@ class _Claim:
 class Claims:
     """Between the threads that load, which take ranges, and the engine's, which alone can make room for them."""
 
-    def __init__(self, arena: Arena, on_waiting: Callable[[], None]) -> None:
-        """on_waiting  is called from a thread that loads and now waits for the engine's to call `settle`"""
+    def __init__(self, arena: Arena, num_ahead: int, on_waiting: Callable[[], None]) -> None:
+        """num_ahead   expected loads that get room ahead, at most
+        on_waiting  is called from a thread that loads and now waits for the engine's to call `settle`
+        """
         self._arena = arena
+        self._num_ahead = num_ahead
         self._on_waiting = on_waiting
         self._lock = Lock()
         self._waiting: list[_Claim] = []
         self._is_closed = False
         self._num_expected = 0  # loads that have no range yet
-        self._last_bytes = 0  # of a claim
+        self._recent: deque[int] = deque(maxlen=_NUM_RECENT)  # bytes of claims
 
     def expect(self) -> None:
         """One more load will take a range, or else `forgo` it."""
@@ -50,7 +57,7 @@ class Claims:
         with self._lock:
             if self._is_closed:
                 raise _closed()
-            self._last_bytes = num_bytes
+            self._recent.append(num_bytes)
             start = None if self._waiting else self._arena.allocate(num_bytes)  # nobody overtakes those who wait
             if start is not None:
                 self._num_expected -= 1
@@ -61,9 +68,10 @@ class Claims:
         return claim.start.result()
 
     def settle(self, make_room: Callable[[int], bool]) -> None:
-        """Gives ranges to those who wait, as far as room can be made; on the engine's thread.
+        """Gives ranges to those who wait, in order, as far as room can be made; on the engine's thread.
 
-        Those that are expected get room ahead, each of the last one's size: they will not wait for the engine's step.
+        What is free stays for the first that needs more. If nobody needs more, the next few loads that are expected get
+        room ahead, each of the recent ones' mean size; one that is larger, or finds only scattered gaps, still waits.
         """
         with self._lock:
             waiting = list(self._waiting)
@@ -71,13 +79,15 @@ class Claims:
             start = self._arena.allocate(claim.num_bytes)
             while start is None and make_room(claim.num_bytes):
                 start = self._arena.allocate(claim.num_bytes)
-            if start is not None:
-                with self._lock:
-                    self._waiting.remove(claim)
-                    self._num_expected -= 1
-                claim.start.set_result(start)
+            if start is None:
+                return
+            with self._lock:
+                self._waiting.remove(claim)
+                self._num_expected -= 1
+            claim.start.set_result(start)
         with self._lock:
-            missing = self._num_expected * self._last_bytes - self._arena.num_free
+            mean = math.ceil(sum(self._recent) / max(len(self._recent), 1))
+            missing = min(self._num_expected, self._num_ahead) * mean - self._arena.num_free
         if missing > 0:
             make_room(missing)
 

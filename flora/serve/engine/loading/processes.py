@@ -1,24 +1,24 @@
 """Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter.
 
-A thread leads each process from load to load, so that none waits for the engine's step. The engine's own thread alone
-makes room in the host cache, when it asks for a load; only a load that finds no gap all the same waits for it.
+A thread leads each process from load to load, during the engine's step too. The engine's own thread alone makes room in
+the host cache: when it asks for loads, for the next one of each process. A load that finds no gap waits for it.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Condition, Thread
 
 import torch
 
-from flora.errors import FloraError
 from flora.serve.config import EngineConfig, encode_engine_config
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loading.arena import Arena, cells_of
 from flora.serve.engine.loading.child import Child
 from flora.serve.engine.loading.claims import Claims
-from flora.serve.engine.loading.loader import Finished, LoadFailed
+from flora.serve.engine.loading.loader import Finished, load_failed
 from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.request import AdapterTarget
 
@@ -44,7 +44,7 @@ class ProcessLoader:
         self._arena = arena
         self._on_finished = on_finished
         self._make_room: Callable[[int], bool] = lambda _: False
-        self._claims = Claims(arena, on_waiting=lambda: self._tell(None))
+        self._claims = Claims(arena, num_ahead=num_workers, on_waiting=lambda: self._tell(None))
         self._finished: SimpleQueue[Finished | None] = SimpleQueue()  # None: a load waits for room
         self._last_s = _STEP_S  # what the last load took
         self._changed = Condition()  # holds the lock of these three
@@ -131,20 +131,20 @@ class ProcessLoader:
             num_bytes = found.num_cells * self._geometry.cell_elements * self._dtype.itemsize
             start = self._claims.take(num_bytes)
             self._last_s = load_s = child.pack(start)
-        except FloraError as error:
+            return PackedAdapter(
+                target.serving_digest,
+                found.table,
+                cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
+                self._geometry.pages_for_elements(found.table.num_elements),
+                load_s=load_s,
+                release=partial(self._arena.release, start, num_bytes),
+            )
+        except Exception as error:  # the thread goes on: others wait for what it loads next
             if start is None:
                 self._claims.forgo()
             else:
                 self._arena.release(start, num_bytes)
-            return LoadFailed(target.serving_digest, error)
-        return PackedAdapter(
-            target.serving_digest,
-            found.table,
-            cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
-            self._geometry.pages_for_elements(found.table.num_elements),
-            load_s=load_s,
-            release=lambda: self._arena.release(start, num_bytes),
-        )
+            return load_failed(target, error)
 
     def _tell(self, finished: Finished | None) -> None:
         self._finished.put(finished)
