@@ -1,7 +1,7 @@
 """Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter.
 
 A thread leads each process from load to load, during the engine's step too. The engine's own thread alone makes room in
-the host cache: when it asks for loads, for the next one of each process. A load that finds no gap waits for it.
+the host cache: when it asks for loads, for the next few of each process. A load that finds no gap waits for it.
 """
 
 import math
@@ -24,6 +24,7 @@ from flora.serve.request import AdapterTarget
 
 _STEP_S = 0.07  # of a GPU, with prompts: the engine asks for more only between steps
 _QUICKEST_S = 0.009  # a load of a small adapter
+_AHEAD = 4  # loads of each process that get room ahead: more than it does in a step, unless they are small
 
 
 class ProcessLoader:
@@ -44,7 +45,7 @@ class ProcessLoader:
         self._arena = arena
         self._on_finished = on_finished
         self._make_room: Callable[[int], bool] = lambda _: False
-        self._claims = Claims(arena, num_ahead=num_workers, on_waiting=lambda: self._tell(None))
+        self._claims = Claims(arena, num_ahead=_AHEAD * num_workers, on_waiting=lambda: self._tell(None))
         self._finished: SimpleQueue[Finished | None] = SimpleQueue()  # None: a load waits for room
         self._last_s = _STEP_S  # what the last load took
         self._changed = Condition()  # holds the lock of these three
