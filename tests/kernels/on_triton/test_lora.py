@@ -165,10 +165,13 @@ def test_half_precision_weights_cost_a_float32_step_no_digits(ops, device):
     assert_agrees(result, wanted, torch.float32)
 
 
-@pytest.mark.parametrize("sharing", [1, 2, 3, 4, 9, 20])
 @pytest.mark.parametrize(
-    ("shape", "group", "room"),
-    [(ODD, Group.QKV, 3), (ODD, Group.DOWN, 3), (EVEN, Group.QKV, 3), (EVEN, Group.OUT, 3), (EVEN, Group.OUT, 200)],
+    ("shape", "group", "room", "sharing"),
+    [
+        *((ODD, group, 3, sharing) for group in (Group.QKV, Group.DOWN) for sharing in (1, 2, 3, 4, 9, 20)),
+        *((EVEN, Group.OUT, room, sharing) for room in (3, LONG_LIST) for sharing in (2, 9)),
+        (EVEN, Group.QKV, 3, 4),
+    ],
     ids=str,
 )
 def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_its_adapter(
