@@ -31,6 +31,7 @@ class Arena:
         self._lock = Lock()
         self._free: list[tuple[int, int]] = [(0, self.num_bytes)]  # (start, length), by start, never touching
         if pinned:
+            self.memory.zero_()  # by every core, since page-locking touches it by one, a page at a time
             code = torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), self.num_bytes, 0)
             torch.cuda.check_error(code)
         self._pinned = pinned
