@@ -55,12 +55,32 @@ class SideStream:
 
 
 def project(
-    ops: Ops, linear: PackedLinear, x: Tensor, adapters: AdapterWeights, place: Place, work: Sequence[WorkList]
+    ops: Ops,
+    linear: PackedLinear,
+    x: Tensor,
+    adapters: AdapterWeights,
+    place: Place,
+    work: Sequence[WorkList],
+    side: SideStream | None = None,
 ) -> Tensor:
-    """linear(x) with each row's low-rank terms added, [n, out_total].  x  [n, in_features]"""
+    """linear(x) with each row's low-rank terms added, [n, out_total].
+
+    x     [n, in_features]
+    side  where the second list is computed, beside the first: no row is in both
+    """
     y: Tensor = linear(x)
-    for rows in work:
+
+    def add(rows: WorkList) -> None:
         ops.lora_expand(y, ops.lora_shrink(x, adapters, place, rows), adapters, place, rows)
+
+    if side is None or len(work) != 2:
+        for rows in work:
+            add(rows)
+        return y
+    with side:
+        add(work[1])
+    add(work[0])
+    side.join()
     return y
 
 

@@ -106,4 +106,4 @@ class LlamaModel:
         if beside and work and batch.adapter_rows is not None:
             side = self._urgent_side if len(x) == 1 else self._side
             return project_beside(self.ops, side, linear, x, adapters, place, work, batch.adapter_rows)
-        return project(self.ops, linear, x, adapters, place, work), None
+        return project(self.ops, linear, x, adapters, place, work, self._side), None
