@@ -74,7 +74,7 @@ def lora_expand(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_module"])  # as in shrink: one kernel for every layer
 def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     p_y,
     p_v,

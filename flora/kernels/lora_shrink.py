@@ -76,7 +76,8 @@ def lora_shrink(
     return v
 
 
-@triton.jit
+# The numbers of a layer and of a list: Triton would compile each kernel anew for multiples of 16 among them.
+@triton.jit(do_not_specialize=["record_offset", "capacity", "crowd"])
 def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     p_x,
     p_pool,
