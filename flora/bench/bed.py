@@ -13,6 +13,7 @@ from flora.bench.engines import give_back_memory
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine, rebuild_engine
 from flora.serve.engine.garbage import collect_as_usual, keep_collections_short
+from flora.serve.engine.stages import Stages
 
 _SIZES = ("pool_bytes", "max_adapters", "max_sequences", "max_batch_tokens", "host_cache_bytes", "num_loaders")
 
@@ -24,8 +25,8 @@ class Bed:
         """configs  of all engines that will lie on it: one base, one dtype, any sizes and switches"""
         self._built = _widest(list(configs))
         give_back_memory()
-        started = time.perf_counter()
-        self._engine: Engine | None = build_engine(self._built)
+        started, self.stages = time.perf_counter(), Stages()
+        self._engine: Engine | None = build_engine(self._built, stages=self.stages)
         keep_collections_short()  # as the server's engine does
         self.start_s = round(time.perf_counter() - started, 1)
 

@@ -91,7 +91,7 @@ def measure_cost(
     with tempfile.TemporaryDirectory(prefix="flora-bench-", dir=scratch) as folder:
         world, seed = make_world(Path(folder), bench, all_numbers(bench)), bench.seeds[0]
         with Bed(config_for(world, count) for count in (0, *bench.setting.adapters)) as bed:
-            tell(f"engine built in {bed.start_s} s")
+            tell(f"engine built in {bed.start_s} s: {bed.stages}")
             checkpoints: Checkpoints | None = None
             for count in bench.setting.adapters:
                 trace = trace_of(bench, count, seed)

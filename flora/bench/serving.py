@@ -39,7 +39,7 @@ def measure_engine(
         world = make_world(Path(folder), bench, all_numbers(bench))
         tell(f"{len(world.targets)} adapters registered in {time.perf_counter() - started:.1f} s")
         with Bed(config_for(world, num_adapters) for num_adapters in bench.setting.adapters) as bed:
-            tell(f"engine built in {bed.start_s} s")
+            tell(f"engine built in {bed.start_s} s: {bed.stages}")
             for num_adapters in bench.setting.adapters:
                 yield from measure_on(bed, world, num_adapters, where)
 

@@ -101,7 +101,8 @@ class SuiteRun:
             configs = [config_for(World(folder, bench, {}), bench.setting.adapters[0]) for bench in largest]
             with Bed(configs) as bed:
                 targets = registered.result()
-                self._tell(f"engine built in {bed.start_s} s, {sum(map(len, targets.values()))} adapters registered")
+                num_registered = sum(map(len, targets.values()))
+                self._tell(f"{num_registered} adapters registered; engine built in {bed.start_s} s: {bed.stages}")
                 while entries:
                     entry = entries.pop(0)
                     bench = self._with_rate(entry)

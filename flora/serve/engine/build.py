@@ -30,24 +30,35 @@ from flora.serve.engine.schedule.pages import PagePool
 from flora.serve.engine.schedule.policy import Policy
 from flora.serve.engine.schedule.scheduler import Limits
 from flora.serve.engine.schedule.slots import pages_of_slot
+from flora.serve.engine.stages import Stages
 from flora.serve.messages import Ready
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OPS = ("lora_shrink", "lora_expand", "paged_attention", "rms_norm", "rope_store", "silu_mul")
+_PREPARING = {
+    "cpu": "making ready for steps",
+    "cuda": "capturing steps; a machine's first start compiles their kernels, which takes a minute or two",
+}
 _MAX_CELLS = 8192  # of an adapter on a GPU, before graphs are captured anew: 512 MiB of 64 KiB cells
 
 
 def build_engine(
-    config: EngineConfig, *, loader: Loader | None = None, on_loaded: Callable[[], None] = lambda: None
+    config: EngineConfig,
+    *,
+    loader: Loader | None = None,
+    on_loaded: Callable[[], None] = lambda: None,
+    stages: Stages | None = None,
 ) -> Engine:
     """An engine ready for requests.
 
     loader     where adapters come from; None: the registry that the configuration names
     on_loaded  called from a loader's thread after each load: wakes whoever waits for the engine to have work
+    stages     learns how long each part of the start takes
     Raises CheckpointError, ShapeMismatch, NotFound, UsageError; where an adapter is merged, what merge_into raises.
     """
+    stages = stages or Stages()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     dtype, device = _dtype(config.dtype), _device(config.device)
@@ -61,8 +72,9 @@ def build_engine(
     kv_pages = geometry.num_pages - 1 - config.max_adapters * (slot_pages or 0)
     pool_tokens = kv_pages * geometry.page_tokens
     max_context = resolve_max_context(model_config, checkpoint.config, config.max_context, pool_tokens)
-    record = base_record(checkpoint, config.cache_dir)
-    weights = _weights(config, checkpoint, record, model_config, device)
+    with stages.begin("base", f"reading the base {config.base}"):
+        record = base_record(checkpoint, config.cache_dir)
+        weights = _weights(config, checkpoint, record, model_config, device)
     ops = choose_ops(device, batch_invariant=config.batch_invariant)
     ready = Ready(
         base_id=str(record.base_id),
@@ -81,10 +93,14 @@ def build_engine(
     model = LlamaModel(model_config, weights, max_context, ops)
     pool = DevicePool(geometry, dtype, device)
     if loader is None:  # after what fails at once for want of memory: its processes and page-locked memory take a while
-        loader = _make_loader(config, geometry, dtype, device, on_loaded)
+        with stages.begin("loaders", f"{config.host_cache_bytes / 2**30:.1f} GiB of host memory for adapters"):
+            loader = _make_loader(config, geometry, dtype, device, on_loaded)
+    with stages.begin("steps", _PREPARING[device.type]):
+        runner = _make_runner(config, model, pool, limits, max_context)
+    logger.info("engine built: %s", stages)
     return Engine(
         ready,
-        _make_runner(config, model, pool, limits, max_context),
+        runner,
         PagePool(geometry.num_pages, remember_freed=config.poison),
         limits,
         _policy(config),
