@@ -230,6 +230,23 @@ def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, 
     assert torch.equal(terms.added_to(product)[[3, 5, 6]], wanted[[3, 5, 6]])
 
 
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_the_prompts_list_beside_the_decoding_one_changes_no_bit(ops, device, dtype, group):
+    weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
+    x, y = inputs(SMALL_LLAMA, group, len(ROW_SLOTS), dtype, device)
+    place = SMALL_LLAMA.place(1, group)
+    base = PackedLinear(torch.randn(y.shape[1], x.shape[1], generator=torch.Generator().manual_seed(9)).to(x) / 24)
+    half = len(ROW_SLOTS) // 2
+    decoding = work_for([*ROW_SLOTS[:half], *[None] * (len(ROW_SLOTS) - half)], device=device)
+    prompts = work_for([*[None] * half, *ROW_SLOTS[half:]], block_rows=32, device=device)
+
+    beside = project(ops, base, x, weights, place, [decoding, prompts], SideStream(device))
+
+    assert torch.equal(beside, project(ops, base, x, weights, place, [decoding, prompts]))
+    for lacking in ([decoding], [prompts], []):
+        assert not torch.equal(beside, project(ops, base, x, weights, place, lacking))
+
+
 def test_an_empty_work_list_leaves_every_bit(ops, device, dtype):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, Group.QKV, 4, dtype, device)
