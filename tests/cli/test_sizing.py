@@ -5,7 +5,7 @@ import torch
 
 from flora.cli.machine import available_memory_bytes, gpus, num_cores
 from flora.cli.serving import read_keys
-from flora.cli.sizing import default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
+from flora.cli.sizing import default_pool_bytes, host_cache_bytes, resolve_device, weights_bytes
 from flora.errors import UsageError
 
 
@@ -38,7 +38,7 @@ def test_the_pool_leaves_memory_for_the_rest():
     pool_bytes = default_pool_bytes("cpu", weights_bytes=1 << 20)
 
     assert 0 < pool_bytes <= available_memory_bytes() / 3
-    assert 0 < default_host_cache_bytes() <= available_memory_bytes() / 4
+    assert 0 < host_cache_bytes(None, is_page_locked=False) <= available_memory_bytes() / 4
 
 
 def test_a_base_that_fills_the_machine_is_refused():
@@ -57,3 +57,12 @@ def test_a_key_file_has_one_key_a_line(tmp_path):
     assert read_keys(tmp_path / "keys") == ("one", "two")
     with pytest.raises(UsageError, match="no key"):
         read_keys(tmp_path / "empty")
+
+
+def test_a_host_cache_that_is_page_locked_must_fit_into_what_is_free():
+    too_much = 1 << 60
+
+    assert host_cache_bytes(1 << 20, is_page_locked=True) == 1 << 20
+    assert host_cache_bytes(too_much, is_page_locked=False) == too_much, "a limit, taken as it fills"
+    with pytest.raises(UsageError, match=r"a host cache of 1073741824\.0 GiB does not fit"):
+        host_cache_bytes(too_much, is_page_locked=True)

@@ -11,7 +11,7 @@ import typer
 from flora.cli.options import RegistryUrl, complete_reference, open_registry
 from flora.cli.serving import find_base, merged_target, read_keys
 from flora.cli.sizes import parse_bytes, parse_length
-from flora.cli.sizing import PACE, default_host_cache_bytes, default_pool_bytes, resolve_device, weights_bytes
+from flora.cli.sizing import PACE, default_pool_bytes, host_cache_bytes, resolve_device, weights_bytes
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ def serve(
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
     pace = PACE["cpu" if device == "cpu" else "cuda"]
+    num_loaders = pace.num_loaders() if loaders is None else loaders
+    is_page_locked = device.startswith("cuda") and num_loaders > 0
     num_bytes = weights_bytes(folder, dtype)
     if num_bytes == 0:
         raise CheckpointError(f"{folder} holds no weights")
@@ -244,11 +246,13 @@ def serve(
         device=device,
         dtype=dtype,
         pool_bytes=parse_bytes(pool) if pool else default_pool_bytes(device, num_bytes),
-        host_cache_bytes=parse_bytes(host_cache) if host_cache else default_host_cache_bytes(),
+        host_cache_bytes=host_cache_bytes(
+            parse_bytes(host_cache) if host_cache else None, is_page_locked=is_page_locked
+        ),
         max_context=parse_length(max_len) if max_len else None,
         max_sequences=max_sequences or pace.max_sequences,
         max_batch_tokens=max_batch_tokens or pace.max_batch_tokens,
-        num_loaders=pace.num_loaders() if loaders is None else loaders,
+        num_loaders=num_loaders,
         max_adapters=max_adapters,
         merge=merged_target(merged, merge) if merged and merge else None,
         allow_base_mismatch=allow_base_mismatch,
