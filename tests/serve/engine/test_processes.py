@@ -252,6 +252,29 @@ def test_an_adapter_that_no_arena_holds_fails_alone_and_not_the_next_one_of_its_
         assert sum(shop.is_right(each) for each in finished) == NUM_ADAPTERS
 
 
+def test_a_file_that_cannot_be_read_fails_its_load_alone_and_its_process_goes_on(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        world = World(bases("llama"), tmp_path)
+        known = set(blobs(world))
+        target = world.add(random_adapter(world.config, 99, ranks=[4], absent=0), "unreadable")
+        weights = max(set(blobs(world)) - known, key=lambda blob: blob.stat().st_size)
+        weights.unlink()
+        weights.mkdir()  # whoever opens it is told so by the system
+        processes = loader_processes()
+        shop.start([target] * NUM_WORKERS)
+
+        failed = list(shop.take(NUM_WORKERS))
+
+        assert [each.digest for each in failed if isinstance(each, LoadFailed)] == [target.serving_digest] * NUM_WORKERS
+        assert all(process.is_running() for process in processes)
+        shop.start(shop.targets)
+        assert all(shop.is_right(each) for each in shop.take(NUM_ADAPTERS))
+
+
+def blobs(world: World) -> list[Path]:
+    return [path for path in (world.home / "registry" / "blobs").rglob("*") if path.is_file()]
+
+
 def test_a_process_that_dies_fails_its_load_and_gets_no_more(bases, tmp_path):
     with open_shop(bases("llama"), tmp_path) as shop:
         first, second = loader_processes()

@@ -15,6 +15,11 @@ from flora.serve.engine.build import adapter_source
 from flora.serve.engine.loading.arena import bytes_of, cells_of, map_arena, map_pages
 from flora.serve.engine.loading.loader import load_failed
 from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Packed, Read, ToLoader
+from flora.serve.request import AdapterTarget
+
+
+class _EngineGone(Exception):
+    """Nobody is there to hear or to be heard."""
 
 
 def main() -> None:
@@ -28,11 +33,34 @@ def main() -> None:
     decoder, encoder = msgspec.msgpack.Decoder(ToLoader), msgspec.msgpack.Encoder()
 
     def hear() -> ToLoader:
-        message: ToLoader = decoder.decode(connection.recv_bytes())
+        try:
+            message: ToLoader = decoder.decode(connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise _EngineGone from error
         return message
 
     def answer(message: FromLoader) -> None:
-        connection.send_bytes(encoder.encode(message))
+        try:
+            connection.send_bytes(encoder.encode(message))
+        except OSError as error:
+            raise _EngineGone from error
+
+    def load(target: AdapterTarget) -> ToLoader | None:
+        """What was asked for instead of giving it room, if it was given up."""
+        started_s = time.perf_counter()
+        found = source.find(target)
+        read_s = time.perf_counter() - started_s
+        answer(Found(found.layout.table(), found.num_cells))
+        room = hear()
+        if isinstance(room, Read):
+            return room
+        started_s = time.perf_counter()
+        geometry = source.geometry
+        cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
+        map_pages(arena, room.start, cells.nbytes)
+        source.pack(found, cells)
+        answer(Packed(read_s + time.perf_counter() - started_s))
+        return None
 
     asked: ToLoader | None = None
     while True:
@@ -41,26 +69,13 @@ def main() -> None:
             assert isinstance(asked, Read)
             target, asked = asked.target, None
             try:
-                started_s = time.perf_counter()
-                found = source.find(target)
-                read_s = time.perf_counter() - started_s
-                answer(Found(found.layout.table(), found.num_cells))
-                room = hear()
-                if isinstance(room, Read):  # there is none for it: it was given up
-                    asked = room
-                    continue
-                started_s = time.perf_counter()
-                geometry = source.geometry
-                cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
-                map_pages(arena, room.start, cells.nbytes)
-                source.pack(found, cells)
-                answer(Packed(read_s + time.perf_counter() - started_s))
-            except (EOFError, OSError):
+                asked = load(target)
+            except _EngineGone:
                 raise
-            except Exception as error:
+            except Exception as error:  # of this adapter alone, a disk that cannot be read among them
                 refusal = load_failed(target, error).error
                 answer(Failed(refusal.code, refusal.what, refusal.cause, refusal.fix))
-        except (EOFError, OSError):
+        except _EngineGone:
             return
 
 
