@@ -185,7 +185,7 @@ def _energies(results: Results, task: str) -> str:
         for row in results.some(task, "energy", "all", [energy]):
             cells = [f"{energy:g}", _megabytes(row), "{} to {}".format(*row["ranks"]), *_answers(row)]
             for pruned in results.some(task, "prune", "all", [energy]):
-                cells += [*_answers(pruned), f"{100 * pruned['equal_ranks']:.0f} %", f"{pruned['distance']:.1e}"]
+                cells += [*_answers(pruned), f"{100 * pruned['equal_ranks']:.3g} %", f"{pruned['distance']:.1e}"]
             rows.append(cells + [""] * (11 - len(cells)))
     extracted = ["energy", "MB", "ranks", "exact match", "lost", "nats"]
     return _table([*extracted, "pruned: exact match", "lost", "nats", "equal ranks", "distance"], rows)

@@ -61,10 +61,6 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "And by energy, pruned, and at equal bytes?",
         ("task", "how", "scope", "at", "bytes", "kept_share", "exact_match", "stderr", "nll", "questions", "device"),
     ),
-    "real_study_whole": (
-        "And on the whole test sides? (As far as it has run.)",
-        ("task", "how", "scope", "at", "bytes", "kept_share", "exact_match", "stderr", "nll", "questions", "device"),
-    ),
     "real_finetune": (
         "What do fine-tunes of our own making learn?",
         ("task", "steps", "batch_size", "lr", "seed", "exact_match_before", "exact_match", "relative_change", "device"),
