@@ -68,10 +68,9 @@ def default_pool_bytes(device: str, weights_bytes: int) -> int:
 
 def host_cache_bytes(asked: int | None, *, is_page_locked: bool) -> int:
     """What was asked for, or a share of what is free. Raises UsageError where that could never be had."""
-    available = available_memory_bytes()
     if asked is None:
-        return min(_MAX_HOST_CACHE_BYTES, int(_HOST_CACHE_SHARE * available))
-    if is_page_locked and asked > available:
+        return min(_MAX_HOST_CACHE_BYTES, int(_HOST_CACHE_SHARE * available_memory_bytes()))
+    if is_page_locked and asked > (available := available_memory_bytes()):
         raise UsageError(
             f"a host cache of {asked / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB that are free",
             cause="for a GPU's loaders it is page-locked, so all of it is taken at the start",
