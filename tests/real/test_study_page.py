@@ -31,6 +31,19 @@ def test_every_level_was_measured_on_every_question(results, task, questions):
         assert results.row(task, level.how, level.scope, level.at)["questions"] == questions
 
 
+def test_a_gpu_and_a_cpu_answer_alike_where_both_were_asked(results):
+    study, rows = script("study"), [json.loads(line) for line in lines("real_study")]
+    on_cpu = {(row["task"], row["how"], row["scope"], row["at"]): row for row in rows if row["questions"] == 400}
+    compared = 0
+    for row in results.rows():
+        there = on_cpu.get((row["task"], row["how"], row["scope"], row["at"]))
+        if row["device"] == "cuda" and there:
+            compared += 1
+            ours, theirs = (study.bits_of(each["right"], each["questions"])[:400] for each in (row, there))
+            assert ours == theirs
+    assert compared == 27
+
+
 def test_a_share_is_counted_from_the_answers_themselves(results):
     study = script("study")
     for row in results.rows():
