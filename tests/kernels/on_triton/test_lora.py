@@ -214,12 +214,17 @@ def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, grou
     assert not terms[7].any(), "an adapter with no module at all"
 
 
-@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
-def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, group):
+def projection(group, dtype, device):
+    """A base product, rows for it, and adapters of its modules."""
     weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
     x, y = inputs(SMALL_LLAMA, group, len(ROW_SLOTS), dtype, device)
-    place = SMALL_LLAMA.place(1, group)
     base = PackedLinear(torch.randn(y.shape[1], x.shape[1], generator=torch.Generator().manual_seed(9)).to(x) / 24)
+    return base, x, weights, SMALL_LLAMA.place(1, group)
+
+
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, group):
+    base, x, weights, place = projection(group, dtype, device)
     work = [work_for(ROW_SLOTS, device=device)]
     adapter_rows = torch.tensor([slot is not None for slot in ROW_SLOTS], dtype=torch.int32, device=device)
 
@@ -232,10 +237,7 @@ def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, 
 
 @pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
 def test_the_prompts_list_beside_the_decoding_one_changes_no_bit(ops, device, dtype, group):
-    weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
-    x, y = inputs(SMALL_LLAMA, group, len(ROW_SLOTS), dtype, device)
-    place = SMALL_LLAMA.place(1, group)
-    base = PackedLinear(torch.randn(y.shape[1], x.shape[1], generator=torch.Generator().manual_seed(9)).to(x) / 24)
+    base, x, weights, place = projection(group, dtype, device)
     half = len(ROW_SLOTS) // 2
     decoding = work_for([*ROW_SLOTS[:half], *[None] * (len(ROW_SLOTS) - half)], device=device)
     prompts = work_for([*[None] * half, *ROW_SLOTS[half:]], block_rows=32, device=device)
