@@ -6,12 +6,13 @@
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
 on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
-worth, and proves no throughput. It was within 7 % of those that were measured at b45a288, always above.
+worth, and proves no throughput. It is fitted to those of 78bb8b3 and within 3.5 % of all sixteen.
 """
 
 import argparse
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ from flora.serve.messages import Ready
 from flora.serve.request import AdapterTarget
 
 PAGE_TOKENS, TOKEN = 16, 7
+PRODUCTS = Path(__file__).parent / "results" / "products.jsonl"
+SIZES = (1, 64, 128, 192, 256, 512, 1024, 2048)  # rows, where a shape's products were not measured
+SLOW_SIZES = (240, 448)  # that the engine pads past
 
 
 @dataclass
@@ -60,26 +64,51 @@ class Time:
 class Costs:
     """Of one H100 80GB."""
 
-    weights_s: float  # of a step: to read them
-    row_s: float  # its products
+    products: Sequence[tuple[int, float]]  # (rows, seconds) of a step, rising: it is padded to the next
     kv_bytes: int  # of a token, all layers
     attention_rate: float = 2.75e12  # bytes a second
-    adapter_rate: float = 2.2e12 / 0.75  # a quarter of it was hidden
-    adapters_s: float = 0.9e-3  # of a step that has any: launches, and rows that share one
+    adapters_s: float = 0.3e-3  # of a step that has any: launches, as far as products do not hide them
+    adapter_s: float = 3.8e-6  # of each in the step, and its bytes
+    adapter_rate: float = 3.2e12
+    shared_rate: float = 11.7e12  # of the bytes that its rows multiply, where many share few
     prompt_row_s: float = 3.2e-6  # of the low-rank terms of prompts
     step_s: float = 0.6e-3  # everything else
+    row_s: float = 3.3e-6  # of each row: norms, rotation, prefill attention, sampling
     bus_rate: float = 50e9
     load_rate: float = 2.0e9  # of one loader
     load_s: float = 7e-3  # of it whatever the adapter holds
     plan_s: float = 1.5e-3
 
+    def products_s(self, rows: int) -> float:
+        """Of a step of so many rows; beyond the largest size in proportion."""
+        largest, longest_s = self.products[-1]
+        if rows > largest:
+            return longest_s * rows / largest
+        return self.products[bisect_left(self.products, (rows, 0.0))][1]
+
 
 def costs_of(shape: str) -> Costs:
     config = SHAPES[shape]
-    hidden, layers, ff = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
-    parameters = layers * (2 * hidden * (hidden + kv) + 3 * hidden * ff) + hidden * config["vocab_size"]
-    return Costs(weights_s=2 * parameters / 2.85e12, row_s=2 * parameters / 600e12, kv_bytes=4 * kv * layers)
+    head_s = 2 * hidden * config["vocab_size"] / 2.6e12
+    return Costs(
+        products=[(rows, layers * layer_s + head_s) for rows, layer_s in layer_products(shape)],
+        kv_bytes=4 * kv * layers,
+    )
+
+
+def layer_products(shape: str) -> list[tuple[int, float]]:
+    """(rows, seconds) of a layer's products: as bench_products.py measured them, or by bytes and operations."""
+    lines = [json.loads(line) for line in PRODUCTS.read_text().splitlines()]
+    measured = {line["rows"]: line["layer_us"] / 1e6 for line in lines if line["shape"] == shape}
+    if measured:
+        return sorted((rows, layer_s) for rows, layer_s in measured.items() if rows not in SLOW_SIZES)
+    config = SHAPES[shape]
+    hidden, ff = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
+    parameters = 2 * hidden * (hidden + kv) + 3 * hidden * ff
+    return [(rows, 2 * parameters * max(1 / 2.85e12, rows / 600e12)) for rows in SIZES]
 
 
 @dataclass
@@ -128,11 +157,12 @@ class Device:
         costs, slots = self.costs, {slot for slot in adapter_slots if slot is not None}
         rows, prompts = sum(chunk.count for chunk in chunks), sum(chunk.count for chunk in chunks if chunk.count > 1)
         context = sum(chunk.start + 1 for chunk in chunks if chunk.count == 1)
-        took_s = costs.step_s + max(costs.weights_s, rows * costs.row_s)
+        took_s = costs.step_s + costs.products_s(rows) + rows * costs.row_s
         took_s += context * costs.kv_bytes / costs.attention_rate
         if slots:
-            took_s += costs.adapters_s + prompts * costs.prompt_row_s
-            took_s += sum(self.held[slot] for slot in slots) / costs.adapter_rate
+            rows_s = sum(self.held[slot] for slot in adapter_slots if slot is not None) / costs.shared_rate
+            read_s = sum(costs.adapter_s + self.held[slot] / costs.adapter_rate for slot in slots)
+            took_s += costs.adapters_s + prompts * costs.prompt_row_s + max(rows_s, read_s)
         start_s = max(self.time.now_s, self.free_s, *(self.arrives_s.pop(slot, 0.0) for slot in slots), 0.0)
         self.free_s = start_s + took_s
         self.time.now_s += costs.plan_s

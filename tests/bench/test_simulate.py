@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from flora.bench.claims import measured
+
 ROOT = Path(__file__).parents[2]
 TOKENS_A_REQUEST = 260  # of the answers, on average
 
@@ -41,3 +43,10 @@ def test_few_adapters_are_faster_than_many_and_merged_ones_take_turns(many):
     (turns,) = simulated("S2", "5", "--requests", "60", "--pool-gib", "7.08", "--merged", "2416")
     assert turns["req_s"] < many["req_s"] < few["req_s"]
     assert turns["loads"] == 0
+
+
+@pytest.mark.parametrize("setting", ["S1", "S2"])
+def test_it_gives_the_throughput_that_an_h100_gave(setting):
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/suite.jsonl").read_text().splitlines()]
+    for found in simulated(setting, "5", "2000"):
+        assert found["req_s"] == pytest.approx(measured(rows, f"{setting}/{found['adapters']}", "req_s"), rel=0.05)
