@@ -36,6 +36,7 @@ def lora_shrink(
     width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
     v = torch.empty(splits, n, num_slices, width, dtype=torch.float32, device=x.device)
     span = min(row_alignment(weights.alignment, in_features), split)
+    is_half = x.dtype == weights.pool.dtype and x.dtype.itemsize == 2  # float32's tiles need twice the registers
     items = work.segments.shape[0] * num_slices * tuning.shrink_lanes * splits
     if items == 0 or n == 0:
         return v
@@ -64,14 +65,13 @@ def lora_shrink(
         BLOCK_K=min(tuning.shrink_block_k, span),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
-        SMALL_RANK=tuning.shrink_small_rank,
-        SMALL_BLOCK_K=min(2 * tuning.shrink_block_k, span),
         RANK_LANES=tuning.shrink_lanes,
         CROWDED_LANES=max(1, tuning.shrink_lanes // 2),
         SAME_DTYPE=x.dtype == weights.pool.dtype,
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
         num_stages=tuning.shrink_stages,
+        maxnreg=tuning.shrink_registers if is_half else None,
     )
     return v
 
@@ -105,8 +105,6 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    SMALL_RANK: tl.constexpr,  # up to which an adapter goes a way of its own, whoever else is there
-    SMALL_BLOCK_K: tl.constexpr,
     RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
     CROWDED_LANES: tl.constexpr,  # where there would be more than `crowd` of them
     SAME_DTYPE: tl.constexpr,
@@ -142,24 +140,13 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         k_end = tl.minimum(in_features, k_begin + SPLIT)
         o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
         m_rows = (o_rows < num_rows)[:, None]
-        if SMALL_RANK > 0 and rank <= SMALL_RANK:
-            if (i_lane == 0) & (rank > 0):  # fewer rows of A, so wider ones: as many bytes on their way
-                b_v = _shrink_rows(
-                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                    cell_chunks, 0, rank, k_begin, k_end, SPAN, BLOCK_ROWS, SMALL_RANK, SMALL_BLOCK_K, SAME_DTYPE,
-                )  # fmt: skip
-                p_out = p_rows_v + o_rows[:, None] * v_row_stride + tl.arange(0, SMALL_RANK)[None, :]
-                tl.store(p_out, b_v, mask=m_rows)
-                for j in tl.static_range(SMALL_RANK, BLOCK_RANK, SMALL_RANK):
-                    tl.store(p_out + j, tl.zeros((BLOCK_ROWS, SMALL_RANK), tl.float32), mask=m_rows)
-        else:
-            for j in range(i_lane * BLOCK_RANK, rank, lanes * BLOCK_RANK):
-                b_v = _shrink_rows(
-                    p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                    cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
-                )  # fmt: skip
-                o_j = j + tl.arange(0, BLOCK_RANK)
-                tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
+        for j in range(i_lane * BLOCK_RANK, rank, lanes * BLOCK_RANK):
+            b_v = _shrink_rows(
+                p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
+                cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
+            )  # fmt: skip
+            o_j = j + tl.arange(0, BLOCK_RANK)
+            tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Place
 from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
-from flora.kernels.tuning import LONG_LIST, SHORT_LIST, LoraTuning, Tuning, can_overlap
+from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning, can_overlap
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import WorkList
 
@@ -54,9 +54,7 @@ class TritonOps:
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
         if work.block_rows > 16:
             return self.tuning.wide_lora
-        if len(work.segments) <= SHORT_LIST:
-            return self.tuning.short_lora
-        return self.tuning.lora if len(work.segments) < LONG_LIST else self.tuning.long_lora
+        return self.tuning.short_lora if len(work.segments) <= SHORT_LIST else self.tuning.lora
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""

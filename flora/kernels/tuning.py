@@ -22,10 +22,10 @@ class LoraTuning:
     max_splits: int = 8  # split_elements doubles until they are no more
     shrink_block_k: int = 128  # input elements per step
     shrink_lanes: int = 4  # programs that share one slice and split, by rank block; who does what rounds nothing
-    shrink_crowd: int = 12  # programs a multiprocessor from which on half as many share them: most would find no block
-    shrink_small_rank: int = 0  # up to which A is read in half as many rows, twice as wide; 0: never
+    shrink_crowd: int = 16  # programs a multiprocessor from which on half as many share them: most would find no block
     shrink_warps: int = 2
     shrink_stages: int = 3
+    shrink_registers: int | None = None  # per thread; None leaves it to the compiler
     expand_small_rank: int = 8  # up to which B is read in half as many rows, twice as wide; 0: never
     expand_vector_n: int = 128  # outputs per program
     expand_matrix_n: int = 64  # outputs per tensor core product
@@ -105,19 +105,17 @@ def _wide_lora() -> LoraTuning:
     )
 
 
-def _long_lora() -> LoraTuning:
-    return LoraTuning(shrink_small_rank=8)
+def _decode_lora() -> LoraTuning:
+    return LoraTuning(shrink_registers=80)
 
 
 SHORT_LIST = 2  # segments
-LONG_LIST = 192
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    lora: LoraTuning = field(default_factory=LoraTuning)  # work lists of up to 16 rows per segment, decode's among them
+    lora: LoraTuning = field(default_factory=_decode_lora)  # lists of up to 16 rows per segment, decode's among them
     short_lora: LoraTuning = field(default_factory=_short_lora)  # those with room for SHORT_LIST segments: one stream
-    long_lora: LoraTuning = field(default_factory=_long_lora)  # those with room for LONG_LIST
     wide_lora: LoraTuning = field(default_factory=_wide_lora)  # more rows per segment: prefill
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)
