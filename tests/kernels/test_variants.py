@@ -5,13 +5,10 @@ import os
 import pytest
 import torch
 
-from flora.kernels import FEW_ROWS, AdapterWeights, Group, Place, WorkList
-from flora.kernels.tuning import SHORT_LIST, Tuning
+from flora.kernels.tuning import SHORT_LIST
+from tests.kernels.scenes import launch_lora
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-
-META = torch.device("meta")
-LAYERS, WIDTH, RANK = 32, 4096, 512
 
 
 @pytest.fixture
@@ -41,31 +38,15 @@ def compiled(monkeypatch):
     return variants
 
 
-def project(layer: int, capacity: int) -> None:
-    """Shrink and expand of one layer's o projection, for a decode step's list that has room for `capacity` rows."""
-    from flora.kernels.triton_ops import TritonOps
-
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.int32, device=META)
-
-    pool = torch.empty(64, 32768, dtype=torch.bfloat16, device=META)
-    weights = AdapterWeights(pool, ints(8, 64), ints(8, LAYERS, 7, 3), torch.empty(8, LAYERS, 7, device=META), 1024)
-    work = WorkList.build([], block_rows=FEW_ROWS, max_rank=RANK, capacity=capacity, device=META)
-    place = Place(layer, Group.OUT, (0,), (WIDTH,))
-    x = torch.empty(capacity, WIDTH, dtype=torch.bfloat16, device=META)
-    ops = TritonOps(132, Tuning(), overlap=True)
-    ops.lora_expand(torch.empty_like(x), ops.lora_shrink(x, weights, place, work), weights, place, work)
-
-
 @pytest.mark.parametrize(
     "capacities",
     [range(1, SHORT_LIST + 1), (4, 8, 16, 48, 176, 200, 256)],
     ids=["one stream", "many"],
 )
 def test_one_kernel_serves_every_layer_and_every_length_of_list(compiled, capacities):
-    for layer in range(LAYERS):
+    for layer in range(32):
         for capacity in capacities:
-            project(layer, capacity)
+            launch_lora(layer, capacity)
 
     assert {name: len(variants) for name, variants in compiled.items()} == {
         "_lora_shrink_kernel": 1,

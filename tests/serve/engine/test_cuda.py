@@ -1,6 +1,7 @@
 """The engine on a GPU: captured graphs and overlapped steps tell what transformers with PEFT would."""
 
 import random
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -257,3 +258,40 @@ def test_a_seeded_draw_is_the_same_alone_and_in_company(bases, tmp_path):
 
     assert run_to_end(engine)["company"].tokens == alone
     engine.close()
+
+
+def test_every_kernel_of_a_start_and_of_the_steps_after_it_is_compiled_ahead(bases, tmp_path, monkeypatch):
+    from triton import knobs
+
+    from flora.serve.engine.cuda import runner
+
+    compile_kernels, late = runner.compile_kernels, []
+
+    def watched(launch, device):
+        count = compile_kernels(launch, device)
+        assert count > 10
+        monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, **_: late.append(fn.name))
+        return count
+
+    forget_compiled_kernels()
+    monkeypatch.setattr(runner, "compile_kernels", watched)
+    world = World(bases("llama"), tmp_path)
+    target = world.add(random_adapter(world.config, 1, ranks=(4, 64)), "it")
+    engine = world.engine(**GPU, beside_rows=16)
+    for number in range(24):
+        ask(engine, str(number), prompt_of(1 + 3 * number, seed=number), target if number % 2 else None)
+    run_to_end(engine)
+
+    assert late == []
+    engine.close()
+
+
+def forget_compiled_kernels() -> None:
+    """This process compiles all of Flora's anew, or finds them on the disk."""
+    from triton.runtime.jit import JITFunction
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("flora.kernels."):
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()

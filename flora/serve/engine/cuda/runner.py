@@ -1,5 +1,6 @@
 """The runner on a GPU: steps overlap, decode replays a graph, and only `collect` waits for the device."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import FEW_ROWS, Context, WorkList
+from flora.kernels import ALL_GROUPS, FEW_ROWS, Context, WorkList
+from flora.kernels.compiling import compile_kernels
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
 from flora.serve.engine.cuda.filling import StepFiller
@@ -25,6 +27,8 @@ from flora.serve.engine.schedule.residency import Resident
 from flora.serve.engine.schedule.scheduler import Chunk, Limits
 from flora.serve.engine.schedule.sequence import PENDING
 from flora.serve.engine.tables import AdapterTables
+
+logger = logging.getLogger(__name__)
 
 _GRAPH_MAX_RANK = 512  # of a module in a captured step; it sizes buffers that are written only as far as ranks go
 
@@ -107,6 +111,8 @@ class CudaRunner:
         """Captures the graphs: before the first request, and again when the tables have moved."""
         self._filler.fill_nothing()
         self._captured = self.tables.weights.cells
+        compiled = compile_kernels(self._launch_every_kernel, self.device)
+        logger.info("%d kernels compiled", compiled)
         mixed = StepGraphs(self._mixed, mixed_sizes(self._max_rows))
         mixed.capture()
         decode = StepGraphs(self._decode, decode_sizes(self._max_sequences), mixed.memory)
@@ -144,6 +150,13 @@ class CudaRunner:
         return graphs.replay(padded, reach)
 
     # --- the step on the device ---
+
+    def _launch_every_kernel(self) -> None:
+        """Steps that between them launch all that any step does: one stream and many, terms beside and in place."""
+        for rows in {1, self._max_sequences}:
+            self._decode(rows, ALL_GROUPS)
+        for rows in {max(1, min(self._beside_rows, self._max_rows)), self._max_rows}:
+            self._mixed(rows, ALL_GROUPS)
 
     def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""

@@ -1,0 +1,87 @@
+"""Before a first step all its kernels are compiled at once; here for an H100 that is not there."""
+
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.kernels.scenes import launch_lora
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """What was launched: Triton compiles for an H100, from nothing, and a launch is written down."""
+    compiler = pytest.importorskip("triton.backends.compiler")
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    from flora.kernels.lora_expand import _lora_expand_kernel
+    from flora.kernels.lora_shrink import _lora_shrink_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launched: list[str] = []
+
+    def load(kernel: CompiledKernel) -> None:
+        kernel._run = lambda *_: launched.append(kernel.name)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
+    h100 = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: compiler.GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", h100)
+    kernels = (_lora_shrink_kernel, _lora_expand_kernel)
+    for kernel in kernels:
+        kernel.device_caches.clear()
+    yield launched
+    for kernel in kernels:
+        kernel.device_caches.clear()
+
+
+def launch() -> None:
+    for capacity in (1, 16, 256):
+        launch_lora(layer=3, capacity=capacity)
+
+
+def test_kernels_are_compiled_once_each_and_then_found(launches):
+    from flora.kernels.compiling import compile_kernels
+
+    assert compile_kernels(launch, CPU) == 4  # shrink and expand, for one stream and for many rows
+    assert launches == []
+    assert compile_kernels(launch, CPU) == 0
+    assert launches == ["_lora_shrink_kernel", "_lora_expand_kernel"] * 3
+
+
+def test_several_are_compiled_at_a_time(launches, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    from flora.kernels.compiling import compile_kernels
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    together = threading.Barrier(4, timeout=60)
+    monkeypatch.setattr(JITFunction, "preload", lambda self, data: together.wait())
+
+    assert compile_kernels(launch, CPU) == 4
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_and_triton_is_left_as_it_was(launches, monkeypatch):
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    from flora.kernels.compiling import compile_kernels
+
+    def fail(self, data):
+        raise RuntimeError(f"cannot compile {self.fn.__name__}")
+
+    monkeypatch.setattr(JITFunction, "preload", fail)
+
+    with pytest.raises(RuntimeError, match="cannot compile _lora_shrink_kernel"):
+        compile_kernels(launch, CPU)
+    assert knobs.runtime.jit_cache_hook is None
