@@ -27,6 +27,7 @@ from flora.bench.settings import SETTINGS, Setting
 from flora.bench.shapes import SHAPES
 from flora.bench.trace import Workload, draw_trace
 from flora.serve.engine import Engine
+from flora.serve.engine.cuda.graphs import decode_sizes, mixed_sizes
 from flora.serve.engine.layout import AdapterTable
 from flora.serve.engine.loading.loader import Finished
 from flora.serve.engine.loading.packing import PackedAdapter
@@ -40,8 +41,7 @@ from flora.serve.request import AdapterTarget
 
 PAGE_TOKENS, TOKEN = 16, 7
 PRODUCTS = Path(__file__).parent / "results" / "products.jsonl"
-SIZES = (1, 64, 128, 192, 256, 512, 1024, 2048)  # rows, where a shape's products were not measured
-SLOW_SIZES = (240, 448)  # that the engine pads past
+SIZES = {*decode_sizes(256), *mixed_sizes(2048)}  # rows that steps are padded to
 
 
 @dataclass
@@ -103,12 +103,12 @@ def layer_products(shape: str) -> list[tuple[int, float]]:
     lines = [json.loads(line) for line in PRODUCTS.read_text().splitlines()]
     measured = {line["rows"]: line["layer_us"] / 1e6 for line in lines if line["shape"] == shape}
     if measured:
-        return sorted((rows, layer_s) for rows, layer_s in measured.items() if rows not in SLOW_SIZES)
+        return sorted((rows, layer_s) for rows, layer_s in measured.items() if rows in SIZES)
     config = SHAPES[shape]
     hidden, ff = config["hidden_size"], config["intermediate_size"]
     kv = config["num_key_value_heads"] * hidden // config["num_attention_heads"]
     parameters = 2 * hidden * (hidden + kv) + 3 * hidden * ff
-    return [(rows, 2 * parameters * max(1 / 2.85e12, rows / 600e12)) for rows in SIZES]
+    return [(rows, 2 * parameters * max(1 / 2.85e12, rows / 600e12)) for rows in sorted(SIZES)]
 
 
 @dataclass

@@ -29,12 +29,11 @@ def compile_kernels(launch: Callable[[], object], device: torch.device) -> int:
         launch()
     finally:
         knobs.runtime.jit_cache_hook = earlier_hook
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=_use, initargs=(device,))
-    try:
-        for compiled in [pool.submit(compile_one) for compile_one in missing.values()]:
-            compiled.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=_use, initargs=(device,)) as pool:
+        tried = [(compile_one, pool.submit(compile_one)) for compile_one in missing.values()]
+    for compile_one, outcome in tried:
+        if outcome.exception():  # now and then ast.parse fails beside another thread's (python/cpython#106905)
+            compile_one()
     return len(missing)
 
 

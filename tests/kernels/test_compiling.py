@@ -71,6 +71,24 @@ def test_several_are_compiled_at_a_time(launches, monkeypatch):
     assert compile_kernels(launch, CPU) == 4
 
 
+def test_what_fails_beside_others_is_compiled_alone(launches, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    from flora.kernels.compiling import compile_kernels
+
+    preload = JITFunction.preload
+
+    def fail_in_threads(self, data):
+        if threading.current_thread() is not threading.main_thread():
+            raise SystemError("AST constructor recursion depth mismatch")
+        return preload(self, data)
+
+    monkeypatch.setattr(JITFunction, "preload", fail_in_threads)
+
+    assert compile_kernels(launch, CPU) == 4
+    assert compile_kernels(launch, CPU) == 0
+
+
 def test_a_kernel_that_does_not_compile_is_an_error_and_triton_is_left_as_it_was(launches, monkeypatch):
     from triton import knobs
     from triton.runtime.jit import JITFunction
