@@ -1,7 +1,9 @@
 """Random adapters laid out in a pool full of NaN, and the float64 arithmetic that they should give."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -127,6 +129,19 @@ def expected_lora(x: Tensor, y: Tensor, adapters: list[Adapter | None], shape: S
             shrunk = x[i].double() @ adapter.a[module].double().t()
             out[i, start : start + size] += adapter.scale[module] * (shrunk @ adapter.b[module].double().t())
     return out
+
+
+def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for an H100 that is not there; nothing can be launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    h100 = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    monkeypatch.setattr(driver, "_active", h100)
 
 
 def launch_lora(layer: int, capacity: int) -> None:

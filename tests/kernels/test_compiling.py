@@ -2,12 +2,11 @@
 
 import os
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.kernels.scenes import launch_lora
+from tests.kernels.scenes import launch_lora, pretend_h100
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -17,9 +16,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
     """What was launched: Triton compiles for an H100, from nothing, and a launch is written down."""
-    compiler = pytest.importorskip("triton.backends.compiler")
+    pytest.importorskip("triton")
     from triton.compiler import CompiledKernel
-    from triton.runtime import driver
 
     from flora.kernels.lora_expand import _lora_expand_kernel
     from flora.kernels.lora_shrink import _lora_shrink_kernel
@@ -31,12 +29,7 @@ def launches(monkeypatch, tmp_path):
         kernel._run = lambda *_: launched.append(kernel.name)
 
     monkeypatch.setattr(CompiledKernel, "_init_handles", load)
-    h100 = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: compiler.GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(driver, "_active", h100)
+    pretend_h100(monkeypatch)
     kernels = (_lora_shrink_kernel, _lora_expand_kernel)
     for kernel in kernels:
         kernel.device_caches.clear()

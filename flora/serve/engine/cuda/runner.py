@@ -152,11 +152,13 @@ class CudaRunner:
     # --- the step on the device ---
 
     def _launch_every_kernel(self) -> None:
-        """Steps that between them launch all that any step does: one stream and many, terms beside and in place."""
-        for rows in {1, self._max_sequences}:
-            self._decode(rows, ALL_GROUPS)
-        for rows in {max(1, min(self._beside_rows, self._max_rows)), self._max_rows}:
-            self._mixed(rows, ALL_GROUPS)
+        """Steps that between them launch all that any step does: for few rows and many, terms beside, in place, none."""
+        beside = max(1, min(self._beside_rows, self._max_rows))
+        for reach in (frozenset(), ALL_GROUPS):
+            for rows in {1, min(2, self._max_sequences), self._max_sequences}:
+                self._decode(rows, reach)
+            for rows in {beside, self._max_rows}:
+                self._mixed(rows, reach)
 
     def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""
