@@ -152,7 +152,7 @@ class CudaRunner:
     # --- the step on the device ---
 
     def _launch_every_kernel(self) -> None:
-        """Steps that between them launch all that any step does: for few rows and many, terms beside, in place, none."""
+        """Steps that between them launch all that any step does: few rows and many, terms beside, in place, none."""
         beside = max(1, min(self._beside_rows, self._max_rows))
         for reach in (frozenset(), ALL_GROUPS):
             for rows in {1, min(2, self._max_sequences), self._max_sequences}:
