@@ -187,7 +187,7 @@ def _make_runner(config: EngineConfig, model: LlamaModel, pool: DevicePool, limi
         batch_invariant=config.batch_invariant,
         beside_rows=config.beside_rows,
     )
-    runner.capture()
+    runner.prepare()
     return runner
 
 

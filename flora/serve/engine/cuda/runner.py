@@ -107,12 +107,17 @@ class CudaRunner:
             copied.synchronize()
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Captures the graphs: before the first request, and again when the tables have moved."""
+    def prepare(self) -> None:
+        """Compiles the kernels and captures the graphs: before the first request."""
+        self._filler.fill_nothing()
+        num_kernels = compile_kernels(self._launch_every_kernel, self.device)
+        logger.info("%d kernels compiled, or found on the disk", num_kernels)
+        self._capture()
+
+    def _capture(self) -> None:
+        """Before the first request, and again when the tables have moved."""
         self._filler.fill_nothing()
         self._captured = self.tables.weights.cells
-        compiled = compile_kernels(self._launch_every_kernel, self.device)
-        logger.info("%d kernels compiled", compiled)
         mixed = StepGraphs(self._mixed, mixed_sizes(self._max_rows))
         mixed.capture()
         decode = StepGraphs(self._decode, decode_sizes(self._max_sequences), mixed.memory)
@@ -123,7 +128,7 @@ class CudaRunner:
     def launch(self, chunks: Sequence[Chunk], adapter_slots: Sequence[int | None]) -> CudaStep:
         """See Runner.launch."""
         if self._captured is not self.tables.weights.cells:
-            self.capture()
+            self._capture()
         try:
             order = self._filler.order(chunks, adapter_slots)
             chunks = [chunks[i] for i in order]
