@@ -36,7 +36,8 @@ def lora_shrink(
     width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
     v = torch.empty(splits, n, num_slices, width, dtype=torch.float32, device=x.device)
     span = min(row_alignment(weights.alignment, in_features), split)
-    is_half = x.dtype == weights.pool.dtype and x.dtype.itemsize == 2  # float32's tiles need twice the registers
+    same_dtype = x.dtype == weights.pool.dtype
+    is_half = same_dtype and x.dtype.itemsize == 2  # a float32 product's tiles need twice the registers
     items = work.segments.shape[0] * num_slices * tuning.shrink_lanes * splits
     if items == 0 or n == 0:
         return v
@@ -67,7 +68,7 @@ def lora_shrink(
         BLOCK_RANK=tuning.block_rank,
         RANK_LANES=tuning.shrink_lanes,
         CROWDED_LANES=max(1, tuning.shrink_lanes // 2),
-        SAME_DTYPE=x.dtype == weights.pool.dtype,
+        SAME_DTYPE=same_dtype,
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
         num_stages=tuning.shrink_stages,
