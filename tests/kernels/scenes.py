@@ -1,9 +1,7 @@
 """Random adapters laid out in a pool full of NaN, and the float64 arithmetic that they should give."""
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -129,36 +127,3 @@ def expected_lora(x: Tensor, y: Tensor, adapters: list[Adapter | None], shape: S
             shrunk = x[i].double() @ adapter.a[module].double().t()
             out[i, start : start + size] += adapter.scale[module] * (shrunk @ adapter.b[module].double().t())
     return out
-
-
-def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton compiles for an H100 that is not there; nothing can be launched."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    h100 = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-    monkeypatch.setattr(driver, "_active", h100)
-
-
-def launch_lora(layer: int, capacity: int) -> None:
-    """Launches shrink and expand of one layer's o projection as for an H100, for a decode step's list that has room for
-    `capacity` rows. Tensors have no memory: for tests of what is launched.
-    """
-    from flora.kernels.triton_ops import TritonOps
-
-    meta, layers, width = torch.device("meta"), 32, 4096
-
-    def ints(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.int32, device=meta)
-
-    pool = torch.empty(64, 32768, dtype=torch.bfloat16, device=meta)
-    weights = AdapterWeights(pool, ints(8, 64), ints(8, layers, 7, 3), torch.empty(8, layers, 7, device=meta), 1024)
-    work = WorkList.build([], block_rows=FEW_ROWS, max_rank=512, capacity=capacity, device=meta)
-    place = Place(layer, Group.OUT, (0,), (width,))
-    x = torch.empty(capacity, width, dtype=torch.bfloat16, device=meta)
-    ops = TritonOps(132, overlap=True)
-    ops.lora_expand(torch.empty_like(x), ops.lora_shrink(x, weights, place, work), weights, place, work)

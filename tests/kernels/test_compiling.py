@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from tests.kernels.scenes import launch_lora, pretend_h100
+from tests.kernels.absent_gpu import launch_lora, pretend_h100
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flora.kernels.tuning import SHORT_LIST
-from tests.kernels.scenes import launch_lora
+from tests.kernels.absent_gpu import launch_lora
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,13 @@ import torch
 from flora.bench.shapes import SHAPES
 from flora.serve.config import EngineConfig
 from flora.serve.engine.build import pool_geometry
-from flora.serve.engine.cuda import runner as cuda_runner
 from flora.serve.engine.cuda.graphs import _REACHES, decode_sizes, mixed_sizes
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
 from flora.serve.engine.model.llama import LlamaModel
 from flora.serve.engine.model.weights import expected_shapes, load_weights
 from flora.serve.engine.pool import DevicePool
 from flora.serve.engine.schedule.scheduler import Limits
-from tests.kernels.scenes import pretend_h100
+from tests.kernels.absent_gpu import pretend_h100
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -32,12 +32,14 @@ def h100(monkeypatch):
     pytest.importorskip("triton")
     pretend_h100(monkeypatch)
     monkeypatch.setattr(import_module("flora.kernels.linear"), "can_overlap", lambda device: True)
-    monkeypatch.setattr(cuda_runner, "AdapterCopies", lambda cells: None)  # has streams of a real device
+    runner = import_module("flora.serve.engine.cuda.runner")  # needs Triton
+    monkeypatch.setattr(runner, "AdapterCopies", lambda cells: None)  # has streams of a real device
 
 
-def make_runner(config: ModelConfig, *, batch_invariant: bool, beside_rows: int) -> cuda_runner.CudaRunner:
+def make_runner(config: ModelConfig, *, batch_invariant: bool, beside_rows: int) -> Any:
     """256 sequences in steps of up to 2,048 rows; tensors without memory."""
     from flora.kernels.triton_ops import TritonOps
+    from flora.serve.engine.cuda.runner import CudaRunner
 
     shapes = dict(expected_shapes(config))
     checkpoint = SimpleNamespace(
@@ -48,7 +50,7 @@ def make_runner(config: ModelConfig, *, batch_invariant: bool, beside_rows: int)
     weights = load_weights(checkpoint, config, DTYPE, META, row_invariant=batch_invariant)
     ops = TritonOps(132, overlap=True, batch_invariant=batch_invariant)
     engine = EngineConfig(base=Path(), registry="", cache_dir=Path(), pool_bytes=1 << 30)
-    return cuda_runner.CudaRunner(
+    return CudaRunner(
         LlamaModel(config, weights, CONTEXT, ops),
         DevicePool(pool_geometry(config, engine, DTYPE.itemsize), DTYPE, META),
         1024,
