@@ -114,8 +114,8 @@ def label_of(row: Mapping[str, Any]) -> str | None:
 
 def of_one_commit(rows: Rows, labels: Sequence[str], needed: str | None = None) -> Rows:
     """Of the rows of these labels those that may be compared: of the commit that has the most of the labels, of several
-    the one whose row comes last. A peer's row has the commit of Flora that it ran beside; without one it goes with
-    any.
+    the one whose row comes last. A peer's row has the commit of Flora that it ran beside, or `alone` if none did, and
+    is then compared with nothing; without either it goes with any.
 
     needed  a label that the commit must have
     """

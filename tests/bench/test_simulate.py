@@ -45,8 +45,27 @@ def test_few_adapters_are_faster_than_many_and_merged_ones_take_turns(many):
     assert turns["loads"] == 0
 
 
-@pytest.mark.parametrize("setting", ["S1", "S2"])
-def test_it_gives_the_throughput_that_an_h100_gave(setting):
+SIMULATED = {  # labels of the suite's rows, one for each number of adapters: how they are simulated
+    ("S1/5", "S1/2000"): ("S1", "5", "2000"),
+    ("S2/5", "S2/2000"): ("S2", "5", "2000"),
+}
+SIMULATED_LONG = {
+    ("S2/100", "S2/200"): ("S2", "100", "200"),
+    ("S2/200/fixed-128",): ("S2", "200", "--fixed-slots", "128"),
+    ("S2/200/fixed-144",): ("S2", "200", "--fixed-slots", "144"),
+    ("S2/200/capped",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400"),
+    ("S2/200/capped/fixed-20",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "20"),
+    ("S2/200/capped/fixed-24",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "24"),
+    ("table/0", "table/5", "table/100"): ("G1", "0", "5", "100", "--pool-gib", "54"),
+    ("table/1000", "table/2000"): ("G1", "1000", "2000", "--pool-gib", "54"),
+}
+
+
+@pytest.mark.parametrize(
+    ("labels", "arguments"),
+    [*SIMULATED.items(), *(pytest.param(*case, marks=pytest.mark.long) for case in SIMULATED_LONG.items())],
+)
+def test_it_gives_the_throughput_that_an_h100_gave(labels, arguments):
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/suite.jsonl").read_text().splitlines()]
-    for found in simulated(setting, "5", "2000"):
-        assert found["req_s"] == pytest.approx(measured(rows, f"{setting}/{found['adapters']}", "req_s"), rel=0.05)
+    for label, found in zip(labels, simulated(*arguments), strict=True):
+        assert found["req_s"] == pytest.approx(measured(rows, label, "req_s"), rel=0.035), label
