@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flora.kernels.context import Context
+from flora.kernels.context import Context, DecodeParts
+from flora.kernels.decode_parts import load_part
 from flora.kernels.tuning import DecodeTuning, overlapped
 
 
@@ -15,10 +16,12 @@ def decode_attention(
     q: Tensor,
     kv: Tensor,
     context: Context,
+    parts: DecodeParts,
     softmax_scale: float,
     tuning: DecodeTuning,
     arrivals: Tensor,
     *,
+    num_sms: int,
     overlap: bool,
 ) -> None:
     """Rows of `out` that belong to sequences with exactly one query; the other rows are left alone.
@@ -27,6 +30,7 @@ def decode_attention(
     Of a sequence's programs the last to arrive puts the parts together, in the order of the context: a launch of its
     own for that would have nothing to do for most sequences, which are too short to have parts.
 
+    parts     the context's, cut every tuning.split_tokens
     arrivals  int32 [num_sequences * num_kv_heads] or longer: zeros, and zeros again when the launch has ended
     Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).
     """
@@ -41,12 +45,14 @@ def decode_attention(
     partial = torch.empty(num_sequences, num_q_heads, max_splits, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(num_sequences, num_q_heads, max_splits, dtype=torch.float32, device=q.device)
     block_dim = triton.next_power_of_2(head_dim)
-    _decode_attention_kernel[(num_sequences, num_kv_heads, min(max_splits, tuning.split_lanes))](
+    # A program for each sequence, and as many again as fill the GPU: what a long context has beyond that, they share.
+    spare = triton.cdiv(tuning.programs_per_sm * num_sms, num_kv_heads)
+    _decode_attention_kernel[(num_kv_heads, num_sequences + min(spare, num_sequences * (max_splits - 1)))](
         q,
         kv,
         block_tables,
-        context.seq_lens,
-        context.query_starts,
+        parts.items,
+        parts.count,
         out,
         partial,
         lse,
@@ -82,8 +88,8 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     p_q,
     p_kv,
     p_tables,
-    p_seq_lens,
-    p_starts,
+    p_parts,
+    p_num_parts,
     p_out,
     p_partial,
     p_lse,
@@ -109,68 +115,64 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    i_seq = tl.program_id(0).to(tl.int64)
-    i_kv_head = tl.program_id(1)
-    row = tl.load(p_starts + i_seq).to(tl.int64)
-    num_queries = tl.load(p_starts + i_seq + 1) - row
-    seq_len = tl.load(p_seq_lens + i_seq)
-    if OVERLAP:  # what comes before is of the step's inputs, which no launch writes
+    i_kv_head = tl.program_id(0)  # neighbours read neighbouring heads of the same tokens
+    if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    num_splits = tl.maximum(tl.cdiv(seq_len, SPLIT_TOKENS), 1)  # an empty context still writes its zeros
-    if num_queries == 1:
-        o_heads = tl.arange(0, BLOCK_HEADS)
-        m_heads = o_heads < GROUP
-        heads = i_kv_head * GROUP + o_heads
-        o_dim = tl.arange(0, BLOCK_DIM)
-        m_dim = o_dim < HEAD_DIM
-        m_q = m_heads[:, None] & m_dim[None, :]
-        b_q = tl.load(p_q + row * q_row_stride + heads[:, None] * q_head_stride + o_dim[None, :], mask=m_q, other=0.0)
-        p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
-        lane, num_lanes = tl.program_id(2), tl.num_programs(2)
-        for i_split in range(lane, num_splits, num_lanes):
-            b_max = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
-            b_sum = tl.zeros((BLOCK_HEADS,), tl.float32)
-            b_out = tl.zeros((BLOCK_HEADS, BLOCK_DIM), tl.float32)
-            end = tl.minimum(seq_len, (i_split + 1) * SPLIT_TOKENS)
-            for first in range(i_split * SPLIT_TOKENS, end, BLOCK_TOKENS):
-                o_tokens = first + tl.arange(0, BLOCK_TOKENS)
-                m_tokens = o_tokens < end
-                page = tl.load(p_tables + i_seq * table_stride + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
-                o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
-                m_kv = m_tokens[:, None] & m_dim[None, :]
-                b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-                b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-                if not SAME_DTYPE:
-                    b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-                b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
-                b_scores = tl.where(m_tokens[None, :], b_scores, float("-inf"))
-                b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-                b_decay = tl.exp2(b_max - b_new_max)
-                b_p = tl.exp2(b_scores - b_new_max[:, None])
-                b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
-                b_max = b_new_max
-            b_out = tl.where(seq_len > 0, b_out / b_sum[:, None], 0.0)
-            if num_splits == 1:
-                p_row = p_out + row * out_row_stride + heads[:, None] * out_head_stride
-                tl.store(p_row + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
-            else:
-                i_partial = (i_seq * (tl.num_programs(1) * GROUP) + heads) * max_splits + i_split
-                tl.store(p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :], b_out, mask=m_q)
-                tl.store(p_lse + i_partial, b_max + tl.log2(b_sum), mask=m_heads)
-        if num_splits > 1 and lane < num_splits:
-            tl.debug_barrier()  # every thread's parts are written before the program says so
-            own = tl.cdiv(num_splits - lane, num_lanes)
-            p_arrived = p_arrivals + i_seq * tl.num_programs(1) + i_kv_head
-            if tl.atomic_add(p_arrived, own, sem="acq_rel") + own == num_splits:
+    o_heads = tl.arange(0, BLOCK_HEADS)
+    m_heads = o_heads < GROUP
+    heads = i_kv_head * GROUP + o_heads
+    o_dim = tl.arange(0, BLOCK_DIM)
+    m_dim = o_dim < HEAD_DIM
+    m_q = m_heads[:, None] & m_dim[None, :]
+    p_head = p_kv + i_kv_head.to(tl.int64) * head_stride
+    num_heads = tl.num_programs(0) * GROUP
+    # The first part is read while the number of parts still travels.
+    i_first = tl.program_id(1)
+    i_seq, i_split, row, seq_len = load_part(p_parts, i_first)
+    for i in range(i_first, tl.load(p_num_parts), tl.num_programs(1)):
+        if i != i_first:
+            i_seq, i_split, row, seq_len = load_part(p_parts, i)
+        p_q_row = p_q + row.to(tl.int64) * q_row_stride
+        b_q = tl.load(p_q_row + heads[:, None] * q_head_stride + o_dim[None, :], mask=m_q, other=0.0)
+        p_table = p_tables + i_seq.to(tl.int64) * table_stride
+        b_max = tl.full((BLOCK_HEADS,), float("-inf"), tl.float32)
+        b_sum = tl.zeros((BLOCK_HEADS,), tl.float32)
+        b_out = tl.zeros((BLOCK_HEADS, BLOCK_DIM), tl.float32)
+        end = tl.minimum(seq_len, (i_split + 1) * SPLIT_TOKENS)
+        for first in range(i_split * SPLIT_TOKENS, end, BLOCK_TOKENS):
+            o_tokens = first + tl.arange(0, BLOCK_TOKENS)
+            m_tokens = o_tokens < end
+            page = tl.load(p_table + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
+            o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
+            m_kv = m_tokens[:, None] & m_dim[None, :]
+            b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+            b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
+            if not SAME_DTYPE:
+                b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+            b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
+            b_scores = tl.where(m_tokens[None, :], b_scores, float("-inf"))
+            b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
+            b_decay = tl.exp2(b_max - b_new_max)
+            b_p = tl.exp2(b_scores - b_new_max[:, None])
+            b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
+            b_max = b_new_max
+        b_out = tl.where(seq_len > 0, b_out / b_sum[:, None], 0.0)
+        p_row = p_out + row.to(tl.int64) * out_row_stride + heads[:, None] * out_head_stride
+        if seq_len <= SPLIT_TOKENS:
+            tl.store(p_row + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
+        else:
+            num_splits = tl.cdiv(seq_len, SPLIT_TOKENS)
+            i_partial = (i_seq.to(tl.int64) * num_heads + heads) * max_splits
+            p_parts_of_row = p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :]
+            tl.store(p_parts_of_row + i_split * HEAD_DIM, b_out, mask=m_q)
+            tl.store(p_lse + i_partial + i_split, b_max + tl.log2(b_sum), mask=m_heads)
+            tl.debug_barrier()  # every thread's part is written before the program says so
+            p_arrived = p_arrivals + i_seq * tl.num_programs(0) + i_kv_head
+            if tl.atomic_add(p_arrived, 1, sem="acq_rel") + 1 == num_splits:
                 tl.store(p_arrived, 0)
-                i_partial = (i_seq * (tl.num_programs(1) * GROUP) + heads) * max_splits
-                b_joined = _join_splits(
-                    p_partial + i_partial[:, None] * HEAD_DIM + o_dim[None, :], p_lse + i_partial, num_splits, m_q,
-                    m_heads, HEAD_DIM,
-                )  # fmt: skip
-                p_row = p_out + row * out_row_stride + heads[:, None] * out_head_stride
+                b_joined = _join_splits(p_parts_of_row, p_lse + i_partial, num_splits, m_q, m_heads, HEAD_DIM)
                 tl.store(p_row + o_dim[None, :], b_joined.to(p_out.dtype.element_ty), mask=m_q)
 
 

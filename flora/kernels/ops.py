@@ -45,6 +45,12 @@ class Ops(Protocol):
         """
         ...
 
+    def plan_attention(self, context: Context, page_tokens: int) -> Context:
+        """The context with all that is the same in every layer worked out: once a step, before paged_attention. Without
+        it each call does so for itself.
+        """
+        ...
+
     def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """Causal attention of each sequence's last tokens over its whole context, which store_kv has already stored.
 

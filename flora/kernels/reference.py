@@ -66,6 +66,10 @@ class ReferenceOps:
         kv[page, 0, offset] = k[kept].to(kv.dtype)
         kv[page, 1, offset] = v[kept].to(kv.dtype)
 
+    def plan_attention(self, context: Context, page_tokens: int) -> Context:
+        """See Ops.plan_attention."""
+        return context
+
     def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """See Ops.paged_attention."""
         return reference_attention.paged_attention(q, kv, context, softmax_scale)

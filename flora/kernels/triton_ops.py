@@ -1,11 +1,14 @@
 """Every operation as Triton kernels: the GPU path."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from flora.kernels import fused
 from flora.kernels.context import Context
 from flora.kernels.decode_attention import decode_attention
+from flora.kernels.decode_parts import list_decode_parts
 from flora.kernels.kv_store import store_kv
 from flora.kernels.lora_expand import lora_expand
 from flora.kernels.lora_shrink import lora_shrink
@@ -60,12 +63,32 @@ class TritonOps:
         """See Ops.store_kv."""
         store_kv(k, v, kv, slots)
 
+    def plan_attention(self, context: Context, page_tokens: int) -> Context:
+        """See Ops.plan_attention."""
+        if self.batch_invariant:
+            return context
+        decode = self.tuning.decode
+        parts = list_decode_parts(context, page_tokens, decode.split_tokens, decode.block_tokens)
+        return replace(context, parts=parts)
+
     def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:
         """See Ops.paged_attention. One-query sequences go the same way in every batch: their bits do not change."""
         out = torch.empty_like(q)
         if not self.batch_invariant:
-            arrivals = self._zeros(len(context.block_tables) * kv.shape[3], q.device)
-            decode_attention(out, q, kv, context, softmax_scale, self.tuning.decode, arrivals, overlap=self.overlap)
+            planned = context if context.parts else self.plan_attention(context, kv.shape[2])
+            assert planned.parts is not None
+            decode_attention(
+                out,
+                q,
+                kv,
+                planned,
+                planned.parts,
+                softmax_scale,
+                self.tuning.decode,
+                self._zeros(len(context.block_tables) * kv.shape[3], q.device),
+                num_sms=self.num_sms,
+                overlap=self.overlap,
+            )
         if self.batch_invariant or context.max_queries != 1:
             prefill_attention(
                 out,

@@ -46,10 +46,10 @@ class LoraTuning:
 class DecodeTuning:
     split_tokens: int = 512  # of the context per partial result; part of the rounding, so never by batch
     block_tokens: int = 64
-    split_lanes: int = 16  # programs per (sequence, KV head); each takes every 16th split
     num_warps: int = 4
     num_stages: int = 3
     registers: int | None = 128  # per thread, for 4 programs a multiprocessor; None leaves it to the compiler
+    programs_per_sm: int = 8  # beside the one that each sequence and KV head has, for contexts of several parts
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from tests.serve.engine.worlds import World, ask, run_to_end
 
 LAYERS = 2
 BASE = {"_norm_kernel": 2 * LAYERS + 1, "_rope_store_kernel": LAYERS, "_silu_mul_kernel": LAYERS}
-DECODE = {"_decode_attention_kernel": LAYERS}
+DECODE = {"_decode_attention_kernel": LAYERS, "_decode_parts_kernel": 1}  # parts: once for all layers
 PREFILL = {"_prefill_kernel": LAYERS}
 LORA = {"_lora_shrink_kernel": 4 * LAYERS, "_lora_expand_kernel": 4 * LAYERS}  # qkv, out, gate and up, down
 PROMPT = [3, 1, 4]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flora.kernels import (
     AdapterWeights,
+    Context,
     Group,
     LowRankTerms,
     Ops,
@@ -56,12 +57,13 @@ class LlamaModel:
         logits  where to leave them (None: in memory of their own)
         """
         weights, eps, ops = self.weights, self.config.rms_norm_eps, self.ops
+        context = ops.plan_attention(batch.context, pool.geometry.page_tokens)
         x = F.embedding(batch.token_ids, weights.embedding)
         normed = ops.rms_norm(x, weights.layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
         for index, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
             places = self._places[index]
-            attended = self._attention(normed, index, layer, batch, pool, adapters)
+            attended = self._attention(normed, index, layer, batch, context, pool, adapters)
             attended, terms = self._project(layer.o, attended, places[Group.OUT], batch, adapters)
             normed = ops.add_rms_norm(x, attended, layer.post_norm, eps, terms)
             gate_up, terms = self._project(layer.gate_up, normed, places[Group.GATE_UP], batch, adapters)
@@ -76,6 +78,7 @@ class LlamaModel:
         index: int,
         layer: LayerWeights,
         batch: Batch,
+        context: Context,
         pool: DevicePool,
         adapters: AdapterWeights,
     ) -> Tensor:
@@ -88,7 +91,7 @@ class LlamaModel:
             k = self.ops.rms_norm(k.reshape(len(x), -1, config.head_dim), layer.k_norm, config.rms_norm_eps)
             qkv = torch.cat((q.flatten(1), k.flatten(1), v), dim=1)
         q = self.ops.rope_store(qkv, batch.positions, self._cos, self._sin, kv, batch.slots, terms)
-        attended = self.ops.paged_attention(q, kv, batch.context, self._softmax_scale)
+        attended = self.ops.paged_attention(q, kv, context, self._softmax_scale)
         return attended.reshape(len(x), config.q_size)
 
     def _project(
