@@ -75,7 +75,6 @@ def decode_attention(
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
-        maxnreg=tuning.registers,
         **overlapped(overlap),
     )
 

@@ -229,6 +229,7 @@ def _expand_block(  # type: ignore[no-untyped-def]
         b_y1 = tl.load(p_rows_y + o_1 * y_row_stride + o_n, mask=m_n, other=0.0)
         b_y2 = tl.load(p_rows_y + o_2 * y_row_stride + o_n, mask=m_n, other=0.0)
         b_y3 = tl.load(p_rows_y + o_3 * y_row_stride + o_n, mask=m_n, other=0.0)
+    EVICTION: tl.constexpr = "evict_first" if ROWS == 1 else ""  # what a single row reads, hardly another will
     b_d0 = tl.zeros((BLOCK_N,), tl.float32)
     b_d1 = tl.zeros((BLOCK_N,), tl.float32)
     b_d2 = tl.zeros((BLOCK_N,), tl.float32)
@@ -238,7 +239,7 @@ def _expand_block(  # type: ignore[no-untyped-def]
         m_j = o_j < rank
         o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
         p_b = p_pool + o_b[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        b_b = tl.load(p_b, mask=m_j[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        b_b = tl.load(p_b, mask=m_j[:, None] & m_n[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
         b_d0 += _weighted_sum(b_b, p_rows_v + o_j, v_split_stride, SPLITS)
         if ROWS > 1:
             b_d1 += _weighted_sum(b_b, p_rows_v + o_1 * v_row_stride + o_j, v_split_stride, SPLITS)

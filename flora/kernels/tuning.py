@@ -47,8 +47,7 @@ class DecodeTuning:
     split_tokens: int = 512  # of the context per partial result; part of the rounding, so never by batch
     block_tokens: int = 64
     num_warps: int = 4
-    num_stages: int = 3
-    registers: int | None = 128  # per thread, for 4 programs a multiprocessor; None leaves it to the compiler
+    num_stages: int = 2
     programs_per_sm: int = 8  # beside the one that each sequence and KV head has, for contexts of several parts
 
 
@@ -106,7 +105,7 @@ def _wide_lora() -> LoraTuning:
 
 
 def _decode_lora() -> LoraTuning:
-    return LoraTuning(shrink_registers=80)
+    return LoraTuning(shrink_registers=80, programs_per_sm=64)
 
 
 SHORT_LIST = 2  # segments
