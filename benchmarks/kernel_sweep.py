@@ -27,7 +27,7 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "lora", {"expand_registers": None}
     yield "lora", {"expand_registers": 96}
     yield "lora", {"expand_vector_n": 256, "expand_registers": None}
-    for programs in (16, 64):
+    for programs in (32, 96):
         yield "lora", {"programs_per_sm": programs}
     yield "wide_lora", {"programs_per_sm": 16}
     yield "wide_lora", {"programs_per_sm": 32}
@@ -37,6 +37,8 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "wide_lora", {"expand_warps": 8, "expand_vector_n": 256, "expand_matrix_n": 256}
     yield "decode", {"split_tokens": 1024}
     yield "decode", {"split_tokens": 256}
+    yield "decode", {"num_warps": 2}
+    yield "decode", {"num_stages": 3}
     yield "prefill", {"block_tokens": 128}
 
 
@@ -101,6 +103,6 @@ def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
     for batch, context, queries in (
         ((128, 512, 1), (128, 2048, 1)) if part == "decode" else ((1, 2048, 2048), (4, 2048, 512))
     ):
-        step, _ = attention_step(bench, ops, batch, context, queries)
+        step, _ = attention_step(bench, ops, [context] * batch, queries)
         found[f"{batch}x{context}"] = bench.seconds(step) / 2 * 1e6
     return found

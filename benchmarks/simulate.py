@@ -230,7 +230,7 @@ def make_engine(args: argparse.Namespace, setting: Setting, time: Time) -> tuple
         kernels={},
         engine_pid=os.getpid(),
     )
-    policy = Policy(fairness=True, max_wait_s=args.max_wait, cluster=args.cluster)
+    policy = Policy(fairness=args.fairness, max_wait_s=args.max_wait, cluster=args.cluster)
     engine = Engine(
         ready,
         device,
@@ -285,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
     parser.add_argument("--cv", type=float, default=1.0)
     parser.add_argument("--cluster", type=int)
+    parser.add_argument("--fairness", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--max-wait", type=float, default=5.0)
     parser.add_argument("--max-sequences", type=int, default=256)
     parser.add_argument("--max-batch-tokens", type=int, default=2048)

@@ -18,7 +18,7 @@ HTTP_CLIENTS = 256
 _CAPPED_BYTES = 14_500 << 19  # S-LoRA's A10G: 14,500 cells of one token of its 7B shape, 512 KiB each
 _QUEUE_TOKENS = 20_480  # S-LoRA's batch_max_tokens: a sixth of the tokens that the roomy pool holds
 _CAPPED_QUEUE_TOKENS = 2_416  # a sixth of its A10G's, with which its figure 9 was taken
-_ROOMY_BYTES = 60 << 30  # beside 13.5 GB of weights and the step's graphs: what a GPU of 80 GB has room for
+_ROOMY_BYTES = 62 << 30  # beside 13.5 GB of weights and the step's graphs: what a GPU of 80 GB has room for
 _STORM_CONTEXT = 8192  # streams must not end before the storm does
 
 
