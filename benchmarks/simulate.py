@@ -6,7 +6,7 @@
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
 on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
-worth, and proves no throughput. It is fitted to those of 78bb8b3 and within 3.5 % of all sixteen.
+worth, and proves no throughput. It is fitted to those of ccb7a2a and within 3.5 % of all eleven.
 """
 
 import argparse
@@ -66,13 +66,14 @@ class Costs:
 
     products: Sequence[tuple[int, float]]  # (rows, seconds) of a step, rising: it is padded to the next
     kv_bytes: int  # of a token, all layers
-    attention_rate: float = 2.75e12  # bytes a second
+    attention_rate: float = 3.09e12  # bytes a second, beyond
+    attention_s: float = 0.55e-3  # of a step's launches: 17 us a layer
     adapters_s: float = 0.3e-3  # of a step that has any: launches, as far as products do not hide them
-    adapter_s: float = 3.8e-6  # of each in the step, and its bytes
-    adapter_rate: float = 3.2e12
+    adapter_s: float = 3.7e-6  # of each in the step, and its bytes
+    adapter_rate: float = 3.3e12
     shared_rate: float = 11.7e12  # of the bytes that its rows multiply, where many share few
     prompt_row_s: float = 3.2e-6  # of the low-rank terms of prompts
-    step_s: float = 0.6e-3  # everything else
+    step_s: float = 0.45e-3  # everything else
     row_s: float = 3.3e-6  # of each row: norms, rotation, prefill attention, sampling
     bus_rate: float = 50e9
     load_rate: float = 2.0e9  # of one loader
@@ -158,7 +159,7 @@ class Device:
         rows, prompts = sum(chunk.count for chunk in chunks), sum(chunk.count for chunk in chunks if chunk.count > 1)
         context = sum(chunk.start + 1 for chunk in chunks if chunk.count == 1)
         took_s = costs.step_s + costs.products_s(rows) + rows * costs.row_s
-        took_s += context * costs.kv_bytes / costs.attention_rate
+        took_s += costs.attention_s + context * costs.kv_bytes / costs.attention_rate
         if slots:
             rows_s = sum(self.held[slot] for slot in adapter_slots if slot is not None) / costs.shared_rate
             read_s = sum(costs.adapter_s + self.held[slot] / costs.adapter_rate for slot in slots)
@@ -279,7 +280,7 @@ def main() -> None:
     parser.add_argument("setting", choices=[name for name in SETTINGS if name != "small"])
     parser.add_argument("adapters", type=int, nargs="+", help="how many, one line each")
     parser.add_argument("--requests", type=int, default=600)
-    parser.add_argument("--pool-gib", type=float, default=60.0)
+    parser.add_argument("--pool-gib", type=float, default=62.0)
     parser.add_argument("--fixed-slots", type=int, help="as many, of the largest rank, set aside for good")
     parser.add_argument("--merged", type=int, metavar="TOKENS", help="turns of merged adapters; 0: in the best order")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")

@@ -160,6 +160,7 @@ def _paper(make: _Maker) -> Iterator[Entry]:
     few = {"num_requests": 400}
     for preset, number, seconds in (("S2", 5, 35), ("S2", 2000, 40), ("S1", 5, 30), ("S1", 2000, 33)):
         yield make(f"{preset}/{number}", preset, number, seconds, engine=roomy)
+    yield make("S2/2000/cluster-100", "S2", 2000, 40, engine=roomy | {"cluster": 100})
     yield make("S2/5/merged", "S2", 5, 35, merged=True, engine=roomy)
     yield make("S2/5/merged/queue", "S2", 5, 60, merged=True, merged_turn_tokens=_QUEUE_TOKENS, engine=roomy)
     yield from _figure_9(make)

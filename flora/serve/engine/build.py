@@ -39,7 +39,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _OPS = ("lora_shrink", "lora_expand", "paged_attention", "rms_norm", "rope_store", "silu_mul")
 _PREPARING = {
     "cpu": "making ready for steps",
-    "cuda": "capturing steps; a machine's first start compiles their kernels, which takes a minute or two",
+    "cuda": "capturing steps; a machine's first start compiles their kernels, which takes up to a minute on 16 cores",
 }
 _MAX_CELLS = 8192  # of an adapter on a GPU, before graphs are captured anew: 512 MiB of 64 KiB cells
 
