@@ -30,7 +30,7 @@ table      320 420 requests/s for 0, 5, 100, 1000, 2000 adapters; base beside ad
 latency     75 150 one stream: time per token, first token by where the adapter lies
 kernels     90 200 shrink, expand, attention by graph replay; vLLM's and SGLang's kernels beside them where they are
 served     150 260 a storm of loads; 256 clients over HTTP
-paper     1110 1300 S-LoRA's list on its own shapes: S1, S2, merged, slots, early abort, capped, prefetch, clusters
+paper     1150 1340 S-LoRA's list on its own shapes: S1, S2, merged, slots, early abort, capped, prefetch, clusters
 peft        75 140 transformers and PEFT on the same trace
 cost       110 200 2, 5, 20 fine-tunes of the 1B shape: checkpoints in turn, or adapters
 invariant   95 160 what --batch-invariant costs
