@@ -9,7 +9,6 @@ time that they took, and each kernel's share of it. Kernels that run side by sid
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -102,12 +101,11 @@ def main() -> None:
     profile = StepProfile(CudaRunner.launch, args.skip, args.steps)
     CudaRunner.launch = lambda runner, chunks, slots: profile(runner, chunks, slots)  # type: ignore[method-assign]
 
-    from flora.__main__ import run
+    from flora.cli import main as flora
 
     with tempfile.TemporaryDirectory() as folder:
         rows = str(Path(folder) / "rows.jsonl")
-        sys.argv = ["flora", "bench", "suite", args.suite, "--only", args.label, "--out", rows, "--commit", args.commit]
-        code = run()
+        code = flora(["bench", "suite", args.suite, "--only", args.label, "--out", rows, "--commit", args.commit])
     if code or not profile.spans:
         raise SystemExit(code or f"{args.label} ended before step {args.skip + args.steps}")
     facts = {"bench": "profile", "label": f"profile/{args.label}", "gpu": torch.cuda.get_device_name()}
