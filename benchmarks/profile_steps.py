@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--commit", default=commit_of_this_code() or "unknown")
     parser.add_argument("--out", type=Path, help="append the line here")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("steps are profiled on a GPU, and this machine has none")
     profile = StepProfile(CudaRunner.launch, args.skip, args.steps)
     CudaRunner.launch = lambda runner, chunks, slots: profile(runner, chunks, slots)  # type: ignore[method-assign]
 
