@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import triton
-from kernel_attention import attention_step
+from kernel_attention import attention_step, contexts_in_a_run
 from kernel_lora import lora_cases, lora_inputs, lora_step
 from kernel_world import ALL, QKVO, Bench
 
@@ -20,9 +20,9 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "lora", {"shrink_warps": 1}
     yield "lora", {"shrink_warps": 4}
     yield "lora", {"shrink_block_k": 256}
-    yield "lora", {"shrink_stages": 3}
+    yield "lora", {"shrink_stages": 2}
     yield "lora", {"shrink_stages": 6}
-    yield "lora", {"split_elements": 2048}
+    yield "lora", {"split_elements": 1024}
     yield "lora", {"shrink_lanes": 2}
     yield "lora", {"expand_registers": None}
     yield "lora", {"expand_registers": 96}
@@ -38,6 +38,7 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "decode", {"split_tokens": 1024}
     yield "decode", {"split_tokens": 256}
     yield "decode", {"num_warps": 2}
+    yield "decode", {"num_warps": 2, "block_tokens": 32}
     yield "decode", {"num_stages": 3}
     yield "prefill", {"block_tokens": 128}
 
@@ -99,10 +100,10 @@ def time_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int],
 
 
 def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
-    found = {}
-    for batch, context, queries in (
-        ((128, 512, 1), (128, 2048, 1)) if part == "decode" else ((1, 2048, 2048), (4, 2048, 512))
-    ):
-        step, _ = attention_step(bench, ops, [context] * batch, queries)
-        found[f"{batch}x{context}"] = bench.seconds(step) / 2 * 1e6
-    return found
+    if part == "decode":
+        run = contexts_in_a_run(256)
+        cases = {"128x512": ([512] * 128, 1), "1x2048": ([2048], 1), "256 in a run": (run, 1)}
+    else:
+        cases = {"1x2048": ([2048], 2048), "4x2048": ([2048] * 4, 512)}
+    steps = {name: attention_step(bench, ops, lens, queries, 8192)[0] for name, (lens, queries) in cases.items()}
+    return {name: bench.seconds(step) / 2 * 1e6 for name, step in steps.items()}
