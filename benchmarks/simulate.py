@@ -1,12 +1,13 @@
 """What would a schedule give on another device? The engine's own, over a device that only counts what a step costs.
 
-    python benchmarks/simulate.py S2 5 2000                    requests/s of S-LoRA's settings, 60 GiB, over each number
+    python benchmarks/simulate.py S2 5 2000                    requests/s of S-LoRA's settings, 62 GiB, over each number
     python benchmarks/simulate.py S2 200 --pool-gib 7.08 --requests 400 --fixed-slots 24
     python benchmarks/simulate.py S2 5 --merged 20480
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
 on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
-worth, and proves no throughput. It is fitted to those of ccb7a2a and within 3.5 % of all eleven.
+worth, and proves no throughput. It is fitted to those of ccb7a2a and, in 7 GiB, of 78bb8b3, and within 3.5 % of all
+fourteen.
 """
 
 import argparse
@@ -66,14 +67,13 @@ class Costs:
 
     products: Sequence[tuple[int, float]]  # (rows, seconds) of a step, rising: it is padded to the next
     kv_bytes: int  # of a token, all layers
-    attention_rate: float = 3.09e12  # bytes a second, beyond
-    attention_s: float = 0.55e-3  # of a step's launches: 17 us a layer
+    attention_rate: float  # bytes a second
     adapters_s: float = 0.3e-3  # of a step that has any: launches, as far as products do not hide them
     adapter_s: float = 3.7e-6  # of each in the step, and its bytes
     adapter_rate: float = 3.3e12
     shared_rate: float = 11.7e12  # of the bytes that its rows multiply, where many share few
     prompt_row_s: float = 3.2e-6  # of the low-rank terms of prompts
-    step_s: float = 0.45e-3  # everything else
+    step_s: float = 0.6e-3  # everything else
     row_s: float = 3.3e-6  # of each row: norms, rotation, prefill attention, sampling
     bus_rate: float = 50e9
     load_rate: float = 2.0e9  # of one loader
@@ -96,6 +96,7 @@ def costs_of(shape: str) -> Costs:
     return Costs(
         products=[(rows, layers * layer_s + head_s) for rows, layer_s in layer_products(shape)],
         kv_bytes=4 * kv * layers,
+        attention_rate=3.0e12 if config["num_key_value_heads"] >= 32 else 2.74e12,  # contexts as in a run
     )
 
 
@@ -159,7 +160,7 @@ class Device:
         rows, prompts = sum(chunk.count for chunk in chunks), sum(chunk.count for chunk in chunks if chunk.count > 1)
         context = sum(chunk.start + 1 for chunk in chunks if chunk.count == 1)
         took_s = costs.step_s + costs.products_s(rows) + rows * costs.row_s
-        took_s += costs.attention_s + context * costs.kv_bytes / costs.attention_rate
+        took_s += context * costs.kv_bytes / costs.attention_rate
         if slots:
             rows_s = sum(self.held[slot] for slot in adapter_slots if slot is not None) / costs.shared_rate
             read_s = sum(costs.adapter_s + self.held[slot] / costs.adapter_rate for slot in slots)

@@ -52,6 +52,9 @@ SIMULATED = {  # labels of the suite's rows, one for each number of adapters: ho
 SIMULATED_LONG = {
     ("S2/200",): ("S2", "200"),
     ("S2/200/fixed-144",): ("S2", "200", "--fixed-slots", "144"),
+    ("S2/200/capped",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400"),
+    ("S2/200/capped/fixed-20",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "20"),
+    ("S2/200/capped/fixed-24",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "24"),
     ("table/0", "table/5", "table/100"): ("G1", "0", "5", "100", "--pool-gib", "54"),
     ("table/1000", "table/2000"): ("G1", "1000", "2000", "--pool-gib", "54"),
 }
