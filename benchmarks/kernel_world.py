@@ -9,7 +9,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, MODULES, AdapterWeights, Group, Place, WorkList, heaviest_first, padded
+from flora.kernels import (
+    CHUNK,
+    FEW_ROWS,
+    MODULES,
+    AdapterWeights,
+    Group,
+    Place,
+    WorkList,
+    few_rows,
+    heaviest_first,
+    padded,
+)
 
 SEED = 20261121
 RANKS = (8, 16, 32, 64)
@@ -127,10 +138,12 @@ def build_adapters(bench: Bench, num_adapters: int, layers: int) -> tuple[Adapte
 
 
 def work_list(bench: Bench, slots: list[int], block_rows: int, rows_each: int, ranks: list[int]) -> WorkList:
+    """Lists of few rows a segment are cut as an engine cuts them."""
     segments = [
-        (slot, i * rows_each + first, min(block_rows, rows_each - first))
+        (slot, i * rows_each + first, min(each, rows_each - first))
         for i, slot in enumerate(slots)
-        for first in range(0, rows_each, block_rows)
+        for each in (few_rows(rows_each, ranks[slot]) if block_rows == FEW_ROWS else block_rows,)
+        for first in range(0, rows_each, each)
     ]
     segments = heaviest_first(segments, ranks)
     return WorkList.build(segments, block_rows=block_rows, max_rank=max(ranks), device=bench.device)

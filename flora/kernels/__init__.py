@@ -25,7 +25,7 @@ from flora.kernels.project import SideStream, project, project_beside
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import FEW_ROWS, WorkList, heaviest_first, split_segments
+from flora.kernels.work import FEW_ROWS, WorkList, few_rows, heaviest_first, split_segments
 
 __all__ = [
     "ALL_GROUPS",
@@ -44,6 +44,7 @@ __all__ = [
     "ReferenceOps",
     "SideStream",
     "WorkList",
+    "few_rows",
     "heaviest_first",
     "linear",
     "matrix_alignment",

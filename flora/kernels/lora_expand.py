@@ -144,6 +144,12 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
                         i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS,
                         BLOCK_RANK, SMALL_RANK, VECTOR_N,
                     )  # fmt: skip
+                elif num_rows == 2:
+                    _expand_few(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 2, ADD, SPLITS,
+                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
+                    )  # fmt: skip
                 else:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
@@ -205,7 +211,7 @@ def _expand_block(  # type: ignore[no-untyped-def]
     y_row_stride,
     v_split_stride,
     v_row_stride,
-    ROWS: tl.constexpr,  # 1 or 4
+    ROWS: tl.constexpr,  # 1, 2, or 4, of which the last may be missing
     ADD: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -213,12 +219,10 @@ def _expand_block(  # type: ignore[no-untyped-def]
 ):
     """Matrix-vector products in float32, every weight straight into registers, once.
 
-    A row's sums are taken in the same order whether it is alone or one of four. With products and sums rounded apart
+    A row's sums are taken in the same order whether it is alone or one of several. With products and sums rounded apart
     (enable_fp_fusion off: the compiler would else fuse other products with sums in each case), its bits are the same.
     """
-    o_1 = tl.minimum(1, num_rows - 1)  # rows that the segment lacks repeat its last, and are not stored
-    o_2 = tl.minimum(2, num_rows - 1)
-    o_3 = num_rows - 1
+    o_3 = num_rows - 1  # a fourth row that the segment lacks repeats its last, and is not stored
     o_n = n + tl.arange(0, BLOCK_N)
     m_n = o_n < size
     b_y0 = tl.zeros((BLOCK_N,), p_rows_y.dtype.element_ty)
@@ -226,8 +230,9 @@ def _expand_block(  # type: ignore[no-untyped-def]
         b_y0 = tl.load(p_rows_y + o_n, mask=m_n, other=0.0)
     b_y1, b_y2, b_y3 = b_y0, b_y0, b_y0
     if ADD and ROWS > 1:
-        b_y1 = tl.load(p_rows_y + o_1 * y_row_stride + o_n, mask=m_n, other=0.0)
-        b_y2 = tl.load(p_rows_y + o_2 * y_row_stride + o_n, mask=m_n, other=0.0)
+        b_y1 = tl.load(p_rows_y + y_row_stride + o_n, mask=m_n, other=0.0)
+    if ADD and ROWS > 2:
+        b_y2 = tl.load(p_rows_y + 2 * y_row_stride + o_n, mask=m_n, other=0.0)
         b_y3 = tl.load(p_rows_y + o_3 * y_row_stride + o_n, mask=m_n, other=0.0)
     EVICTION: tl.constexpr = "evict_first" if ROWS == 1 else ""  # what a single row reads, hardly another will
     b_d0 = tl.zeros((BLOCK_N,), tl.float32)
@@ -242,16 +247,19 @@ def _expand_block(  # type: ignore[no-untyped-def]
         b_b = tl.load(p_b, mask=m_j[:, None] & m_n[None, :], other=0.0, eviction_policy=EVICTION).to(tl.float32)
         b_d0 += _weighted_sum(b_b, p_rows_v + o_j, v_split_stride, SPLITS)
         if ROWS > 1:
-            b_d1 += _weighted_sum(b_b, p_rows_v + o_1 * v_row_stride + o_j, v_split_stride, SPLITS)
-            b_d2 += _weighted_sum(b_b, p_rows_v + o_2 * v_row_stride + o_j, v_split_stride, SPLITS)
+            b_d1 += _weighted_sum(b_b, p_rows_v + v_row_stride + o_j, v_split_stride, SPLITS)
+        if ROWS > 2:
+            b_d2 += _weighted_sum(b_b, p_rows_v + 2 * v_row_stride + o_j, v_split_stride, SPLITS)
             b_d3 += _weighted_sum(b_b, p_rows_v + o_3 * v_row_stride + o_j, v_split_stride, SPLITS)
     tl.store(p_rows_y + o_n, (b_y0.to(tl.float32) + scale * b_d0).to(b_y0.dtype), mask=m_n)
     if ROWS > 1:
         p_y1 = p_rows_y + y_row_stride + o_n
-        m_2, m_3 = m_n & (num_rows > 2), m_n & (num_rows > 3)
         tl.store(p_y1, (b_y1.to(tl.float32) + scale * b_d1).to(b_y0.dtype), mask=m_n)
-        tl.store(p_y1 + y_row_stride, (b_y2.to(tl.float32) + scale * b_d2).to(b_y0.dtype), mask=m_2)
-        tl.store(p_y1 + 2 * y_row_stride, (b_y3.to(tl.float32) + scale * b_d3).to(b_y0.dtype), mask=m_3)
+    if ROWS > 2:
+        p_y2 = p_rows_y + 2 * y_row_stride + o_n
+        m_3 = m_n & (num_rows > 3)
+        tl.store(p_y2, (b_y2.to(tl.float32) + scale * b_d2).to(b_y0.dtype), mask=m_n)
+        tl.store(p_y2 + y_row_stride, (b_y3.to(tl.float32) + scale * b_d3).to(b_y0.dtype), mask=m_3)
 
 
 @triton.jit

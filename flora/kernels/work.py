@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 4  # rows of a segment in a decode step's list; a row's bits are the same in any segment of up to so many
+_PAIRED_ROWS = 6  # with one adapter, up to which two a segment are faster than four (benchmarks/NOTES.md)
+_SMALL_RANK = 8  # and its rank, up to which they are not
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,9 +46,16 @@ class WorkList:
         return cls(table.to(device), count.to(device), block_rows, max_rank)
 
 
+def few_rows(num_rows: int, rank: int) -> int:
+    """Rows a segment, up to FEW_ROWS, for so many rows of a decode step that share an adapter of this rank."""
+    return 2 if num_rows <= _PAIRED_ROWS and rank > _SMALL_RANK else FEW_ROWS
+
+
 def heaviest_first(segments: Iterable[tuple[int, int, int]], ranks: Sequence[int]) -> list[tuple[int, int, int]]:
-    """The segments by falling rank of their slot, so that the last programs that a GPU starts are short ones."""
-    return sorted(segments, key=lambda segment: -ranks[segment[0]])
+    """The segments by falling rank of their slot, of one rank those of more rows first, so that the last programs that
+    a GPU starts are short ones.
+    """
+    return sorted(segments, key=lambda segment: (-ranks[segment[0]], -segment[2]))
 
 
 def split_segments(row_slots: Iterable[int | None], block_rows: int) -> list[tuple[int, int, int]]:

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from flora.kernels import Group, ReferenceOps, WorkList, heaviest_first, matrix_alignment, row_alignment, split_segments
+from flora.kernels import (
+    FEW_ROWS,
+    Group,
+    ReferenceOps,
+    WorkList,
+    few_rows,
+    heaviest_first,
+    matrix_alignment,
+    row_alignment,
+    split_segments,
+)
 from tests.kernels.scenes import NAN, Adapter, Shape, expected_lora, pack_adapters, random_adapter, work_for
 
 SHAPE = Shape(hidden=100, kv=63, ff=200)
@@ -97,10 +107,17 @@ def test_rows_start_on_what_divides_their_length_and_their_matrix_start():
     assert row_alignment(256, 4096) == 256
 
 
-def test_the_heaviest_adapters_come_first_and_keep_their_rows():
-    segments = [(0, 0, 4), (2, 4, 1), (1, 5, 2)]
+def test_the_heaviest_adapters_come_first_of_one_rank_most_rows_and_keep_their_rows():
+    segments = [(0, 0, 4), (2, 4, 1), (1, 5, 2), (3, 7, 2)]
 
-    assert heaviest_first(segments, ranks=[8, 64, 16]) == [(1, 5, 2), (2, 4, 1), (0, 0, 4)]
+    assert heaviest_first(segments, ranks=[8, 64, 16, 16]) == [(1, 5, 2), (3, 7, 2), (2, 4, 1), (0, 0, 4)]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "rank", "each"), [(1, 64, 2), (6, 64, 2), (7, 64, FEW_ROWS), (6, 9, 2), (6, 8, FEW_ROWS)]
+)
+def test_few_rows_with_one_adapter_go_in_twos_unless_its_rank_is_small(num_rows, rank, each):
+    assert few_rows(num_rows, rank) == each
 
 
 def test_a_work_list_refuses_more_segments_than_it_holds():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora.kernels import FEW_ROWS
+from flora.kernels import FEW_ROWS, few_rows
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
@@ -84,8 +84,10 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(seed, one_list):
         for name, most in (("decode", FEW_ROWS), ("prefill", PREFILL_BLOCK_ROWS)):
             segments = sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]]
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
+            rows_of = {slot: sum(other[2] for other in segments if other[0] == slot) for slot, _, _ in segments}
             for slot, first, number in segments:
                 assert 0 < number <= most
+                assert name == "prefill" or number <= few_rows(rows_of[slot], RANKS[slot])
                 for met_row in range(first, first + number):
                     assert met_row not in met
                     assert is_single[met_row] == (name == "decode") or one_list

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import FEW_ROWS, heaviest_first
+from flora.kernels import few_rows, heaviest_first
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -85,25 +85,37 @@ class StepFiller:
         host["prefill_range"][:] = num_decoding, num_sequences
         first_rows = ends - counts
         decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
-        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, FEW_ROWS)
-        self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, PREFILL_BLOCK_ROWS)
+        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, few_rows)
+        self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, _prompt_rows)
         self._pad(host, rows, padded_rows, num_sequences, num_sampled)
         self.inputs.send()
 
     def _fill_segments(
-        self, host: Arrays, name: str, slots: np.ndarray, first_rows: np.ndarray, end_row: int, block_rows: int
+        self,
+        host: Arrays,
+        name: str,
+        slots: np.ndarray,
+        first_rows: np.ndarray,
+        end_row: int,
+        rows_each: Callable[[int, int], int],
     ) -> None:
-        """Runs of rows with one adapter, cut to `block_rows`. slots, first_rows  of sequences in order of their rows"""
+        """Runs of rows with one adapter, cut to segments.
+
+        slots, first_rows  of sequences in order of their rows
+        rows_each          of a run's length and its adapter's rank: rows a segment
+        """
+        ranks = self._slot_ranks()
         edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
         run_slots = slots[edges].tolist()
         run_starts = first_rows[edges].tolist()
         segments = [
-            (slot, row, min(block_rows, end - row))
+            (slot, row, min(each, end - row))
             for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
-            for row in range(start, end, block_rows)
+            for each in (rows_each(end - start, ranks[slot]),)
+            for row in range(start, end, each)
         ]
         if segments:
-            host[name][: len(segments)] = heaviest_first(segments, self._slot_ranks())
+            host[name][: len(segments)] = heaviest_first(segments, ranks)
         host[f"num_{name}"][:] = len(segments)
 
     def fill_nothing(self) -> None:
@@ -126,3 +138,7 @@ class StepFiller:
         host["logits_rows"][num_sampled:end_sequence] = 0
         host["sampled_lanes"][num_sampled:end_sequence] = self.lanes.spare
         host["query_starts"][sequence + 1 : end_sequence + 1] = row
+
+
+def _prompt_rows(num_rows: int, rank: int) -> int:
+    return PREFILL_BLOCK_ROWS
