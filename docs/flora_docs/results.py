@@ -33,6 +33,10 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
         "How long do a layer's products take, by rows? (Steps are padded past 240 and 448.)",
         ("shape", "rows", "layer_us", "us", "gpu"),
     ),
+    "profile": (
+        "Where does a step's time go? (Kernels in the file, by their milliseconds.)",
+        ("label", "with_prompts", "rows", "sequences", "context", "distinct", "step_ms", "busy_ms", "gpu"),
+    ),
     "load": (
         "How long does an adapter take from its file to the host cache?",
         ("shape", "modules", "rank", "num_bytes", "pack_ms", "pack_cpu_ms", "loader_ms", "load"),

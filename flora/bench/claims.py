@@ -61,6 +61,7 @@ CLAIMS = (
     Claim("bf16 error over PEFT's", "error_ratio", "gate", at_most=2.0),
     _at_least("S1: 2,000 adapters over 5", 0.95, "S1/2000", "S1/5"),
     _at_least("S2: 2,000 adapters over 5", 0.90, "S2/2000", "S2/5"),
+    _at_least("S2: 2,000 adapters in clusters of 100 over 5", 0.90, "S2/2000/cluster-100", "S2/5"),
     _at_least("S2: on the fly over merged in S-LoRA's order, 5 adapters", 1.9, "S2/5", "S2/5/merged/queue"),
     _at_least("S2: on the fly over merged in S-LoRA's pool and order, 5 adapters", 1.9,
               "S2/5/capped", "S2/5/capped/merged/queue"),

@@ -123,7 +123,7 @@ class SuiteRun:
                 yield row
         except FloraError as error:
             self.outcome.failed[entry.label] = error
-            self._tell(f"{entry.label} failed: {error.what}")
+            self._tell(f"{entry.label} failed: {told(error)}")
         else:
             self.outcome.done.append(entry.label)
             self._tell(f"{entry.label} done in {self._clock() - started_s:.0f} s")
@@ -146,6 +146,11 @@ class SuiteRun:
 
     def _has_time(self, seconds: float) -> bool:
         return self._clock() + seconds <= self._end_s
+
+
+def told(error: FloraError) -> str:
+    """What happened and why: the last words of a server that ended are the cause."""
+    return f"{error.what}: {error.cause}" if error.cause else error.what
 
 
 def is_measured(entry: Entry, rows: Rows, where: Surroundings) -> bool:

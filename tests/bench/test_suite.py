@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -10,9 +11,10 @@ import pytest
 
 from flora.bench.engines import World
 from flora.bench.facts import Surroundings
-from flora.bench.suite import START_S, SuiteRun, is_measured
+from flora.bench.suite import START_S, SuiteRun, is_measured, told
 from flora.bench.suites import FULL, SMALL, SUITES, Entry, entries_of
 from flora.cli import main
+from flora.errors import ServeError
 from flora.serve.config import EngineConfig
 
 ENGINE = EngineConfig(
@@ -121,8 +123,9 @@ def test_what_is_there_of_this_commit_and_gpu_is_not_measured_again():
 def test_arrivals_come_at_a_share_of_what_was_reached():
     rows, _ = measure(small("S2/200", "S2/200/fcfs/cv4"))
 
-    reached, arrivals = rows
-    assert arrivals["rate"] == pytest.approx(1.3 * reached["req_s"], abs=0.01)
+    *reached, arrivals = rows
+    assert [row["seed"] for row in reached] == [42, 43, 44]
+    assert arrivals["rate"] == pytest.approx(1.3 * median(row["req_s"] for row in reached), abs=0.01)
     assert arrivals["requests"] == max(2, int(arrivals["rate"] * 75 / 200))
     assert (arrivals["cv"], arrivals["slo_ttft_s"]) == (4.0, 2.0)
 
@@ -149,10 +152,18 @@ def test_a_measurement_that_fails_costs_its_neighbours_nothing():
     broken, sound = small("table/5", "table/100")
     crowded = replace(broken.bench, engine=msgspec.structs.replace(ENGINE, max_waiting=1))
 
-    rows, run = measure([replace(broken, bench=crowded), sound])
+    said: list[str] = []
+
+    rows, run = measure([replace(broken, bench=crowded), sound], tell=said.append)
 
     assert list(run.outcome.failed) == [broken.label]
+    assert f"{broken.label} failed: {told(run.outcome.failed[broken.label])}" in said
     assert [row["label"] for row in rows] == run.outcome.done == [sound.label]
+
+
+def test_what_failed_is_told_with_its_cause():
+    assert told(ServeError("it did not come up", cause="no module named x")) == "it did not come up: no module named x"
+    assert told(ServeError("it did not come up")) == "it did not come up"
 
 
 def test_the_command_goes_on_where_it_was_cut_off(tmp_path, capfd):

@@ -66,7 +66,7 @@ def suite(
     """
     from flora.bench.facts import Surroundings
     from flora.bench.row import append_row, commit_of_this_code, read_rows
-    from flora.bench.suite import SuiteRun, is_measured
+    from flora.bench.suite import SuiteRun, is_measured, told
 
     form = choose_format(as_json=as_json, ids_only=False)
     device, dtype = resolve_device(device, dtype)
@@ -91,7 +91,7 @@ def suite(
     print_findings(form, _findings([out]))
     if outcome.failed:
         label, error = next(iter(outcome.failed.items()))
-        raise CheckFailed(f"{len(outcome.failed)} measurements failed, {label} first", cause=error.what)
+        raise CheckFailed(f"{len(outcome.failed)} measurements failed, {label} first", cause=told(error))
 
 
 def claims(
