@@ -6,7 +6,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flora.kernels.context import Context
-from flora.kernels.decode_attention import LOG2_E
+from flora.kernels.online_softmax import LOG2_E, add_tokens, load_tokens
 from flora.kernels.tuning import WIDE_HEADS, PrefillTuning, grid_size, overlapped
 
 
@@ -155,23 +155,14 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
             for first in range(0, end, BLOCK_TOKENS):
                 o_tokens = first + tl.arange(0, BLOCK_TOKENS)
                 m_tokens = o_tokens < end
-                page = tl.load(p_table + o_tokens // PAGE_TOKENS, mask=m_tokens, other=0)
-                o_slots = page.to(tl.int64) * page_stride + o_tokens % PAGE_TOKENS * token_stride
-                m_kv = m_tokens[:, None] & m_dim[None, :]
-                b_k = tl.load(p_head + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-                b_v = tl.load(p_head + value_stride + o_slots[:, None] + o_dim[None, :], mask=m_kv, other=0.0)
-                if not SAME_DTYPE:
-                    b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
+                b_k, b_v = load_tokens(
+                    p_head, p_table, o_tokens, m_tokens, m_dim, page_stride, value_stride, token_stride, PAGE_TOKENS,
+                    BLOCK_DIM, SAME_DTYPE,
+                )  # fmt: skip
                 b_scores = tl.dot(b_q.to(b_k.dtype), tl.trans(b_k), input_precision="ieee") * scale_log2
                 m_seen = (o_tokens[None, :] <= positions[:, None]) & m_tokens[None, :]
                 b_scores = tl.where(m_seen, b_scores, float("-inf"))
-                b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-                b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)  # a row past the last query sees nothing
-                b_decay = tl.exp2(b_max - b_shift)
-                b_p = tl.exp2(b_scores - b_shift[:, None])
-                b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None], input_precision="ieee")
-                b_max = b_new_max
+                b_max, b_sum, b_out = add_tokens(b_scores, b_v, b_max, b_sum, b_out, SEES_SOME=False)
             b_out = tl.where(b_sum[:, None] > 0, b_out / b_sum[:, None], 0.0)
             p_rows = p_out + rows * out_row_stride + heads * out_head_stride
             tl.store(p_rows[:, None] + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
