@@ -7,9 +7,11 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from flora.kernels.tuning import LoraTuning
+
 FEW_ROWS = 4  # rows of a segment in a decode step's list; a row's bits are the same in any segment of up to so many
 _PAIRED_ROWS = 6  # with one adapter, up to which two a segment are faster than four (benchmarks/NOTES.md)
-_SMALL_RANK = 8  # and its rank, up to which they are not
+_SMALL_RANK = LoraTuning().expand_small_rank  # up to which they are not
 
 
 @dataclass(frozen=True, slots=True, eq=False)
