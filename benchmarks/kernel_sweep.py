@@ -37,6 +37,8 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "wide_lora", {"expand_warps": 8, "expand_vector_n": 256, "expand_matrix_n": 256}
     yield "decode", {"split_tokens": 1024}
     yield "decode", {"split_tokens": 256}
+    yield "decode", {"whole_tokens": 768}
+    yield "decode", {"whole_tokens": 1024}
     yield "decode", {"num_warps": 2}
     yield "decode", {"num_warps": 2, "block_tokens": 32}
     yield "decode", {"num_stages": 3}
@@ -102,7 +104,13 @@ def time_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int],
 def time_attention(bench: Bench, ops: Ops, part: str) -> dict[str, float]:
     if part == "decode":
         run = contexts_in_a_run(256)
-        cases = {"128x512": ([512] * 128, 1), "1x2048": ([2048], 1), "256 in a run": (run, 1)}
+        cases = {
+            "128x512": ([512] * 128, 1),
+            "1x900": ([900], 1),
+            "16x900": ([900] * 16, 1),
+            "1x2048": ([2048], 1),
+            "256 in a run": (run, 1),
+        }
     else:
         cases = {"1x2048": ([2048], 2048), "4x2048": ([2048] * 4, 512)}
     steps = {name: attention_step(bench, ops, lens, queries, 8192)[0] for name, (lens, queries) in cases.items()}

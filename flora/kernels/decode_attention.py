@@ -27,11 +27,11 @@ def decode_attention(
 ) -> None:
     """Rows of `out` that belong to sequences with exactly one query; the other rows are left alone.
 
-    A context is cut every split_tokens, whoever else is in the batch, so a row's bits depend on its own sequence alone.
-    Of a sequence's programs the last to arrive puts the parts together, in the order of the context: a launch of its
-    own for that would have nothing to do for most sequences, which are too short to have parts.
+    A context of more than whole_tokens is cut every split_tokens, whoever else is in the batch, so a row's bits depend
+    on its own sequence alone. Of a sequence's programs the last to arrive puts the parts together, in the order of the
+    context: a launch of its own for that would have nothing to do for most sequences, which are too short for parts.
 
-    parts     the context's, cut every tuning.split_tokens
+    parts     the context's, cut as the tuning says
     arrivals  int32 [num_sequences * num_kv_heads] or longer: zeros, and zeros again when the launch has ended
     Ground truth: ReferenceOps.paged_attention.  Source: FlashDecoding (2023), FlashAttention-2 (arXiv:2307.08691).
     """
@@ -73,6 +73,7 @@ def decode_attention(
         BLOCK_DIM=block_dim,
         BLOCK_TOKENS=tuning.block_tokens,
         SPLIT_TOKENS=tuning.split_tokens,
+        WHOLE_TOKENS=max(tuning.whole_tokens, tuning.split_tokens),
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
@@ -109,6 +110,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     SPLIT_TOKENS: tl.constexpr,
+    WHOLE_TOKENS: tl.constexpr,
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -137,6 +139,8 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
         b_sum = tl.zeros((BLOCK_HEADS,), tl.float32)
         b_out = tl.zeros((BLOCK_HEADS, BLOCK_DIM), tl.float32)
         end = tl.minimum(seq_len, (i_split + 1) * SPLIT_TOKENS)
+        if WHOLE_TOKENS > SPLIT_TOKENS:
+            end = tl.where(seq_len <= WHOLE_TOKENS, seq_len, end)
         for first in range(i_split * SPLIT_TOKENS, end, BLOCK_TOKENS):
             o_tokens = first + tl.arange(0, BLOCK_TOKENS)
             m_tokens = o_tokens < end
@@ -149,7 +153,7 @@ def _decode_attention_kernel(  # type: ignore[no-untyped-def]
             b_max, b_sum, b_out = add_tokens(b_scores, b_v, b_max, b_sum, b_out, SEES_SOME=True)
         b_out = tl.where(seq_len > 0, b_out / b_sum[:, None], 0.0)
         p_row = p_out + row.to(tl.int64) * out_row_stride + heads[:, None] * out_head_stride
-        if seq_len <= SPLIT_TOKENS:
+        if seq_len <= WHOLE_TOKENS:
             tl.store(p_row + o_dim[None, :], b_out.to(p_out.dtype.element_ty), mask=m_q)
         else:
             num_splits = tl.cdiv(seq_len, SPLIT_TOKENS)

@@ -11,10 +11,13 @@ import triton.language as tl
 from flora.kernels.context import Context, DecodeParts
 
 
-def list_decode_parts(context: Context, page_tokens: int, part_tokens: int, class_tokens: int) -> DecodeParts:
+def list_decode_parts(
+    context: Context, page_tokens: int, part_tokens: int, class_tokens: int, whole_tokens: int = 0
+) -> DecodeParts:
     """Contexts cut every `part_tokens`. One without tokens has one part, so that its row gets its zeros.
 
     class_tokens  parts are ordered by how many times so many tokens they begin
+    whole_tokens  contexts of at most so many are not cut
     """
     num_sequences, max_pages = context.block_tables.shape
     capacity = num_sequences * max(triton.cdiv(max_pages * page_tokens, part_tokens), 1)
@@ -29,6 +32,7 @@ def list_decode_parts(context: Context, page_tokens: int, part_tokens: int, clas
         parts.count,
         num_sequences,
         PART_TOKENS=part_tokens,
+        WHOLE_TOKENS=max(whole_tokens, part_tokens),
         CLASS_TOKENS=class_tokens,
         BLOCK=256,
     )
@@ -43,29 +47,49 @@ def _decode_parts_kernel(  # type: ignore[no-untyped-def]
     p_count,
     num_sequences,
     PART_TOKENS: tl.constexpr,
+    WHOLE_TOKENS: tl.constexpr,  # at least PART_TOKENS
     CLASS_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,  # sequences at a time
 ):
+    num_classes: tl.constexpr = (WHOLE_TOKENS + CLASS_TOKENS - 1) // CLASS_TOKENS
+    longer: tl.constexpr = num_classes - (PART_TOKENS + CLASS_TOKENS - 1) // CLASS_TOKENS  # classes above a part's
     count = 0
+    for step in range(longer):
+        count = _list_ends(
+            p_seq_lens, p_starts, p_items, count, num_sequences, num_classes - step, PART_TOKENS, WHOLE_TOKENS,
+            CLASS_TOKENS, BLOCK,
+        )  # fmt: skip
     for first in range(0, num_sequences, BLOCK):
         sequences, rows, lens, is_decoding = _sequences(p_seq_lens, p_starts, first, num_sequences, BLOCK)
-        whole = tl.where(is_decoding, lens // PART_TOKENS, 0)
-        places = count + tl.cumsum(whole) - whole
-        for part in range(tl.max(whole)):
-            _store_items(p_items, places + part, sequences, part, rows, lens, part < whole)
-        count += tl.sum(whole)
-    num_classes: tl.constexpr = (PART_TOKENS + CLASS_TOKENS - 1) // CLASS_TOKENS
-    for step in range(num_classes):
-        for first in range(0, num_sequences, BLOCK):
-            sequences, rows, lens, is_decoding = _sequences(p_seq_lens, p_starts, first, num_sequences, BLOCK)
-            rest = lens % PART_TOKENS
-            is_part = is_decoding & ((rest > 0) | (lens == 0))
-            is_class = tl.maximum(tl.cdiv(rest, CLASS_TOKENS), 1) == num_classes - step
-            chosen = (is_part & is_class).to(tl.int32)
-            places = count + tl.cumsum(chosen) - chosen
-            _store_items(p_items, places, sequences, lens // PART_TOKENS, rows, lens, chosen != 0)
-            count += tl.sum(chosen)
+        full = tl.where(is_decoding & (lens > WHOLE_TOKENS), lens // PART_TOKENS, 0)
+        places = count + tl.cumsum(full) - full
+        for part in range(tl.max(full)):
+            _store_items(p_items, places + part, sequences, part, rows, lens, part < full)
+        count += tl.sum(full)
+    for step in range(longer, num_classes):
+        count = _list_ends(
+            p_seq_lens, p_starts, p_items, count, num_sequences, num_classes - step, PART_TOKENS, WHOLE_TOKENS,
+            CLASS_TOKENS, BLOCK,
+        )  # fmt: skip
     tl.store(p_count, count)
+
+
+@triton.jit
+def _list_ends(  # type: ignore[no-untyped-def]
+    p_seq_lens, p_starts, p_items, count, num_sequences, i_class, PART_TOKENS: tl.constexpr,
+    WHOLE_TOKENS: tl.constexpr, CLASS_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The number of parts listed, now with contexts' last or only parts that begin i_class times CLASS_TOKENS."""
+    for first in range(0, num_sequences, BLOCK):
+        sequences, rows, lens, is_decoding = _sequences(p_seq_lens, p_starts, first, num_sequences, BLOCK)
+        is_cut = lens > WHOLE_TOKENS
+        rest = tl.where(is_cut, lens % PART_TOKENS, lens)
+        is_class = tl.maximum(tl.cdiv(rest, CLASS_TOKENS), 1) == i_class
+        chosen = (is_decoding & is_class & ((rest > 0) | (lens == 0))).to(tl.int32)
+        places = count + tl.cumsum(chosen) - chosen
+        _store_items(p_items, places, sequences, tl.where(is_cut, lens // PART_TOKENS, 0), rows, lens, chosen != 0)
+        count += tl.sum(chosen)
+    return count
 
 
 @triton.jit

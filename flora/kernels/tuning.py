@@ -45,6 +45,7 @@ class LoraTuning:
 @dataclass(frozen=True, slots=True)
 class DecodeTuning:
     split_tokens: int = 512  # of the context per partial result; part of the rounding, so never by batch
+    whole_tokens: int = 512  # of a context that is not cut at all; by its own length, so never by batch either
     block_tokens: int = 64
     num_warps: int = 4
     num_stages: int = 2

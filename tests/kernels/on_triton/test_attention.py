@@ -9,7 +9,7 @@ from tests.kernels.caches import PagedCache
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SMALL = Tuning(
-    decode=DecodeTuning(split_tokens=32, block_tokens=16, programs_per_sm=1),
+    decode=DecodeTuning(split_tokens=32, whole_tokens=40, block_tokens=16, programs_per_sm=1),
     prefill=PrefillTuning(block_rows=16, block_tokens=16, num_warps=4),
 )
 HEADS = [(6, 2, 64), (2, 2, 16), (4, 1, 80)]  # query heads, KV heads, head_dim
