@@ -11,14 +11,14 @@ from tests.real.commands import flora
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 # Of fewer than 400 questions this task's accuracy says little (the kit's README): the usual run allows more for chance.
-NUM_QUESTIONS, LEAST = (400, 0.43) if IS_FULL else (96, 0.36)
-LOSS = 0.05
+NUM_QUESTIONS, LEAST, LOSS = (400, 0.45, 0.05) if IS_FULL else (96, 0.40, 0.08)
 
 
 def test_a_skill_that_lives_in_the_embeddings_comes_back_with_them_through_peft(
     fixtures, base: Path, g2p: Path, tmp_path: Path
 ):
     """Linear layers alone bring 0.295 of its 0.48 back at any rank (docs/embeddings.md)."""
+    tuned = json.loads(fixtures.run("eval_task.py", "g2p", g2p, "--limit", str(NUM_QUESTIONS)))["exact_match"]
     recipe = ["--budget", "67MB", "--dtype", "float8", "--embeddings", "--vectors", "--out", tmp_path / "adapter"]
 
     adapter = flora("extract", base, g2p, *recipe, "--json", FLORA_HOME=str(tmp_path / "home"))["adapters"][0]
@@ -27,8 +27,5 @@ def test_a_skill_that_lives_in_the_embeddings_comes_back_with_them_through_peft(
     assert adapter["num_bytes"] < 67.2e6  # a quarter of the checkpoint
     assert adapter["left_out"] == []
     assert 0.87 < adapter["kept_share"] < 0.89
-    answers_right = json.loads(judged)["exact_match"]
-    assert answers_right > LEAST
-    if IS_FULL:  # asking the checkpoint takes as long as all the rest
-        tuned = json.loads(fixtures.run("eval_task.py", "g2p", g2p, "--limit", str(NUM_QUESTIONS)))["exact_match"]
-        assert answers_right >= tuned - LOSS
+    assert tuned > LEAST
+    assert json.loads(judged)["exact_match"] >= tuned - LOSS

@@ -15,12 +15,13 @@ from tests.serving import running_server
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 # Of fewer than 400 questions this task's accuracy says little (the kit's README): the usual run allows more for chance.
-NUM_QUESTIONS, LEAST = (400, 0.75) if IS_FULL else (96, 0.65)
-LOSS = 0.03
+NUM_QUESTIONS, LEAST, LOSS = (400, 0.75, 0.03) if IS_FULL else (96, 0.65, 0.05)
 
 
 def test_an_adapter_of_rank_64_answers_like_its_checkpoint(fixtures, base: Path, lemma: Path, tmp_path: Path):
     home = {"FLORA_HOME": str(tmp_path / "home")}
+    tuned = json.loads(fixtures.run("eval_task.py", "lemma", lemma, "--limit", str(NUM_QUESTIONS)))["exact_match"]
+
     report = flora("extract", base, lemma, "--rank", "64", "--name", "lemma", "--json", **home)
     with running_server(base, env=home) as url:
         served = exact_match(fixtures.kit, "lemma", url, model="lemma")
@@ -31,11 +32,9 @@ def test_an_adapter_of_rank_64_answers_like_its_checkpoint(fixtures, base: Path,
     assert 0.70 < adapter["kept_share_of_modules"] < 0.72  # the kit's README: 0.71 of the linear layers at rank 64
     assert 0.26 < left["embeddings"] < 0.28  # and 27 % of the squared change in the tied embedding
     assert any("embeddings" in advice for advice in adapter["advice"])
-    assert served > LEAST
+    assert tuned > LEAST
+    assert served >= tuned - LOSS
     assert untouched == 0.0
-    if IS_FULL:  # asking the checkpoint takes as long as asking the server
-        tuned = json.loads(fixtures.run("eval_task.py", "lemma", lemma, "--limit", str(NUM_QUESTIONS)))["exact_match"]
-        assert served >= tuned - LOSS
 
 
 def exact_match(kit: Path, task_name: str, url: str, model: str, limit: int = NUM_QUESTIONS) -> float:
