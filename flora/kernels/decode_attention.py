@@ -73,7 +73,7 @@ def decode_attention(
         BLOCK_DIM=block_dim,
         BLOCK_TOKENS=tuning.block_tokens,
         SPLIT_TOKENS=tuning.split_tokens,
-        WHOLE_TOKENS=max(tuning.whole_tokens, tuning.split_tokens),
+        WHOLE_TOKENS=tuning.uncut_tokens,
         SAME_DTYPE=q.dtype == kv.dtype,
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,

@@ -12,12 +12,12 @@ from flora.kernels.context import Context, DecodeParts
 
 
 def list_decode_parts(
-    context: Context, page_tokens: int, part_tokens: int, class_tokens: int, whole_tokens: int = 0
+    context: Context, page_tokens: int, part_tokens: int, class_tokens: int, whole_tokens: int
 ) -> DecodeParts:
     """Contexts cut every `part_tokens`. One without tokens has one part, so that its row gets its zeros.
 
     class_tokens  parts are ordered by how many times so many tokens they begin
-    whole_tokens  contexts of at most so many are not cut
+    whole_tokens  contexts of at most so many are not cut; at least part_tokens
     """
     num_sequences, max_pages = context.block_tables.shape
     capacity = num_sequences * max(triton.cdiv(max_pages * page_tokens, part_tokens), 1)
@@ -32,7 +32,7 @@ def list_decode_parts(
         parts.count,
         num_sequences,
         PART_TOKENS=part_tokens,
-        WHOLE_TOKENS=max(whole_tokens, part_tokens),
+        WHOLE_TOKENS=whole_tokens,
         CLASS_TOKENS=class_tokens,
         BLOCK=256,
     )

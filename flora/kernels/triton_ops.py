@@ -68,7 +68,7 @@ class TritonOps:
         if self.batch_invariant:
             return context
         decode = self.tuning.decode
-        parts = list_decode_parts(context, page_tokens, decode.split_tokens, decode.block_tokens, decode.whole_tokens)
+        parts = list_decode_parts(context, page_tokens, decode.split_tokens, decode.block_tokens, decode.uncut_tokens)
         return replace(context, parts=parts)
 
     def paged_attention(self, q: Tensor, kv: Tensor, context: Context, softmax_scale: float) -> Tensor:

@@ -51,6 +51,11 @@ class DecodeTuning:
     num_stages: int = 2
     programs_per_sm: int = 8  # beside the one that each sequence and KV head has, for contexts of several parts
 
+    @property
+    def uncut_tokens(self) -> int:
+        """Of the longest context that is one part."""
+        return max(self.whole_tokens, self.split_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillTuning:
