@@ -4,6 +4,7 @@ import pytest
 
 from flora.errors import OutOfPages, Overloaded
 from flora.serve.engine.schedule.pages import Use
+from flora.serve.engine.schedule.scheduler import Limits
 from flora.serve.engine.schedule.sequence import State
 from tests.serve.engine.desk import Desk, names
 
@@ -41,6 +42,37 @@ def test_decoding_rows_go_before_an_older_prompt():
         desk.step()
 
     assert desk.step()["short"][1] == 1
+
+
+def test_prompts_fill_steps_until_half_of_the_places_decode_and_then_ride_along():
+    """Four places: one that decodes leaves a prompt all rows of a step, two leave it 510."""
+    desk = Desk(num_pages=1000, max_sequences=4, max_batch_tokens=1500)
+    desk.submit("a", 2, max_tokens=100)
+    desk.step()
+    desk.submit("b", 1499, max_tokens=3)
+
+    assert desk.step() == {"a": (2, 1), "b": (0, 1499)}
+
+    desk.submit("c", 1500)
+    assert desk.step() == {"a": (3, 1), "b": (1499, 1), "c": (0, 510)}
+    assert desk.step() == {"a": (4, 1), "b": (1500, 1), "c": (510, 510)}
+    assert desk.step() == {"a": (5, 1), "c": (1020, 480)}
+
+
+@pytest.mark.parametrize(
+    ("max_sequences", "max_batch_tokens", "num_decoding", "rows"),
+    [
+        (256, 2048, 127, 2048),
+        (256, 2048, 128, 512),
+        (256, 2048, 256, 512),
+        (256, 300, 256, 300),  # never more than allowed
+        (400, 2048, 400, 800),  # and always as many for prompts as decode
+    ],
+)
+def test_rows_of_a_step(max_sequences, max_batch_tokens, num_decoding, rows):
+    limits = Limits(16, max_sequences, max_batch_tokens, max_waiting=1)
+
+    assert limits.rows_of_step(num_decoding) == rows
 
 
 def test_requests_are_admitted_in_order_of_arrival_up_to_max_sequences():

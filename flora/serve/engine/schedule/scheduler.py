@@ -1,7 +1,7 @@
 """Which rows the next step computes: continuous batching over pages and adapters. Integers only, no torch, no clock.
 
     plan      running sequences first: a row for each that decodes, then chunks of prompts, oldest first, within
-              `max_batch_tokens`; then admissions, in the order that waiting.py gives
+              the step's rows (`Limits.rows_of_step`); then admissions, in the order that waiting.py gives
     admit     whoever fits, see admission.py
     share     full pages of a prompt are in the prefix cache from the step on that computes them; whoever is admitted
               after, in that very step too, starts behind them. (A step's rows all store their keys before any attends.)
@@ -30,12 +30,26 @@ from flora.serve.engine.schedule.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
 
+CROWDED_ROWS = 512  # of a step on an H100, where its products stop waiting for weights and begin to wait for arithmetic
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     page_tokens: int
     max_sequences: int  # running at once
     max_batch_tokens: int  # rows of a step
     max_waiting: int  # requests in the queue
+
+    def rows_of_step(self, num_decoding: int) -> int:
+        """The most rows of a step in which so many sequences decode.
+
+        A step reads the base's weights for whatever rows it has, so up to CROWDED_ROWS a prompt's rows cost less beside
+        decoding ones than in a step of their own (Sarathi-Serve, arXiv:2403.02310, section 4.3). While half of the places
+        are empty, filling them comes first; from then on prompts ride along, a part in every step.
+        """
+        if 2 * num_decoding < self.max_sequences:
+            return self.max_batch_tokens
+        return min(self.max_batch_tokens, max(CROWDED_ROWS, 2 * self.max_sequences))
 
 
 class Chunk(msgspec.Struct, frozen=True, eq=False, gc=False):  # made 256 times a step: a fifth of a dataclass's time
@@ -184,18 +198,19 @@ class Scheduler:
         """The next step's rows. Every sequence in it has the pages that its rows write to."""
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
-        budget, page_tokens = self.limits.max_batch_tokens, self.limits.page_tokens
+        num_decoding, most, page_tokens = 0, self.limits.max_batch_tokens, self.limits.page_tokens
         preemptions = self.num_preemptions
         for sequence in tuple(self.running):
             length = len(sequence.tokens)
             uncomputed = length - sequence.num_computed
             if uncomputed > 1:
                 prefilling.append(sequence)
-            elif uncomputed and budget and length < sequence.max_len and sequence.state is State.RUNNING:
+            elif uncomputed and num_decoding < most and length < sequence.max_len and sequence.state is State.RUNNING:
                 if len(sequence.pages) * page_tokens < length and not self._grow(sequence):
                     continue
                 chunks.append(Chunk(sequence, length - 1, 1, True))
-                budget -= 1
+                num_decoding += 1
+        budget = self.limits.rows_of_step(num_decoding) - num_decoding
         for sequence in prefilling:
             if budget and sequence.state is State.RUNNING:
                 chunks.append(self._chunk(sequence, budget))
