@@ -45,7 +45,7 @@ class LoraTuning:
 @dataclass(frozen=True, slots=True)
 class DecodeTuning:
     split_tokens: int = 512  # of the context per partial result; part of the rounding, so never by batch
-    whole_tokens: int = 512  # of a context that is not cut at all; by its own length, so never by batch either
+    whole_tokens: int = 768  # of a context that is not cut at all; by its own length, so never by batch either
     block_tokens: int = 64
     num_warps: int = 4
     num_stages: int = 2
@@ -99,12 +99,13 @@ def _wide_lora() -> LoraTuning:
         split_elements=1024,
         max_splits=8,
         shrink_lanes=1,
-        shrink_warps=8,
+        shrink_warps=4,
         shrink_stages=3,
         expand_small_rank=0,
-        expand_vector_n=128,
-        expand_matrix_n=128,
+        expand_vector_n=256,
+        expand_matrix_n=64,
         expand_warps=4,
+        expand_stages=3,
         expand_registers=None,
         programs_per_sm=8,
     )
