@@ -29,7 +29,6 @@ from flora.serve.engine.schedule.space import make_space
 from flora.serve.engine.schedule.waiting import Waiting
 from flora.serve.request import AdapterTarget
 
-
 CROWDED_ROWS = 512  # of a step on an H100, where its products stop waiting for weights and begin to wait for arithmetic
 
 
@@ -44,8 +43,8 @@ class Limits:
         """The most rows of a step in which so many sequences decode.
 
         A step reads the base's weights for whatever rows it has, so up to CROWDED_ROWS a prompt's rows cost less beside
-        decoding ones than in a step of their own (Sarathi-Serve, arXiv:2403.02310, section 4.3). While half of the places
-        are empty, filling them comes first; from then on prompts ride along, a part in every step.
+        decoding ones than in a step of their own (Sarathi-Serve, arXiv:2403.02310, section 4.3). While half of the
+        places are empty, filling them comes first; from then on prompts ride along, a part in every step.
         """
         if 2 * num_decoding < self.max_sequences:
             return self.max_batch_tokens
