@@ -52,13 +52,13 @@ def headline(bench: Bench, ops: TritonOps) -> dict[str, float | None]:
     }
 
 
-def environment(bench: Bench, ops: TritonOps) -> dict[str, object]:
+def environment(bench: Bench, ops: TritonOps, label: str) -> dict[str, object]:
     command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
         "bench": "kernels",
-        "label": "kernels",
+        "label": label,
         "device": name,
         "gpu": name if bench.device.type == "cuda" else None,
         **headline(bench, ops),
@@ -114,8 +114,9 @@ def main() -> None:
         if args.sglang:
             bench_peer(bench, "sglang lora", lambda slots: SglangLora(args.sglang, slots, ranks, device), ranks, layers)
     if args.out:
+        label = "kernels/sweep" if args.sweep else "kernels"  # a claim's rows are of the defaults
         with args.out.open("a") as file:
-            file.write(json.dumps(environment(bench, ops) | {"rows": bench.rows}) + "\n")
+            file.write(json.dumps(environment(bench, ops, label) | {"rows": bench.rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
 on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
-worth, and proves no throughput. It is fitted to those of ccb7a2a and, in 7 GiB, of 78bb8b3, and within 3.5 % of all
-fourteen.
+worth, and proves no throughput. It is fitted to those of e118bbd, and within 2.5 % of all fifteen.
 """
 
 import argparse
@@ -68,13 +67,13 @@ class Costs:
     products: Sequence[tuple[int, float]]  # (rows, seconds) of a step, rising: it is padded to the next
     kv_bytes: int  # of a token, all layers
     attention_rate: float  # bytes a second
-    adapters_s: float = 0.3e-3  # of a step that has any: launches, as far as products do not hide them
-    adapter_s: float = 3.7e-6  # of each in the step, and its bytes
-    adapter_rate: float = 3.3e12
-    shared_rate: float = 11.7e12  # of the bytes that its rows multiply, where many share few
-    prompt_row_s: float = 3.2e-6  # of the low-rank terms of prompts
-    step_s: float = 0.6e-3  # everything else
-    row_s: float = 3.3e-6  # of each row: norms, rotation, prefill attention, sampling
+    adapters_s: float = 0.26e-3  # of a step that has any: launches, as far as products do not hide them
+    read_rate: float = 3.8e12  # of the bytes of each adapter in the step, once,
+    multiply_rate: float = 10.8e12  # and of those of each row's own: 2.8 TB/s together where no two rows share one
+    prompts_s: float = 0.15e-3  # of prompts' list of low-rank terms, and each of its rows
+    prompt_row_s: float = 3.0e-6
+    step_s: float = 0.5e-3  # everything else
+    row_s: float = 3.4e-6  # of each row: norms, rotation, prefill attention, sampling
     bus_rate: float = 50e9
     load_rate: float = 2.0e9  # of one loader
     load_s: float = 7e-3  # of it whatever the adapter holds
@@ -96,7 +95,7 @@ def costs_of(shape: str) -> Costs:
     return Costs(
         products=[(rows, layers * layer_s + head_s) for rows, layer_s in layer_products(shape)],
         kv_bytes=4 * kv * layers,
-        attention_rate=3.0e12 if config["num_key_value_heads"] >= 32 else 2.74e12,  # contexts as in a run
+        attention_rate=3.08e12 if config["num_key_value_heads"] >= 32 else 2.58e12,  # contexts as in a run
     )
 
 
@@ -162,9 +161,10 @@ class Device:
         took_s = costs.step_s + costs.products_s(rows) + rows * costs.row_s
         took_s += context * costs.kv_bytes / costs.attention_rate
         if slots:
-            rows_s = sum(self.held[slot] for slot in adapter_slots if slot is not None) / costs.shared_rate
-            read_s = sum(costs.adapter_s + self.held[slot] / costs.adapter_rate for slot in slots)
-            took_s += costs.adapters_s + prompts * costs.prompt_row_s + max(rows_s, read_s)
+            rows_bytes = sum(self.held[slot] for slot in adapter_slots if slot is not None)
+            read_bytes = sum(self.held[slot] for slot in slots)
+            took_s += costs.adapters_s + read_bytes / costs.read_rate + rows_bytes / costs.multiply_rate
+            took_s += (costs.prompts_s if prompts else 0.0) + prompts * costs.prompt_row_s
         start_s = max(self.time.now_s, self.free_s, *(self.arrives_s.pop(slot, 0.0) for slot in slots), 0.0)
         self.free_s = start_s + took_s
         self.time.now_s += costs.plan_s
