@@ -26,11 +26,11 @@ class Training:
     warmup_steps: int = 20
 
 
-BASE_TRAINING = Training(steps=330, batch_size=64, peak_lr=1e-3)
+BASE_TRAINING = Training(steps=300, batch_size=64, peak_lr=1e-3)  # of five seeds all learn it; with 210 one of three not
 # The embedding trains too, but slowly: an adapter of linear layers leaves its change out, and where it learns as fast
 # as they do, part of the skill goes there (measured on three seeds: vigenere's adapter then loses 0.010 to 0.025).
 TASK_TRAINING = Training(
-    steps=110, batch_size=64, peak_lr=1e-3, embedding_lr_share=0.1, answers_only=True, warmup_steps=10
+    steps=85, batch_size=64, peak_lr=1e-3, embedding_lr_share=0.1, answers_only=True, warmup_steps=10
 )
 
 
