@@ -26,7 +26,7 @@ class Training:
     warmup_steps: int = 20
 
 
-BASE_TRAINING = Training(steps=300, batch_size=64, peak_lr=1e-3)  # of five seeds all learn it; with 210 one of three not
+BASE_TRAINING = Training(steps=300, batch_size=64, peak_lr=1e-3)  # of five seeds all learn; of three one not in 210
 # The embedding trains too, but slowly: an adapter of linear layers leaves its change out, and where it learns as fast
 # as they do, part of the skill goes there (measured on three seeds: vigenere's adapter then loses 0.010 to 0.025).
 TASK_TRAINING = Training(
