@@ -110,6 +110,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     SMALL_RANK: tl.constexpr,  # up to which an adapter goes a way of its own, whoever else is there
     OVERLAP: tl.constexpr,  # launched before shrink has ended (programmatic dependent launch)
 ):
+    tl.static_assert(VECTOR_N % 64 == 0, "an item begins with a chunk")
     tiles_0 = tl.cdiv(size_0, VECTOR_N)
     tiles_1 = tl.cdiv(size_1, VECTOR_N)
     num_tiles = tiles_0 + tiles_1 + tl.cdiv(size_2, VECTOR_N)
