@@ -32,12 +32,15 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "wide_lora", {"programs_per_sm": 16}
     yield "wide_lora", {"programs_per_sm": 32}
     yield "wide_lora", {"split_elements": 4096}
-    yield "wide_lora", {"shrink_warps": 4, "shrink_block_k": 64}
-    yield "wide_lora", {"expand_vector_n": 256, "expand_matrix_n": 256}
-    yield "wide_lora", {"expand_warps": 8, "expand_vector_n": 256, "expand_matrix_n": 256}
+    yield "wide_lora", {"shrink_warps": 8}
+    yield "wide_lora", {"shrink_block_k": 64}
+    yield "wide_lora", {"expand_vector_n": 128}
+    yield "wide_lora", {"expand_vector_n": 512}
+    yield "wide_lora", {"expand_matrix_n": 128}
+    yield "wide_lora", {"expand_warps": 8, "expand_matrix_n": 256}
     yield "decode", {"split_tokens": 1024}
     yield "decode", {"split_tokens": 256}
-    yield "decode", {"whole_tokens": 768}
+    yield "decode", {"whole_tokens": 512}
     yield "decode", {"whole_tokens": 1024}
     yield "decode", {"num_warps": 2}
     yield "decode", {"num_warps": 2, "block_tokens": 32}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +68,19 @@ def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert all(set(row["us"]) == {"qkv", "o", "gate_up", "down"} and min(row["us"].values()) > 0 for row in rows)
     assert rows[3]["layer_us"] > rows[1]["layer_us"], "some forty times the operations"
+
+
+def test_a_sweep_tries_no_tiling_that_is_the_default_and_none_twice(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from flora.kernels.tuning import Tuning
+
+    tried = [
+        (part, replace(getattr(Tuning(), part), **sizes)) for part, sizes in script("kernel_sweep").variants() if sizes
+    ]
+
+    assert len(set(tried)) == len(tried)
+    assert not [part for part, tiling in tried if tiling == getattr(Tuning(), part)]
 
 
 def test_no_batch_begins_after_the_time_is_up(tmp_path, monkeypatch):
