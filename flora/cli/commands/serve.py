@@ -120,7 +120,7 @@ def serve(
             "--max-batch-tokens",
             metavar="N",
             min=1,
-            help="Rows of a step; 512 while half of the sequences decode. Default: 2048 on a GPU, 512 on a CPU.",
+            help="Rows of a step; at most 512 once half of the places decode. Default: 2048 on a GPU, 512 on a CPU.",
             rich_help_panel=_MEMORY,
         ),
     ] = None,
