@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     merge: AdapterTarget | None = None  # the one adapter to serve, merged into the base's weights
     allow_base_mismatch: bool = False  # serve adapters of other base weights too; each is recorded in the registry
     max_sequences: int = 64  # running at once
-    max_batch_tokens: int = 512  # rows a step, fewer where many decode (Limits.rows_of_step): bounds gaps between tokens
+    max_batch_tokens: int = 512  # rows a step, fewer where many decode (Limits.rows_of_step): bounds gaps of tokens
     max_waiting: int = 4096  # requests in the queue before new ones are refused
     max_adapters: int = 256  # resident at once: rows of the kernels' tables
     slot_bytes: int | None = None  # of the pool, set aside for each of them; None: adapters take the pages they need
