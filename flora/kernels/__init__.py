@@ -25,7 +25,7 @@ from flora.kernels.project import SideStream, project, project_beside
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import FEW_ROWS, WorkList, few_rows, heaviest_first, split_segments
+from flora.kernels.work import FEW_ROWS, SHRINK_ROWS, LoraWork, WorkList, few_rows, heaviest_first, split_segments
 
 __all__ = [
     "ALL_GROUPS",
@@ -34,9 +34,11 @@ __all__ = [
     "FEW_ROWS",
     "MIN_ROWS",
     "MODULES",
+    "SHRINK_ROWS",
     "AdapterWeights",
     "Context",
     "Group",
+    "LoraWork",
     "LowRankTerms",
     "Ops",
     "PackedLinear",

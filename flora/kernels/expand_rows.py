@@ -19,6 +19,35 @@ def expand_rows(  # type: ignore[no-untyped-def]
 
     v has twice the bytes of an output tile for each of its partials, so ranks of one block read it once for all tiles.
     """
+    if (rank > 0) & (rank <= BLOCK_RANK):  # without one there is no v to read
+        rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        m_rows = (rows < num_rows)[:, None]
+        p_tile_y = p_y + rows[:, None] * y_row_stride + n
+        left = size - n
+        b_high, b_low = _two_terms(
+            p_v + rows[:, None] * v_row_stride, m_rows, 0, v_split_stride, SPLITS, BLOCK_RANK, p_pool.dtype.element_ty
+        )
+        o_j = tl.arange(0, BLOCK_RANK)
+        m_j = o_j < rank
+        o_b = matrix_offsets(p_slot_cells, b_chunk + n // 64, row_chunks, cell_chunks, o_j, m_j)
+        for part in range(0, VECTOR_N, BLOCK_N):
+            b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+            b_delta = _add_block(b_delta, b_high, b_low, p_pool + o_b, m_j, part, left, BLOCK_N)
+            _store_tile(p_tile_y, m_rows, part, left, scale, b_delta, ADD, BLOCK_N)
+    else:
+        expand_rows_by_block(
+            p_y, p_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size, num_rows,
+            y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_ROWS, BLOCK_RANK, VECTOR_N, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def expand_rows_by_block(  # type: ignore[no-untyped-def]
+    p_y, p_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size, num_rows, y_row_stride,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr, VECTOR_N: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same for any rank, one block after another."""
     rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
     m_rows = (rows < num_rows)[:, None]
     p_rows_v = p_v + rows[:, None] * v_row_stride
@@ -26,25 +55,15 @@ def expand_rows(  # type: ignore[no-untyped-def]
     left = size - n
     n_chunk = b_chunk + n // 64
     DTYPE: tl.constexpr = p_pool.dtype.element_ty
-    if (rank > 0) & (rank <= BLOCK_RANK):  # without one there is no v to read
-        b_high, b_low = _two_terms(p_rows_v, m_rows, 0, v_split_stride, SPLITS, BLOCK_RANK, DTYPE)
-        o_j = tl.arange(0, BLOCK_RANK)
-        m_j = o_j < rank
-        o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
-        for part in range(0, VECTOR_N, BLOCK_N):
-            b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+    for part in range(0, tl.minimum(VECTOR_N, left), BLOCK_N):
+        b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
+        for j in range(0, rank, BLOCK_RANK):
+            b_high, b_low = _two_terms(p_rows_v, m_rows, j, v_split_stride, SPLITS, BLOCK_RANK, DTYPE)
+            o_j = j + tl.arange(0, BLOCK_RANK)
+            m_j = o_j < rank
+            o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
             b_delta = _add_block(b_delta, b_high, b_low, p_pool + o_b, m_j, part, left, BLOCK_N)
-            _store_tile(p_tile_y, m_rows, part, left, scale, b_delta, ADD, BLOCK_N)
-    else:
-        for part in range(0, tl.minimum(VECTOR_N, left), BLOCK_N):
-            b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
-            for j in range(0, rank, BLOCK_RANK):
-                b_high, b_low = _two_terms(p_rows_v, m_rows, j, v_split_stride, SPLITS, BLOCK_RANK, DTYPE)
-                o_j = j + tl.arange(0, BLOCK_RANK)
-                m_j = o_j < rank
-                o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
-                b_delta = _add_block(b_delta, b_high, b_low, p_pool + o_b, m_j, part, left, BLOCK_N)
-            _store_tile(p_tile_y, m_rows, part, left, scale, b_delta, ADD, BLOCK_N)
+        _store_tile(p_tile_y, m_rows, part, left, scale, b_delta, ADD, BLOCK_N)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from flora.kernels.expand_rows import expand_rows
+from flora.kernels.expand_rows import expand_rows, expand_rows_by_block
 from flora.kernels.lora_shrink import load_segment, matrix_offsets
 from flora.kernels.modules import CHUNK, MODULES, Place, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size, overlapped
@@ -27,7 +27,7 @@ def lora_expand(
 ) -> None:
     """y[i, slice s] += scale_s * v[i, s] @ B_s.T, v summed over its partials. In fp16, v must lie in fp16's range.
 
-    v        [splits, n, num_slices, width], what this room's Triton lora_shrink returned for the same work and tuning
+    v        [splits, n, num_slices, width], what this room's Triton lora_shrink returned for the same rows and tuning
     overlap  may start while the launch before it on the stream ends
     add      False: = instead of +=, and 0 where a row's adapter leaves out the module
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
@@ -40,6 +40,7 @@ def lora_expand(
     if items == 0 or y.shape[0] == 0:
         return
     absent = [0] * (3 - len(place.out_sizes))
+    has_few = work.block_rows <= FEW_ROWS or work.num_wide is not None
     starts, sizes = (*place.out_starts, *absent), (*place.out_sizes, *absent)
     _lora_expand_kernel[(grid_size(items, tuning.programs_per_sm, num_sms),)](
         y,
@@ -50,6 +51,7 @@ def lora_expand(
         weights.scales,
         work.segments,
         work.num_segments,
+        work.num_segments if work.num_wide is None else work.num_wide,
         *starts,
         *sizes,
         weights.pool.shape[1] // CHUNK,
@@ -61,6 +63,7 @@ def lora_expand(
         weights.scales.stride(0),
         SPLITS=v.shape[0],
         FEW=work.block_rows <= FEW_ROWS,
+        MIXED=work.num_wide is not None,
         ADD=add,
         VECTOR_N=vector_n,
         MATRIX_N=min(tuning.expand_matrix_n, vector_n),
@@ -70,7 +73,7 @@ def lora_expand(
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,
         maxnreg=tuning.expand_registers,
-        enable_fp_fusion=work.block_rows > FEW_ROWS,
+        enable_fp_fusion=not has_few,
         **overlapped(overlap),
     )
 
@@ -85,6 +88,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     p_scales,
     p_segments,
     p_num_segments,
+    p_num_wide,
     start_0,
     start_1,
     start_2,
@@ -102,6 +106,7 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     scales_slot_stride,
     SPLITS: tl.constexpr,
     FEW: tl.constexpr,  # segments have at most four rows
+    MIXED: tl.constexpr,  # those behind the first num_wide have
     ADD: tl.constexpr,  # to what y holds
     VECTOR_N: tl.constexpr,  # outputs per item
     MATRIX_N: tl.constexpr,  # outputs per tensor core product
@@ -117,6 +122,8 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     i_first = tl.program_id(0)
     slot, first_row, num_rows = load_segment(p_segments, i_first // num_tiles)
     num_items = tl.load(p_num_segments) * num_tiles
+    if MIXED:
+        num_wide = tl.load(p_num_wide)
     for item in range(i_first, num_items, tl.num_programs(0)):
         if item != i_first:
             slot, first_row, num_rows = load_segment(p_segments, item // num_tiles)
@@ -139,25 +146,25 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
             gdc_wait()
         if (rank > 0) | (not ADD):
             scale = tl.where(rank > 0, scale, 0.0)
-            if FEW:
-                if num_rows == 1:
-                    _expand_few(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
-                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS,
-                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
-                    )  # fmt: skip
-                elif num_rows == 2:
-                    _expand_few(
-                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
-                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 2, ADD, SPLITS,
-                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
+            if MIXED:
+                if item // num_tiles < num_wide:
+                    expand_rows_by_block(
+                        p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n,
+                        size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_ROWS, BLOCK_RANK,
+                        VECTOR_N, MATRIX_N,
                     )  # fmt: skip
                 else:
                     _expand_few(
                         p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
-                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS,
-                        BLOCK_RANK, SMALL_RANK, VECTOR_N,
+                        i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_RANK,
+                        SMALL_RANK, VECTOR_N,
                     )  # fmt: skip
+            elif FEW:
+                _expand_few(
+                    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale,
+                    i_tile, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_RANK,
+                    SMALL_RANK, VECTOR_N,
+                )  # fmt: skip
             else:
                 expand_rows(
                     p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size,
@@ -169,10 +176,34 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _expand_few(  # type: ignore[no-untyped-def]
     p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size, num_rows,
+    y_row_stride, v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+    SMALL_RANK: tl.constexpr, VECTOR_N: tl.constexpr,
+):  # fmt: skip
+    """One item of a segment of up to four rows. One row and two go ways of their own."""
+    if num_rows == 1:
+        _expand_item(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size,
+            num_rows, y_row_stride, v_split_stride, v_row_stride, 1, ADD, SPLITS, BLOCK_RANK, SMALL_RANK, VECTOR_N,
+        )  # fmt: skip
+    elif num_rows == 2:
+        _expand_item(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size,
+            num_rows, y_row_stride, v_split_stride, v_row_stride, 2, ADD, SPLITS, BLOCK_RANK, SMALL_RANK, VECTOR_N,
+        )  # fmt: skip
+    else:
+        _expand_item(
+            p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size,
+            num_rows, y_row_stride, v_split_stride, v_row_stride, 4, ADD, SPLITS, BLOCK_RANK, SMALL_RANK, VECTOR_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _expand_item(  # type: ignore[no-untyped-def]
+    p_rows_y, p_rows_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, i_tile, size, num_rows,
     y_row_stride, v_split_stride, v_row_stride, ROWS: tl.constexpr, ADD: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_RANK: tl.constexpr, SMALL_RANK: tl.constexpr, VECTOR_N: tl.constexpr,
 ):  # fmt: skip
-    """One item of a list of few rows a segment. An item waits for one read after another, so it reads as many bytes of
+    """One item for 1, 2 or 4 rows. It waits for one read after another, so it reads as many bytes of
     an adapter of small rank as of any: half the rows, twice as wide, and every other item has nothing to do.
     """
     if SMALL_RANK == 0:  # noqa: SIM114, this is known when the kernel is compiled

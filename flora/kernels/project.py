@@ -16,7 +16,7 @@ from flora.kernels.modules import Place
 from flora.kernels.ops import Ops
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList
+from flora.kernels.work import LoraWork
 
 
 class SideStream:
@@ -60,18 +60,18 @@ def project(
     x: Tensor,
     adapters: AdapterWeights,
     place: Place,
-    work: Sequence[WorkList],
+    work: Sequence[LoraWork],
     side: SideStream | None = None,
 ) -> Tensor:
     """linear(x) with each row's low-rank terms added, [n, out_total].
 
     x     [n, in_features]
-    side  where the second list is computed, beside the first: no row is in both
+    side  where the second of two is computed, beside the first: no row is in both
     """
     y: Tensor = linear(x)
 
-    def add(rows: WorkList) -> None:
-        ops.lora_expand(y, ops.lora_shrink(x, adapters, place, rows), adapters, place, rows)
+    def add(rows: LoraWork) -> None:
+        ops.lora_expand(y, ops.lora_shrink(x, adapters, place, rows.shrink), adapters, place, rows.expand)
 
     if side is None or len(work) != 2:
         for rows in work:
@@ -91,7 +91,7 @@ def project_beside(
     x: Tensor,
     adapters: AdapterWeights,
     place: Place,
-    work: Sequence[WorkList],
+    work: Sequence[LoraWork],
     adapter_rows: Tensor,
 ) -> tuple[Tensor, LowRankTerms]:
     """linear(x), and the terms that it lacks.
@@ -102,8 +102,8 @@ def project_beside(
     values = torch.empty(len(x), linear.out_features, dtype=x.dtype, device=x.device)
     with side:
         for rows in work:
-            v = ops.lora_shrink(x, adapters, place, rows)
-            ops.lora_expand(values, v, adapters, place, rows, add=False)
+            v = ops.lora_shrink(x, adapters, place, rows.shrink)
+            ops.lora_expand(values, v, adapters, place, rows.expand, add=False)
     y: Tensor = linear(x, early=False)
     side.join()
     return y, LowRankTerms(values, adapter_rows)

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from flora.kernels.tuning import LoraTuning
 
-FEW_ROWS = 4  # rows of a segment in a decode step's list; a row's bits are the same in any segment of up to so many
+SHRINK_ROWS = 16  # of a segment that shrink takes by one tile; a row's bits are the same in any of up to so many
+FEW_ROWS = (
+    4  # rows of a segment that expand takes row by row; a row's bits are the same in any segment of up to so many
+)
 _PAIRED_ROWS = 6  # with one adapter, up to which two a segment are faster than four (benchmarks/NOTES.md)
 _SMALL_RANK = LoraTuning().expand_small_rank  # up to which they are not
 
@@ -26,6 +29,9 @@ class WorkList:
     num_segments: Tensor  # int32 [1]
     block_rows: int  # on a GPU FEW_ROWS suits decode and 64 prefill; the CPU path takes any
     max_rank: int  # no module of a resident adapter has a higher rank; sizes buffers, changes no result
+    # int32 [1]: the first so many segments are prompts', those behind them of rows that decode have FEW_ROWS at most.
+    # Which way expand takes for a row hangs on this and not on how many rows its segment has. None: all are of one kind
+    num_wide: Tensor | None = None
 
     @classmethod
     def build(
@@ -35,6 +41,7 @@ class WorkList:
         block_rows: int,
         max_rank: int,
         capacity: int | None = None,
+        num_wide: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "WorkList":
         """A new work list that holds `segments`, with room for `capacity` of them (default: exactly these)."""
@@ -45,7 +52,19 @@ class WorkList:
         if segments:
             table[: len(segments)] = torch.tensor(segments, dtype=torch.int32)
         count = torch.tensor([len(segments)], dtype=torch.int32)
-        return cls(table.to(device), count.to(device), block_rows, max_rank)
+        wide = None if num_wide is None else torch.tensor([num_wide], dtype=torch.int32, device=device)
+        return cls(table.to(device), count.to(device), block_rows, max_rank, wide)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraWork:
+    """Rows that have an adapter, cut for each of the two kernels: the same rows in both lists.
+
+    Shrink multiplies 16 rows as fast as one. Expand goes row by row where rows decode.
+    """
+
+    shrink: WorkList
+    expand: WorkList
 
 
 def few_rows(num_rows: int, rank: int) -> int:

@@ -108,11 +108,20 @@ def work_for(
     block_rows: int = FEW_ROWS,
     max_rank: int = 64,
     spare: int = 3,
+    num_decoding: int | None = None,
     device: torch.device | str = "cpu",
 ) -> WorkList:
-    segments = split_segments(row_slots, block_rows)
+    """num_decoding  rows, the first: expand's list of a step whose prompts share it; block_rows is theirs alone"""
+    segments, num_wide = split_segments(row_slots, block_rows), None
+    if num_decoding is not None:
+        decoding = split_segments(row_slots[:num_decoding], FEW_ROWS)
+        segments = split_segments([*[None] * num_decoding, *row_slots[num_decoding:]], block_rows)
+        num_wide = len(segments)
+        segments += decoding
     capacity = len(segments) + spare
-    work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, device=device)
+    work = WorkList.build(
+        segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, num_wide=num_wide, device=device
+    )
     work.segments[len(segments) :] = 10**6  # what lies past num_segments must never be read
     return work
 

@@ -70,10 +70,17 @@ def compiled(monkeypatch):
     [
         (lambda: launch_lora(0, 256), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_lora(0, 260, block_rows=64), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
+        (lambda: launch_lora(0, 288, block_rows=16, joint=True), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_attention(decodes=True), {"_decode_attention_kernel"}),
         (lambda: launch_attention(decodes=False), {"_decode_attention_kernel", "_prefill_kernel"}),
     ],
-    ids=["adapters of decoding rows", "adapters of prompts", "contexts of decoding rows", "contexts of prompts"],
+    ids=[
+        "adapters of decoding rows",
+        "adapters of prompts",
+        "adapters of both",
+        "contexts of decoding rows",
+        "contexts of prompts",
+    ],
 )
 def test_whatever_is_large_is_read_16_bytes_at_a_time(compiled, launch, names):
     kernels = compiled(launch)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flora.kernels import ALL_GROUPS, MIN_ROWS, Context, Group, WorkList, split_segments
+from flora.kernels import ALL_GROUPS, MIN_ROWS, Context, Group, LoraWork, WorkList, split_segments
 from flora.serve.engine.schedule.pages import NULL_PAGE
 from flora.serve.engine.schedule.scheduler import Chunk
 
@@ -28,7 +28,7 @@ class Batch:
     slots: Tensor  # int64 [n]: page * page_tokens + offset
     context: Context  # of the S sequences
     logits_rows: Tensor  # int64 [m]
-    work: tuple[WorkList, ...]  # none if no row has an adapter
+    work: tuple[LoraWork, ...]  # none if no row has an adapter
     groups: frozenset[Group] = ALL_GROUPS  # that any of its adapters may touch
     adapter_rows: Tensor | None = (
         None  # int32 [n], not 0: has an adapter; low-rank terms run beside the base's products
@@ -94,10 +94,11 @@ def build_batch(
 
 def _work_lists(
     slots: Sequence[int | None], counts: np.ndarray, max_queries: int, max_rank: int, device: torch.device
-) -> tuple[WorkList, ...]:
+) -> tuple[LoraWork, ...]:
     if all(slot is None for slot in slots):
         return ()
     row_slots = [slot for slot, count in zip(slots, counts.tolist(), strict=True) for _ in range(count)]
     block_rows = DECODE_BLOCK_ROWS if max_queries == 1 else PREFILL_BLOCK_ROWS
     segments = split_segments(row_slots, block_rows)
-    return (WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, device=device),)
+    work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, device=device)
+    return (LoraWork(work, work),)

@@ -102,22 +102,29 @@ def test_a_step_launches_what_its_rows_need_and_nothing_else(world, engine, laun
     assert step(engine, launches) == {}  # nothing to do
 
 
+def profiled(engine: Engine) -> dict[str, int]:
+    """What one step launched, as the device tells."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.step()
+        torch.cuda.synchronize()
+    kernels = (*BASE, *DECODE, *PREFILL, *LORA)
+    return dict(Counter(kernel for event in profile.events() for kernel in kernels if event.name.startswith(kernel)))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 def test_a_replayed_step_runs_the_kernels_that_rows_name(world):
-    """A decode step as the profiler sees it: the kernels that a row of results stands for, each as often as planned."""
+    """A step as the profiler sees it: the kernels that a row of results stands for, each as often as planned."""
     engine = world.engine(device="cuda", dtype="bfloat16", max_sequences=24, max_batch_tokens=64, poison=False)
     target = world.add(random_adapter(world.config, seed=1, ranks=(4,), absent=0.0), "b")
     for name, adapter, expected in (("base", None, BASE | DECODE), ("adapter", target, BASE | DECODE | LORA)):
         ask(engine, name, PROMPT, adapter, SamplingParams(max_tokens=8, temperature=0.0))
         while len(engine.scheduler.running) == 0 or not any(s.num_generated for s in engine.scheduler.running):
             engine.step(wait_s=10.0)
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            engine.step()
-            torch.cuda.synchronize()
-        kernels = (*BASE, *DECODE, *PREFILL, *LORA)
-        ran = Counter(kernel for event in profile.events() for kernel in kernels if event.name.startswith(kernel))
-        assert dict(ran) == expected
+        assert profiled(engine) == expected
+        if adapter:  # a prompt beside it, in the same lists
+            ask(engine, "prompt", PROMPT, adapter, SHORT)
+            assert profiled(engine) == expected | PREFILL
         run_to_end(engine)
     engine.close()

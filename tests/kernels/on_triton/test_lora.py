@@ -7,6 +7,7 @@ from flora.kernels import (
     CHUNK,
     AdapterWeights,
     Group,
+    LoraWork,
     Ops,
     PackedLinear,
     ReferenceOps,
@@ -14,10 +15,11 @@ from flora.kernels import (
     WorkList,
     project,
     project_beside,
+    split_segments,
 )
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
-from flora.kernels.work import FEW_ROWS
+from flora.kernels.work import FEW_ROWS, SHRINK_ROWS
 from tests.conftest import IS_FULL
 from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
 
@@ -38,11 +40,29 @@ def adapters_of(shape: Shape) -> list[list[Adapter]]:
     return [[random_adapter(shape, ranks, seed=10 * s + layer) for layer in range(2)] for s, ranks in enumerate(RANKS)]
 
 
-def run(ops: Ops, x, y, weights: AdapterWeights, shape: Shape, group: Group, work: WorkList) -> torch.Tensor:
+def run(ops: Ops, x, y, weights: AdapterWeights, shape: Shape, group: Group, work: WorkList | LoraWork) -> torch.Tensor:
     y = y.clone()
     place = shape.place(1, group)
-    ops.lora_expand(y, ops.lora_shrink(x, weights, place, work), weights, place, work)
+    lists = both(work) if isinstance(work, WorkList) else work
+    ops.lora_expand(y, ops.lora_shrink(x, weights, place, lists.shrink), weights, place, lists.expand)
     return y
+
+
+def both(work: WorkList) -> LoraWork:
+    return LoraWork(work, work)
+
+
+def joint_work(row_slots: list[int | None], num_decoding: int, device) -> LoraWork:
+    """As the runner has it for a step whose first rows decode and whose others are prompts'."""
+    decoding, prompts = row_slots[:num_decoding], row_slots[num_decoding:]
+    shrink = [
+        *split_segments(decoding, SHRINK_ROWS),
+        *split_segments([*[None] * num_decoding, *prompts], SHRINK_ROWS),
+    ]
+    return LoraWork(
+        WorkList.build(shrink, block_rows=SHRINK_ROWS, max_rank=64, capacity=len(shrink) + 3, device=device),
+        work_for(row_slots, block_rows=SHRINK_ROWS, num_decoding=num_decoding, device=device),
+    )
 
 
 def to(device, weights: AdapterWeights) -> AdapterWeights:
@@ -122,6 +142,50 @@ def test_blocks_of_many_rows_as_prompts_have_them(ops, device, dtype, block_rows
     result = run(ops, x, y, weights, ODD, Group.QKV, work)
 
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, Group.QKV, work), dtype)
+
+
+JOINT = [0, 0, 0, None, 1, None, None, 2, 3, 3]  # rows that decode
+PROMPTS = [None] * 3 + [0] * 17 + [1] * 5 + [3] * 33
+
+
+@pytest.mark.parametrize(("shape", "group"), [(ODD, Group.QKV), (ODD, Group.DOWN), (EVEN, Group.QKV)], ids=str)
+def test_prompts_share_the_lists_of_rows_that_decode(ops, device, dtype, shape, group):
+    alignment = 256 if shape is EVEN else CHUNK
+    weights = to(device, pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=1024, alignment=alignment))
+    row_slots = [*JOINT, *PROMPTS]
+    x, y = inputs(shape, group, len(row_slots), dtype, device)
+    work = joint_work(row_slots, len(JOINT), device)
+    place = shape.place(1, group)
+
+    result = run(ops, x, y, weights, shape, group, work)
+    terms = torch.full_like(y, NAN)
+    v = ops.lora_shrink(x, weights, place, work.shrink)
+    ops.lora_expand(terms, v, weights, place, work.expand, add=False)
+
+    wanted = run(ReferenceOps(), x, y, weights, shape, group, work_for(row_slots, device=device))
+    assert_agrees(result, wanted, dtype)
+    base = [row for row, slot in enumerate(row_slots) if slot in (None, 2)]
+    assert torch.equal(result[base], y[base])
+    rows = [row for row, slot in enumerate(row_slots) if slot is not None]
+    alone = run(ReferenceOps(), x, torch.zeros_like(y), weights, shape, group, work_for(row_slots, device=device))
+    assert_agrees(terms[rows], alone[rows], dtype)
+    decoding = run(ops, x, y, weights, shape, group, joint_work([*JOINT, *[None] * len(PROMPTS)], len(JOINT), device))
+    assert torch.equal(result[: len(JOINT)], decoding[: len(JOINT)]), "prompts in the list change no row that decodes"
+
+
+@pytest.mark.parametrize("count", [1, 3, 16])
+def test_a_prompts_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtype, count):
+    """Where two prompts of an adapter lie side by side, the second one's first row falls anywhere in a segment."""
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, Group.QKV, 1, dtype, device)
+    x, y = x.expand(count, -1).contiguous(), y.expand(count, -1).contiguous()
+
+    alone = run(ops, x[:1], y[:1], weights, ODD, Group.QKV, joint_work([3], 0, device))
+    result = run(ops, x, y, weights, ODD, Group.QKV, joint_work([3] * count, 0, device))
+
+    # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
+    for row in range(0, count, 1 if device.type == "cuda" else SHRINK_ROWS):
+        assert torch.equal(result[row], alone[0]), row
 
 
 @pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
@@ -227,7 +291,7 @@ def projection(group, dtype, device):
 @pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
 def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, group):
     base, x, weights, place = projection(group, dtype, device)
-    work = [work_for(ROW_SLOTS, device=device)]
+    work = [both(work_for(ROW_SLOTS, device=device))]
     adapter_rows = torch.tensor([slot is not None for slot in ROW_SLOTS], dtype=torch.int32, device=device)
 
     product, terms = project_beside(ops, SideStream(device), base, x, weights, place, work, adapter_rows)
@@ -241,8 +305,8 @@ def test_beside_the_product_or_after_it_the_sum_is_the_same(ops, device, dtype, 
 def test_the_prompts_list_beside_the_decoding_one_changes_no_bit(ops, device, dtype, group):
     base, x, weights, place = projection(group, dtype, device)
     half = len(ROW_SLOTS) // 2
-    decoding = work_for([*ROW_SLOTS[:half], *[None] * (len(ROW_SLOTS) - half)], device=device)
-    prompts = work_for([*[None] * half, *ROW_SLOTS[half:]], block_rows=32, device=device)
+    decoding = both(work_for([*ROW_SLOTS[:half], *[None] * (len(ROW_SLOTS) - half)], device=device))
+    prompts = both(work_for([*[None] * half, *ROW_SLOTS[half:]], block_rows=32, device=device))
 
     beside = project(ops, base, x, weights, place, [decoding, prompts], SideStream(device))
 

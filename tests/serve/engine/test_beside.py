@@ -16,7 +16,7 @@ from tests.serve.engine.worlds import LogitsTap, World, ask, run_to_end
 def adapter_rows(batch: Batch) -> torch.Tensor:
     rows = torch.zeros(len(batch.token_ids), dtype=torch.int32)
     for work in batch.work:
-        for _, first, count in work.segments[: int(work.num_segments)].tolist():
+        for _, first, count in work.expand.segments[: int(work.expand.num_segments)].tolist():
             rows[first : first + count] = 1
     return rows
 

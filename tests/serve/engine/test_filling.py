@@ -1,14 +1,16 @@
 """What the GPU's runner writes for a step, row by row: on any machine, since only the copy is the device's business."""
 
 import random
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from flora.kernels import FEW_ROWS, few_rows
+from flora.kernels import FEW_ROWS, SHRINK_ROWS, few_rows
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
+from flora.serve.engine.cuda import filling
 from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -18,6 +20,7 @@ from flora.serve.request import SamplingParams
 
 PAGE_TOKENS, TABLE_PAGES, ROWS, SEQUENCES = 4, 16, 160, 24
 RANKS = [8, 64, 0, 16]  # by slot
+LISTS = ("shrink", "expand", "prefill")
 
 
 def draw_step(seeded: random.Random, count: int) -> tuple[list[Chunk], list[int | None]]:
@@ -41,11 +44,27 @@ def draw_step(seeded: random.Random, count: int) -> tuple[list[Chunk], list[int 
     return chunks, slots
 
 
-@pytest.mark.parametrize("one_list", [False, True])
+def met(segments: list[list[int]], most: int) -> dict[int, int]:
+    """The slot of every row in the segments; no row is in two, and no segment has more than `most`."""
+    assert all(0 < number <= most for _, _, number in segments)
+    rows = [(row, slot) for slot, first, number in segments for row in range(first, first + number)]
+    assert len({row for row, _ in rows}) == len(rows)
+    return dict(rows)
+
+
+@pytest.mark.parametrize("lists", ["joint", "apart", "one"])
 @pytest.mark.parametrize("seed", range(20))
-def test_every_row_finds_its_token_its_place_and_its_adapter(seed, one_list):
-    seeded = random.Random(seed)
-    sizes = InputSizes(ROWS, SEQUENCES, SEQUENCES + ROWS // PREFILL_BLOCK_ROWS, TABLE_PAGES)
+def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, lists):
+    """lists: prompts share those of rows that decode, or have their own, or all rows go the way of prompts."""
+    seeded, one_list = random.Random(seed), lists == "one"
+    monkeypatch.setattr(filling, "JOINT_ROWS", 0 if lists == "apart" else ROWS)
+    sizes = InputSizes(
+        rows=ROWS,
+        sequences=SEQUENCES,
+        joint_segments=SEQUENCES + ROWS // SHRINK_ROWS,
+        prefill_segments=SEQUENCES + ROWS // PREFILL_BLOCK_ROWS,
+        table_pages=TABLE_PAGES,
+    )
     inputs = StepInputs(sizes, torch.device("cpu"))
     filler = StepFiller(inputs, Lanes(2 * SEQUENCES, TABLE_PAGES), PAGE_TOKENS, lambda: RANKS, one_list=one_list)
     for _ in range(4):  # the arrays are used again: nothing of a step may be left for the next
@@ -80,20 +99,23 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(seed, one_list):
         assert set(sent["query_starts"][len(chunks) :]) == {row}
         assert set(sent["sampled_lanes"][len(sampled) :]) <= {filler.lanes.spare}
 
-        met: dict[int, int] = {}  # row -> slot, by the work lists
-        for name, most in (("decode", FEW_ROWS), ("prefill", PREFILL_BLOCK_ROWS)):
-            segments = sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]]
+        found = {name: sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]] for name in LISTS}
+        num_wide = sent["num_wide_segments"][0]
+        wide, few = found["expand"][:num_wide], found["expand"][num_wide:]
+        for segments in (found["shrink"], wide, few, found["prefill"]):
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
-            rows_of = {slot: sum(other[2] for other in segments if other[0] == slot) for slot, _, _ in segments}
-            for slot, first, number in segments:
-                assert 0 < number <= most
-                assert name == "prefill" or number <= few_rows(rows_of[slot], RANKS[slot])
-                for met_row in range(first, first + number):
-                    assert met_row not in met
-                    assert is_single[met_row] == (name == "decode") or one_list
-                    met[met_row] = slot
-        assert met == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
-        assert sent["adapter_rows"][:padded] == [int(row in met) for row in range(padded)]
+        shrunk, widened, narrow, apart = (
+            met(*segments) for segments in ((found["shrink"], 16), (wide, 16), (few, FEW_ROWS), (found["prefill"], 64))
+        )
+        rows_of = Counter(narrow.values())
+        assert all(number <= few_rows(rows_of[slot], RANKS[slot]) for slot, _, number in few)
+        assert shrunk == narrow | widened
+        assert all(is_single[row] for row in narrow)
+        assert one_list or not any(is_single[row] for row in widened | apart)
+        assert not (narrow if one_list else apart if lists == "joint" else widened)
+        assert narrow | widened | apart == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
+        has_adapter = [int(slot is not None) for slot in row_slots]
+        assert sent["adapter_rows"][:padded] == has_adapter + [0] * (padded - row)
         first, end = sent["prefill_range"]
         assert end == len(chunks)
         assert all(chunk.count == 1 for chunk in chunks[:first])

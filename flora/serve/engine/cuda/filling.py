@@ -4,18 +4,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import few_rows, heaviest_first
+from flora.kernels import SHRINK_ROWS, few_rows, heaviest_first
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.schedule.scheduler import Chunk
 
+Segment = tuple[int, int, int]  # an adapter's slot, the first row, how many rows
+
+# Of a step, up to which prompts are in the lists of rows that decode, 16 rows a segment: the weights that they read
+# once more cost less than two launches and a second stream (benchmarks/NOTES.md, of an H100).
+JOINT_ROWS = 512
+
 
 class StepFiller:
     """Fills a step's inputs.
 
-    Rows of a step: sequences that decode, by adapter, then those that prefill, by adapter. Each part has a work list of
-    its own, since a tile of many rows is wasted on one and the other way round.
+    Rows of a step: sequences that decode, by adapter, then those that prefill, by adapter. In steps of many rows each
+    part has work lists of its own, since a tile of many rows is wasted on one and the other way round.
     """
 
     def __init__(
@@ -84,45 +90,51 @@ class StepFiller:
         num_decoding = 0 if self._one_list else int((counts == 1).sum())
         host["prefill_range"][:] = num_decoding, num_sequences
         first_rows = ends - counts
-        decode, prefill = slice(0, num_decoding), slice(num_decoding, None)
-        self._fill_segments(host, "decode_segments", slots[decode], first_rows[decode], num_decoding, few_rows)
-        self._fill_segments(host, "prefill_segments", slots[prefill], first_rows[prefill], rows, _prompt_rows)
+        decoding = self._runs(slots[:num_decoding], first_rows[:num_decoding], num_decoding)
+        prompts = self._runs(slots[num_decoding:], first_rows[num_decoding:], rows)
+        self._fill_lists(host, decoding, prompts, joint=padded_rows <= JOINT_ROWS and not self._one_list)
         self._pad(host, rows, padded_rows, num_sequences, num_sampled)
         self.inputs.send()
 
-    def _fill_segments(
-        self,
-        host: Arrays,
-        name: str,
-        slots: np.ndarray,
-        first_rows: np.ndarray,
-        end_row: int,
-        rows_each: Callable[[int, int], int],
-    ) -> None:
-        """Runs of rows with one adapter, cut to segments.
+    def _runs(self, slots: np.ndarray, first_rows: np.ndarray, end_row: int) -> list[Segment]:
+        """Rows with one adapter, by its falling rank.
 
         slots, first_rows  of sequences in order of their rows
-        rows_each          of a run's length and its adapter's rank: rows a segment
         """
         ranks = self._slot_ranks()
         edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
-        run_slots = slots[edges].tolist()
-        run_starts = first_rows[edges].tolist()
-        segments = [
-            (slot, row, min(each, end - row))
-            for slot, start, end in zip(run_slots, run_starts, [*run_starts[1:], end_row], strict=False)
-            for each in (rows_each(end - start, ranks[slot]),)
-            for row in range(start, end, each)
+        starts = first_rows[edges].tolist()
+        runs = [
+            (slot, start, end - start)
+            for slot, start, end in zip(slots[edges].tolist(), starts, [*starts[1:], end_row], strict=False)
         ]
-        if segments:
-            host[name][: len(segments)] = heaviest_first(segments, ranks)
-        host[f"num_{name}"][:] = len(segments)
+        return sorted(runs, key=lambda run: -ranks[run[0]])
+
+    def _fill_lists(self, host: Arrays, decoding: list[Segment], prompts: list[Segment], *, joint: bool) -> None:
+        """The work lists, of which a step's kind says who reads them.
+
+        joint  prompts are in the lists of rows that decode
+        """
+        ranks = self._slot_ranks()
+        joined, apart = (prompts, []) if joint else ([], prompts)
+        wide = _cut(joined, SHRINK_ROWS)
+        few = [
+            (slot, row, min(each, start + count - row))
+            for slot, start, count in decoding
+            for each in (few_rows(count, ranks[slot]),)
+            for row in range(start, start + count, each)
+        ]
+        _write(host, "shrink_segments", _cut(sorted((*decoding, *joined), key=lambda run: -ranks[run[0]]), SHRINK_ROWS))
+        _write(host, "expand_segments", [*wide, *heaviest_first(few, ranks)])
+        host["num_wide_segments"][:] = len(wide)
+        _write(host, "prefill_segments", _cut(apart, PREFILL_BLOCK_ROWS))
 
     def fill_nothing(self) -> None:
         """Sends the largest step that computes nothing: what graphs are captured with."""
         host = self.inputs.begin()
         self._pad(host, 0, self.inputs.sizes.rows, 0, 0)
-        host["num_decode_segments"][:] = host["num_prefill_segments"][:] = 0
+        for name in ("shrink", "expand", "wide", "prefill"):
+            host[f"num_{name}_segments"][:] = 0
         host["prefill_range"][:] = 0
         self.inputs.send()
 
@@ -140,5 +152,16 @@ class StepFiller:
         host["query_starts"][sequence + 1 : end_sequence + 1] = row
 
 
-def _prompt_rows(num_rows: int, rank: int) -> int:
-    return PREFILL_BLOCK_ROWS
+def _cut(runs: Sequence[Segment], rows: int) -> list[Segment]:
+    """Segments of at most so many rows, in the order of the runs."""
+    return [
+        (slot, row, min(rows, start + count - row))
+        for slot, start, count in runs
+        for row in range(start, start + count, rows)
+    ]
+
+
+def _write(host: Arrays, name: str, segments: Sequence[Segment]) -> None:
+    if segments:
+        host[name][: len(segments)] = segments
+    host[f"num_{name}"][:] = len(segments)

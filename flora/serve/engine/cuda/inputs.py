@@ -23,6 +23,7 @@ class InputSizes:
 
     rows: int  # tokens
     sequences: int
+    joint_segments: int  # of steps whose prompts share the lists of rows that decode
     prefill_segments: int
     table_pages: int  # width of the block table
 
@@ -38,8 +39,11 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "decode_segments": (i32, (self.sequences, 3)),
-            "num_decode_segments": (i32, (1,)),
+            "shrink_segments": (i32, (self.joint_segments, 3)),
+            "num_shrink_segments": (i32, (1,)),
+            "expand_segments": (i32, (self.joint_segments, 3)),
+            "num_expand_segments": (i32, (1,)),
+            "num_wide_segments": (i32, (1,)),  # prompts', the first of expand_segments
             "prefill_segments": (i32, (self.prefill_segments, 3)),
             "num_prefill_segments": (i32, (1,)),
             "prefill_range": (i32, (2,)),

@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import ALL_GROUPS, FEW_ROWS, Context, WorkList
+from flora.kernels import ALL_GROUPS, FEW_ROWS, SHRINK_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
-from flora.serve.engine.cuda.filling import StepFiller
+from flora.serve.engine.cuda.filling import JOINT_ROWS, StepFiller
 from flora.serve.engine.cuda.graphs import Reach, StepGraphs, StepOutput, decode_sizes, mixed_sizes
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -69,6 +70,7 @@ class CudaRunner:
         sizes = InputSizes(
             rows=self._max_rows,
             sequences=limits.max_sequences,
+            joint_segments=limits.max_sequences + min(JOINT_ROWS, self._max_rows) // SHRINK_ROWS,
             prefill_segments=limits.max_sequences + self._max_rows // PREFILL_BLOCK_ROWS,
             table_pages=table_pages,
         )
@@ -162,35 +164,60 @@ class CudaRunner:
         for reach in (frozenset(), ALL_GROUPS):
             for rows in {1, min(2, self._max_sequences), self._max_sequences}:
                 self._decode(rows, reach)
-            for rows in {beside, self._max_rows}:
+            for rows in {beside, min(JOINT_ROWS, self._max_rows), self._max_rows}:
                 self._mixed(rows, reach)
 
     def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""
-        work: tuple[WorkList, ...] = ()
+        work: tuple[LoraWork, ...] = ()
         if reach and self._batch_invariant:
-            work = (self._work("prefill_segments", rows, PREFILL_BLOCK_ROWS, max_rank),)
+            work = (self._prompts(rows, max_rank),)
         elif reach:
-            work = (self._work("decode_segments", rows, FEW_ROWS, max_rank),)
+            work = (self._decoding(rows, max_rank),)
         return self._forward(rows, rows, work, reach, max_queries=1)
 
     def _mixed(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """Any rows of as many sequences as may run."""
-        work: tuple[WorkList, ...] = ()
-        if reach:
-            decoding = min(rows, self._max_sequences)
-            prefilling = self._max_sequences + rows // PREFILL_BLOCK_ROWS
-            work = (self._work("prefill_segments", prefilling, PREFILL_BLOCK_ROWS, max_rank),)
-            if not self._batch_invariant:
-                work = (self._work("decode_segments", decoding, FEW_ROWS, max_rank), *work)
+        work: tuple[LoraWork, ...] = ()
+        if reach and self._batch_invariant:
+            work = (self._prompts(rows, max_rank),)
+        elif reach and rows <= JOINT_ROWS:
+            work = (self._joint(rows, max_rank),)
+        elif reach:
+            work = (self._decoding(min(rows, self._max_sequences), max_rank), self._prompts(rows, max_rank))
         return self._forward(rows, self._max_sequences, work, reach, max_queries=rows)
 
-    def _work(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
+    # What `filling` leaves in the lists, as steps of each kind read it.
+
+    def _decoding(self, rows: int, max_rank: int) -> LoraWork:
+        return LoraWork(
+            self._list("shrink_segments", rows, SHRINK_ROWS, max_rank),
+            self._list("expand_segments", rows, FEW_ROWS, max_rank),
+        )
+
+    def _joint(self, rows: int, max_rank: int) -> LoraWork:
+        capacity = self._joint_segments(rows)
+        expand = self._list("expand_segments", capacity, SHRINK_ROWS, max_rank)
+        return LoraWork(
+            self._list("shrink_segments", capacity, SHRINK_ROWS, max_rank),
+            replace(expand, num_wide=self._inputs.device["num_wide_segments"]),
+        )
+
+    def _prompts(self, rows: int, max_rank: int) -> LoraWork:
+        capacity = min(rows, self._max_sequences) + rows // PREFILL_BLOCK_ROWS
+        work = self._list("prefill_segments", capacity, PREFILL_BLOCK_ROWS, max_rank)
+        return LoraWork(work, work)
+
+    def _joint_segments(self, rows: int) -> int:
+        """One more than whole ones for each sequence."""
+        return min(rows, self._max_sequences) + rows // SHRINK_ROWS
+
+    def _list(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
         inputs = self._inputs.device
         return WorkList(inputs[segments][:capacity], inputs[f"num_{segments}"], block_rows, max_rank)
 
     def _forward(
-        self, rows: int, num_sequences: int, work: tuple[WorkList, ...], reach: Reach, *, max_queries: int
+        self, rows: int, num_sequences: int, work: tuple[LoraWork, ...], reach: Reach, *, max_queries: int
     ) -> StepOutput:
         inputs = self._inputs.device
         token_ids = inputs["token_ids"][:rows]
