@@ -83,6 +83,8 @@ def kernels_of(launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch) ->
         ("llama3-8b", {}, False, 256),
         ("llama-7b", {}, False, 256),
         ("llama3-8b", {}, False, 0),
+        ("llama3-8b", {}, False, 16),
+        ("llama3-8b", {}, False, 600),
         ("llama3-8b", {}, False, 4096),
         ("llama3-8b", {}, True, 256),
         ("llama3-8b", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, False, 256),

@@ -162,7 +162,7 @@ class CudaRunner:
         """Steps that between them launch all that any step does: few rows and many, terms beside, in place, none."""
         beside = max(1, min(self._beside_rows, self._max_rows))
         for reach in (frozenset(), ALL_GROUPS):
-            for rows in {1, min(2, self._max_sequences), self._max_sequences}:
+            for rows in {1, min(2, self._max_sequences), min(beside, self._max_sequences), self._max_sequences}:
                 self._decode(rows, reach)
             for rows in {beside, min(JOINT_ROWS, self._max_rows), self._max_rows}:
                 self._mixed(rows, reach)
