@@ -27,6 +27,7 @@ from flora.bench.settings import SETTINGS, Setting
 from flora.bench.shapes import SHAPES
 from flora.bench.trace import Workload, draw_trace
 from flora.serve.engine import Engine
+from flora.serve.engine.cuda.filling import JOINT_ROWS
 from flora.serve.engine.cuda.graphs import decode_sizes, mixed_sizes
 from flora.serve.engine.layout import AdapterTable
 from flora.serve.engine.loading.loader import Finished
@@ -70,8 +71,9 @@ class Costs:
     adapters_s: float = 0.26e-3  # of a step that has any: launches, as far as products do not hide them
     read_rate: float = 3.8e12  # of the bytes of each adapter in the step, once,
     multiply_rate: float = 10.8e12  # and of those of each row's own: 2.8 TB/s together where no two rows share one
-    prompts_s: float = 0.15e-3  # of prompts' list of low-rank terms, and each of its rows
+    prompts_s: float = 0.15e-3  # of prompts' own list of low-rank terms, and each of its rows
     prompt_row_s: float = 3.0e-6
+    joint_row_s: float = 1.2e-6  # of prompts' rows in the list of those that decode
     step_s: float = 0.5e-3  # everything else
     row_s: float = 3.4e-6  # of each row: norms, rotation, prefill attention, sampling
     bus_rate: float = 50e9
@@ -164,7 +166,10 @@ class Device:
             rows_bytes = sum(self.held[slot] for slot in adapter_slots if slot is not None)
             read_bytes = sum(self.held[slot] for slot in slots)
             took_s += costs.adapters_s + read_bytes / costs.read_rate + rows_bytes / costs.multiply_rate
-            took_s += (costs.prompts_s if prompts else 0.0) + prompts * costs.prompt_row_s
+            if rows <= JOINT_ROWS:
+                took_s += prompts * costs.joint_row_s
+            elif prompts:
+                took_s += costs.prompts_s + prompts * costs.prompt_row_s
         start_s = max(self.time.now_s, self.free_s, *(self.arrives_s.pop(slot, 0.0) for slot in slots), 0.0)
         self.free_s = start_s + took_s
         self.time.now_s += costs.plan_s
