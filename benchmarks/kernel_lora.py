@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from kernel_world import ALL, QKVO, RANKS, Bench, Model, Step, relative, work_list
+from kernel_world import ALL, QKVO, RANKS, Bench, Model, Step, decode_work, listed, prompt_work, relative
 from peer_kernels import NoPeer, PeerLora, expected, slotted_module
 from torch import Tensor
 
-from flora.kernels import FEW_ROWS, AdapterWeights, Group, Ops, ReferenceOps, WorkList
+from flora.kernels import FEW_ROWS, SHRINK_ROWS, AdapterWeights, Group, LoraWork, Ops, ReferenceOps
 from flora.kernels.triton_ops import TritonOps
 
 Inputs = dict[Group, tuple[Tensor, Tensor]]  # x and y
@@ -20,36 +20,36 @@ def lora_inputs(bench: Bench, n: int, groups: tuple[Group, ...]) -> Inputs:
     return {g: (randn(bench.model.inputs[g.value[0]]), randn(sum(bench.model.outs(g)[1]))) for g in groups}
 
 
-def shrink_step(bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor) -> Step:
+def shrink_step(bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: LoraWork, x: Tensor) -> Step:
     def step() -> None:
         for layer in range(weights.modules.shape[1]):
-            ops.lora_shrink(x, weights, bench.model.place(layer, group), work)
+            ops.lora_shrink(x, weights, bench.model.place(layer, group), work.shrink)
 
     return step
 
 
 def expand_step(
-    bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: WorkList, x: Tensor, y: Tensor
+    bench: Bench, ops: Ops, weights: AdapterWeights, group: Group, work: LoraWork, x: Tensor, y: Tensor
 ) -> Step:
     places = [bench.model.place(layer, group) for layer in range(weights.modules.shape[1])]
-    shrunk = [ops.lora_shrink(x, weights, place, work) for place in places]
+    shrunk = [ops.lora_shrink(x, weights, place, work.shrink) for place in places]
 
     def step() -> None:
         for place, v in zip(places, shrunk, strict=True):
-            ops.lora_expand(y, v, weights, place, work)
+            ops.lora_expand(y, v, weights, place, work.expand)
 
     return step
 
 
 def lora_step(
-    bench: Bench, ops: Ops, weights: AdapterWeights, groups: tuple[Group, ...], work: WorkList, data: Inputs
+    bench: Bench, ops: Ops, weights: AdapterWeights, groups: tuple[Group, ...], work: LoraWork, data: Inputs
 ) -> Step:
     def step() -> None:
         for layer in range(weights.modules.shape[1]):
             for group in groups:
                 x, y = data[group]
                 place = bench.model.place(layer, group)
-                ops.lora_expand(y, ops.lora_shrink(x, weights, place, work), weights, place, work)
+                ops.lora_expand(y, ops.lora_shrink(x, weights, place, work.shrink), weights, place, work.expand)
 
     return step
 
@@ -57,13 +57,13 @@ def lora_step(
 def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1) -> None:
     """Relative error of one layer's update against float32, and the same for torch's own rounding of it to bf16."""
     slots = list(range(0, len(ranks), max(1, len(ranks) // 16)))
-    work = work_list(bench, slots, FEW_ROWS, rows_each, ranks)
+    work = decode_work(bench, slots, rows_each, ranks)
     for group, (x, y) in lora_inputs(bench, len(slots) * rows_each, ALL).items():
         result, wanted = y.clone(), y.float()
         place = bench.model.place(0, group)
-        ops.lora_expand(result, ops.lora_shrink(x, weights, place, work), weights, place, work)
-        v = ReferenceOps().lora_shrink(x.float(), weights, place, work)
-        ReferenceOps().lora_expand(wanted, v, weights, place, work)
+        ops.lora_expand(result, ops.lora_shrink(x, weights, place, work.shrink), weights, place, work.expand)
+        v = ReferenceOps().lora_shrink(x.float(), weights, place, work.shrink)
+        ReferenceOps().lora_expand(wanted, v, weights, place, work.expand)
         bench.check(
             check="lora",
             group=group.name,
@@ -82,7 +82,7 @@ def lora_bytes(model: Model, ranks: list[int], groups: tuple[Group, ...], layers
 
 def bench_lora(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int]) -> None:
     layers, n = weights.modules.shape[1], len(ranks)
-    work = work_list(bench, list(range(n)), FEW_ROWS, 1, ranks)
+    work = decode_work(bench, list(range(n)), 1, ranks)
     data = lora_inputs(bench, n, ALL)
     for name, groups in (("q,k,v,o", QKVO), ("all seven", ALL)):
         read = sum(lora_bytes(bench.model, ranks, groups, layers))
@@ -168,15 +168,16 @@ def padded_baseline(bench: Bench, n: int, rank: int) -> None:
     )
 
 
-def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, WorkList, int]]:
+def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, LoraWork, int]]:
     """(name, work list, rows): decode over all adapters, over few, over none; and prefill of one adapter."""
     n, hot = len(ranks), [ranks.index(rank) for rank in RANKS]
-    yield "distinct", work_list(bench, list(range(n)), FEW_ROWS, 1, ranks), n
-    yield "four adapters", work_list(bench, hot, FEW_ROWS, n // 4, ranks), n
-    yield "one of rank 64", work_list(bench, hot[-1:], FEW_ROWS, n, ranks), n
-    yield "none", WorkList.build([], block_rows=FEW_ROWS, max_rank=max(ranks), capacity=n, device=bench.device), n
-    yield "prefill 2048, rank 64", work_list(bench, hot[-1:], 64, 2048, ranks), 2048
-    yield "prefill 2048, rank 16", work_list(bench, hot[1:2], 64, 2048, ranks), 2048
+    yield "distinct", decode_work(bench, list(range(n)), 1, ranks), n
+    yield "four adapters", decode_work(bench, hot, n // 4, ranks), n
+    yield "one of rank 64", decode_work(bench, hot[-1:], n, ranks), n
+    nobody = [listed(bench, [], rows, ranks, capacity=n) for rows in (SHRINK_ROWS, FEW_ROWS)]
+    yield "none", LoraWork(*nobody), n
+    yield "prefill 2048, rank 64", prompt_work(bench, hot[-1], 2048, ranks), 2048
+    yield "prefill 2048, rank 16", prompt_work(bench, hot[1], 2048, ranks), 2048
 
 
 def bench_cases(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]) -> None:

@@ -13,14 +13,18 @@ from flora.kernels import (
     CHUNK,
     FEW_ROWS,
     MODULES,
+    SHRINK_ROWS,
     AdapterWeights,
     Group,
+    LoraWork,
     Place,
+    Segment,
     WorkList,
-    few_rows,
-    heaviest_first,
+    cut_runs,
+    cut_step,
     padded,
 )
+from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 
 SEED = 20261121
 RANKS = (8, 16, 32, 64)
@@ -137,16 +141,31 @@ def build_adapters(bench: Bench, num_adapters: int, layers: int) -> tuple[Adapte
     return AdapterWeights(pool, cells, modules, scales, alignment=model.alignment), ranks
 
 
-def work_list(bench: Bench, slots: list[int], block_rows: int, rows_each: int, ranks: list[int]) -> WorkList:
-    """Lists of few rows a segment are cut as an engine cuts them."""
-    segments = [
-        (slot, i * rows_each + first, min(each, rows_each - first))
-        for i, slot in enumerate(slots)
-        for each in (few_rows(rows_each, ranks[slot]) if block_rows == FEW_ROWS else block_rows,)
-        for first in range(0, rows_each, each)
-    ]
-    segments = heaviest_first(segments, ranks)
-    return WorkList.build(segments, block_rows=block_rows, max_rank=max(ranks), device=bench.device)
+def decode_work(bench: Bench, slots: list[int], rows_each: int, ranks: list[int]) -> LoraWork:
+    """Of rows that decode, as an engine cuts them."""
+    runs = [(slot, i * rows_each, rows_each) for i, slot in enumerate(slots)]
+    shrink, expand, _ = cut_step(runs, [], ranks)
+    return LoraWork(listed(bench, shrink, SHRINK_ROWS, ranks), listed(bench, expand, FEW_ROWS, ranks))
+
+
+def prompt_work(bench: Bench, slot: int, rows: int, ranks: list[int]) -> LoraWork:
+    """Of a prompt in a step of many rows."""
+    work = listed(bench, cut_runs([(slot, 0, rows)], PREFILL_BLOCK_ROWS), PREFILL_BLOCK_ROWS, ranks)
+    return LoraWork(work, work)
+
+
+def listed(
+    bench: Bench,
+    segments: list[Segment],
+    block_rows: int,
+    ranks: list[int],
+    *,
+    num_wide: int | None = None,
+    capacity: int | None = None,
+) -> WorkList:
+    return WorkList.build(
+        segments, block_rows=block_rows, max_rank=max(ranks), capacity=capacity, num_wide=num_wide, device=bench.device
+    )
 
 
 def relative(value: Tensor, wanted: Tensor) -> float:

@@ -25,7 +25,18 @@ from flora.kernels.project import SideStream, project, project_beside
 from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import FEW_ROWS, SHRINK_ROWS, LoraWork, WorkList, few_rows, heaviest_first, split_segments
+from flora.kernels.work import (
+    FEW_ROWS,
+    SHRINK_ROWS,
+    LoraWork,
+    Segment,
+    WorkList,
+    cut_runs,
+    cut_step,
+    few_rows,
+    heaviest_first,
+    split_segments,
+)
 
 __all__ = [
     "ALL_GROUPS",
@@ -44,8 +55,11 @@ __all__ = [
     "PackedLinear",
     "Place",
     "ReferenceOps",
+    "Segment",
     "SideStream",
     "WorkList",
+    "cut_runs",
+    "cut_step",
     "few_rows",
     "heaviest_first",
     "linear",

@@ -16,6 +16,8 @@ FEW_ROWS = (
 _PAIRED_ROWS = 6  # with one adapter, up to which two a segment are faster than four (benchmarks/NOTES.md)
 _SMALL_RANK = LoraTuning().expand_small_rank  # up to which they are not
 
+Segment = tuple[int, int, int]  # an adapter's slot, the first row, how many rows
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkList:
@@ -36,7 +38,7 @@ class WorkList:
     @classmethod
     def build(
         cls,
-        segments: Sequence[tuple[int, int, int]],
+        segments: Sequence[Segment],
         *,
         block_rows: int,
         max_rank: int,
@@ -72,19 +74,47 @@ def few_rows(num_rows: int, rank: int) -> int:
     return 2 if num_rows <= _PAIRED_ROWS and rank > _SMALL_RANK else FEW_ROWS
 
 
-def heaviest_first(segments: Iterable[tuple[int, int, int]], ranks: Sequence[int]) -> list[tuple[int, int, int]]:
+def cut_runs(runs: Iterable[Segment], rows: int) -> list[Segment]:
+    """Segments of at most so many rows, in the order of the runs."""
+    return [
+        (slot, row, min(rows, start + count - row))
+        for slot, start, count in runs
+        for row in range(start, start + count, rows)
+    ]
+
+
+def cut_step(
+    decoding: Sequence[Segment], prompts: Sequence[Segment], ranks: Sequence[int]
+) -> tuple[list[Segment], list[Segment], int]:
+    """Segments for shrink and for expand of rows that decode and prompts in one list, and expand's `num_wide`.
+
+    decoding, prompts  runs of rows that share an adapter
+    ranks              of each slot
+    """
+    few = [
+        (slot, row, min(each, start + count - row))
+        for slot, start, count in decoding
+        for each in (few_rows(count, ranks[slot]),)
+        for row in range(start, start + count, each)
+    ]
+    wide = cut_runs(sorted(prompts, key=lambda run: -ranks[run[0]]), SHRINK_ROWS)
+    shrink = cut_runs(sorted((*decoding, *prompts), key=lambda run: -ranks[run[0]]), SHRINK_ROWS)
+    return shrink, [*wide, *heaviest_first(few, ranks)], len(wide)
+
+
+def heaviest_first(segments: Iterable[Segment], ranks: Sequence[int]) -> list[Segment]:
     """The segments by falling rank of their slot, of one rank those of more rows first, so that the last programs that
     a GPU starts are short ones.
     """
     return sorted(segments, key=lambda segment: (-ranks[segment[0]], -segment[2]))
 
 
-def split_segments(row_slots: Iterable[int | None], block_rows: int) -> list[tuple[int, int, int]]:
+def split_segments(row_slots: Iterable[int | None], block_rows: int) -> list[Segment]:
     """(slot, first_row, num_rows) for every run of rows with one slot, cut so that num_rows <= block_rows.
 
     row_slots  each row's adapter slot in batch order; None is a base row, which is in no segment.
     """
-    segments: list[tuple[int, int, int]] = []
+    segments: list[Segment] = []
     first = 0
     for slot, run in groupby(row_slots):
         end = first + sum(1 for _ in run)

@@ -70,6 +70,15 @@ def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
     assert rows[3]["layer_us"] > rows[1]["layer_us"], "some forty times the operations"
 
 
+def test_prompts_in_one_list_and_in_two_agree_before_they_are_timed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+    _, rows = run(script("bench_joint"), ["--shapes", "tiny", "--prompt-rows", "40"], tmp_path, monkeypatch)
+
+    assert [row["adapters"] for row in rows] == ["own", "of 100", "of 5"]
+    assert all(row["us"].keys() == {"no prompts", "apart", "joint"} and min(row["us"].values()) > 0 for row in rows)
+
+
 def test_a_sweep_tries_no_tiling_that_is_the_default_and_none_twice(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(BENCHMARKS)

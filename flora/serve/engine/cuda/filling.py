@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import SHRINK_ROWS, few_rows, heaviest_first
+from flora.kernels import Segment, cut_runs, cut_step
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.schedule.scheduler import Chunk
-
-Segment = tuple[int, int, int]  # an adapter's slot, the first row, how many rows
 
 # Of a step, up to which prompts are in the lists of rows that decode, 16 rows a segment: the weights that they read
 # once more cost less than two launches and a second stream (benchmarks/NOTES.md, of an H100).
@@ -115,19 +113,12 @@ class StepFiller:
 
         joint  prompts are in the lists of rows that decode
         """
-        ranks = self._slot_ranks()
         joined, apart = (prompts, []) if joint else ([], prompts)
-        wide = _cut(joined, SHRINK_ROWS)
-        few = [
-            (slot, row, min(each, start + count - row))
-            for slot, start, count in decoding
-            for each in (few_rows(count, ranks[slot]),)
-            for row in range(start, start + count, each)
-        ]
-        _write(host, "shrink_segments", _cut(sorted((*decoding, *joined), key=lambda run: -ranks[run[0]]), SHRINK_ROWS))
-        _write(host, "expand_segments", [*wide, *heaviest_first(few, ranks)])
-        host["num_wide_segments"][:] = len(wide)
-        _write(host, "prefill_segments", _cut(apart, PREFILL_BLOCK_ROWS))
+        shrink, expand, num_wide = cut_step(decoding, joined, self._slot_ranks())
+        _write(host, "shrink_segments", shrink)
+        _write(host, "expand_segments", expand)
+        host["num_wide_segments"][:] = num_wide
+        _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS))
 
     def fill_nothing(self) -> None:
         """Sends the largest step that computes nothing: what graphs are captured with."""
@@ -150,15 +141,6 @@ class StepFiller:
         host["logits_rows"][num_sampled:end_sequence] = 0
         host["sampled_lanes"][num_sampled:end_sequence] = self.lanes.spare
         host["query_starts"][sequence + 1 : end_sequence + 1] = row
-
-
-def _cut(runs: Sequence[Segment], rows: int) -> list[Segment]:
-    """Segments of at most so many rows, in the order of the runs."""
-    return [
-        (slot, row, min(rows, start + count - row))
-        for slot, start, count in runs
-        for row in range(start, start + count, rows)
-    ]
 
 
 def _write(host: Arrays, name: str, segments: Sequence[Segment]) -> None:
