@@ -59,7 +59,7 @@ def works(
     shrink, expand, _ = cut_step(decoding, [], ranks)
     alone = LoraWork(listed(bench, shrink, SHRINK_ROWS, ranks), listed(bench, expand, FEW_ROWS, ranks))
     yield "no prompts", [alone]
-    wide = listed(bench, cut_runs(prompts, PREFILL_BLOCK_ROWS), PREFILL_BLOCK_ROWS, ranks)
+    wide = listed(bench, cut_runs(prompts, PREFILL_BLOCK_ROWS, ranks), PREFILL_BLOCK_ROWS, ranks)
     yield "apart", [alone, LoraWork(wide, wide)]
     shrink, expand, num_wide = cut_step(decoding, prompts, ranks)
     joint = listed(bench, expand, SHRINK_ROWS, ranks, num_wide=num_wide)

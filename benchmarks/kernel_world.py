@@ -150,7 +150,7 @@ def decode_work(bench: Bench, slots: list[int], rows_each: int, ranks: list[int]
 
 def prompt_work(bench: Bench, slot: int, rows: int, ranks: list[int]) -> LoraWork:
     """Of a prompt in a step of many rows."""
-    work = listed(bench, cut_runs([(slot, 0, rows)], PREFILL_BLOCK_ROWS), PREFILL_BLOCK_ROWS, ranks)
+    work = listed(bench, cut_runs([(slot, 0, rows)], PREFILL_BLOCK_ROWS, ranks), PREFILL_BLOCK_ROWS, ranks)
     return LoraWork(work, work)
 
 

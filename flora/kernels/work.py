@@ -10,9 +10,7 @@ from torch import Tensor
 from flora.kernels.tuning import LoraTuning
 
 SHRINK_ROWS = 16  # of a segment that shrink takes by one tile; a row's bits are the same in any of up to so many
-FEW_ROWS = (
-    4  # rows of a segment that expand takes row by row; a row's bits are the same in any segment of up to so many
-)
+FEW_ROWS = 4  # of a segment that expand takes row by row; likewise
 _PAIRED_ROWS = 6  # with one adapter, up to which two a segment are faster than four (benchmarks/NOTES.md)
 _SMALL_RANK = LoraTuning().expand_small_rank  # up to which they are not
 
@@ -31,8 +29,8 @@ class WorkList:
     num_segments: Tensor  # int32 [1]
     block_rows: int  # on a GPU FEW_ROWS suits decode and 64 prefill; the CPU path takes any
     max_rank: int  # no module of a resident adapter has a higher rank; sizes buffers, changes no result
-    # int32 [1]: the first so many segments are prompts', those behind them of rows that decode have FEW_ROWS at most.
-    # Which way expand takes for a row hangs on this and not on how many rows its segment has. None: all are of one kind
+    # int32 [1]: so many segments, the first, are prompts' and have up to block_rows; the others, of rows that decode,
+    # up to FEW_ROWS. Expand's way hangs on this, never on how many rows a segment has. None: all are of one kind.
     num_wide: Tensor | None = None
 
     @classmethod
@@ -74,11 +72,11 @@ def few_rows(num_rows: int, rank: int) -> int:
     return 2 if num_rows <= _PAIRED_ROWS and rank > _SMALL_RANK else FEW_ROWS
 
 
-def cut_runs(runs: Iterable[Segment], rows: int) -> list[Segment]:
-    """Segments of at most so many rows, in the order of the runs."""
+def cut_runs(runs: Iterable[Segment], rows: int, ranks: Sequence[int]) -> list[Segment]:
+    """Segments of at most so many rows, by the falling rank of their slot."""
     return [
         (slot, row, min(rows, start + count - row))
-        for slot, start, count in runs
+        for slot, start, count in sorted(runs, key=lambda run: -ranks[run[0]])
         for row in range(start, start + count, rows)
     ]
 
@@ -97,8 +95,7 @@ def cut_step(
         for each in (few_rows(count, ranks[slot]),)
         for row in range(start, start + count, each)
     ]
-    wide = cut_runs(sorted(prompts, key=lambda run: -ranks[run[0]]), SHRINK_ROWS)
-    shrink = cut_runs(sorted((*decoding, *prompts), key=lambda run: -ranks[run[0]]), SHRINK_ROWS)
+    shrink, wide = cut_runs((*decoding, *prompts), SHRINK_ROWS, ranks), cut_runs(prompts, SHRINK_ROWS, ranks)
     return shrink, [*wide, *heaviest_first(few, ranks)], len(wide)
 
 

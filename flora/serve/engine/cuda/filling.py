@@ -95,18 +95,13 @@ class StepFiller:
         self.inputs.send()
 
     def _runs(self, slots: np.ndarray, first_rows: np.ndarray, end_row: int) -> list[Segment]:
-        """Rows with one adapter, by its falling rank.
-
-        slots, first_rows  of sequences in order of their rows
-        """
-        ranks = self._slot_ranks()
+        """Rows with one adapter. slots, first_rows: of sequences in order of their rows."""
         edges = np.flatnonzero(np.diff(slots, prepend=-1))  # base rows, slot -1, come first and start no run
         starts = first_rows[edges].tolist()
-        runs = [
-            (slot, start, end - start)
-            for slot, start, end in zip(slots[edges].tolist(), starts, [*starts[1:], end_row], strict=False)
+        ends = [*starts[1:], end_row]
+        return [
+            (slot, start, end - start) for slot, start, end in zip(slots[edges].tolist(), starts, ends, strict=False)
         ]
-        return sorted(runs, key=lambda run: -ranks[run[0]])
 
     def _fill_lists(self, host: Arrays, decoding: list[Segment], prompts: list[Segment], *, joint: bool) -> None:
         """The work lists, of which a step's kind says who reads them.
@@ -114,11 +109,12 @@ class StepFiller:
         joint  prompts are in the lists of rows that decode
         """
         joined, apart = (prompts, []) if joint else ([], prompts)
-        shrink, expand, num_wide = cut_step(decoding, joined, self._slot_ranks())
+        ranks = self._slot_ranks()
+        shrink, expand, num_wide = cut_step(decoding, joined, ranks)
         _write(host, "shrink_segments", shrink)
         _write(host, "expand_segments", expand)
         host["num_wide_segments"][:] = num_wide
-        _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS))
+        _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS, ranks))
 
     def fill_nothing(self) -> None:
         """Sends the largest step that computes nothing: what graphs are captured with."""
