@@ -23,10 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flora.kernels import SHRINK_ROWS
 from flora.serve.engine import Engine
-from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
-from flora.serve.engine.cuda.filling import JOINT_ROWS, StepFiller
+from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.layout import PoolGeometry
@@ -64,13 +62,7 @@ class NoDevice:
         self.pool = pool
         self.tables = AdapterTables(1024, pool.geometry.num_planes, pool.cells)
         table_pages = pool.geometry.pages_for_tokens(MAX_CONTEXT)
-        sizes = InputSizes(
-            rows=MAX_ROWS,
-            sequences=num_sequences,
-            joint_segments=num_sequences + JOINT_ROWS // SHRINK_ROWS,
-            prefill_segments=num_sequences + MAX_ROWS // PREFILL_BLOCK_ROWS,
-            table_pages=table_pages,
-        )
+        sizes = InputSizes(MAX_ROWS, num_sequences, table_pages)
         inputs, lanes = StepInputs(sizes, torch.device("cpu")), Lanes(2 * num_sequences, table_pages)
         self._filler = StepFiller(inputs, lanes, PAGE_TOKENS, lambda: self.tables.ranks)
 

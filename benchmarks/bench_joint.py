@@ -8,7 +8,6 @@ the cache when its turn comes. Times are those of CUDA-graph replays, medians of
 """
 
 import dataclasses
-import json
 import random
 from collections.abc import Iterator
 from itertools import groupby
@@ -16,6 +15,7 @@ from itertools import groupby
 import torch
 from kernel_world import LLAMA_8B, QKVO, SEED, TINY, Bench, build_adapters, listed, relative
 
+from flora.bench.row import append_row, encode_row
 from flora.bench.script import ints, make_parser, place_facts, surroundings
 from flora.kernels import (
     FEW_ROWS,
@@ -118,12 +118,10 @@ def main() -> None:
                 named = works(bench, decoding, prompts, ranks)
                 us = {name: round(took, 1) for name, took in time_step(bench, ops, weights, rows, named)}
                 row = {"bench": "joint", "shape": shape, "adapters": case, "decoding": DECODING, "us": us}
-                row |= {"prompt_rows": 2 * half, "kernels": ops.name, "seed": SEED}
-                line = json.dumps(row | place_facts(where))
-                print(line, flush=True)
+                row |= {"prompt_rows": 2 * half, "kernels": ops.name, "seed": SEED} | place_facts(where)
+                print(encode_row(row), flush=True)
                 if args.out:
-                    with args.out.open("a") as file:
-                        file.write(line + "\n")
+                    append_row(args.out, row)
 
 
 if __name__ == "__main__":

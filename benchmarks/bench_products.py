@@ -8,7 +8,6 @@ CUDA-graph replays, the median of twelve; on a CPU of calls.
 """
 
 import ctypes
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from flora.bench.row import append_row, encode_row
 from flora.bench.script import ints, make_parser, place_facts, surroundings
 from flora.bench.shapes import SHAPES
 
@@ -114,11 +114,10 @@ def main() -> None:
                     parts[str(sms)][name] = on_part(step, product, sms, device)
             row = {"bench": "products", "shape": shape, "rows": rows, "us": us, "layer_us": round(sum(us.values()), 1)}
             row |= {"on_multiprocessors": parts} if parts else {}
-            line = json.dumps(row | {"dtype": str(dtype), "seed": SEED} | place_facts(where))
-            print(line, flush=True)
+            row |= {"dtype": str(dtype), "seed": SEED} | place_facts(where)
+            print(encode_row(row), flush=True)
             if args.out:
-                with args.out.open("a") as file:
-                    file.write(line + "\n")
+                append_row(args.out, row)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ from flora.bench.asks import asks_of
 from flora.bench.engines import adapter_bytes
 from flora.bench.in_process import drive_engine
 from flora.bench.merged import drive_merged
+from flora.bench.row import append_row, encode_row
 from flora.bench.settings import SETTINGS, Setting
 from flora.bench.shapes import SHAPES
 from flora.bench.trace import Workload, draw_trace
 from flora.serve.engine import Engine
-from flora.serve.engine.cuda.filling import JOINT_ROWS
+from flora.serve.engine.batch import JOINT_ROWS
 from flora.serve.engine.cuda.graphs import decode_sizes, mixed_sizes
 from flora.serve.engine.layout import AdapterTable
 from flora.serve.engine.loading.loader import Finished
@@ -301,11 +302,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the JSON lines here")
     args = parser.parse_args()
     for num_adapters in args.adapters:
-        line = json.dumps(simulate(args, num_adapters))
-        print(line)
+        row = simulate(args, num_adapters)
+        print(encode_row(row), flush=True)
         if args.out:
-            with args.out.open("a") as file:
-                file.write(line + "\n")
+            append_row(args.out, row)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,7 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
     """lists: prompts share those of rows that decode, or have their own, or all rows go the way of prompts."""
     seeded, one_list = random.Random(seed), lists == "one"
     monkeypatch.setattr(filling, "JOINT_ROWS", 0 if lists == "apart" else ROWS)
-    sizes = InputSizes(
-        rows=ROWS,
-        sequences=SEQUENCES,
-        joint_segments=SEQUENCES + ROWS // SHRINK_ROWS,
-        prefill_segments=SEQUENCES + ROWS // PREFILL_BLOCK_ROWS,
-        table_pages=TABLE_PAGES,
-    )
+    sizes = InputSizes(ROWS, SEQUENCES, TABLE_PAGES)
     inputs = StepInputs(sizes, torch.device("cpu"))
     filler = StepFiller(inputs, Lanes(2 * SEQUENCES, TABLE_PAGES), PAGE_TOKENS, lambda: RANKS, one_list=one_list)
     for _ in range(4):  # the arrays are used again: nothing of a step may be left for the next
@@ -105,7 +99,13 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
         for segments in (found["shrink"], wide, few, found["prefill"]):
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
         shrunk, widened, narrow, apart = (
-            met(*segments) for segments in ((found["shrink"], 16), (wide, 16), (few, FEW_ROWS), (found["prefill"], 64))
+            met(*segments)
+            for segments in (
+                (found["shrink"], SHRINK_ROWS),
+                (wide, SHRINK_ROWS),
+                (few, FEW_ROWS),
+                (found["prefill"], PREFILL_BLOCK_ROWS),
+            )
         )
         rows_of = Counter(narrow.values())
         assert all(number <= few_rows(rows_of[slot], RANKS[slot]) for slot, _, number in few)

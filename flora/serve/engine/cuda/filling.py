@@ -5,14 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from flora.kernels import Segment, cut_runs, cut_step
-from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
+from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
 from flora.serve.engine.schedule.scheduler import Chunk
-
-# Of a step, up to which prompts are in the lists of rows that decode, 16 rows a segment: the weights that they read
-# once more cost less than two launches and a second stream (benchmarks/NOTES.md, of an H100).
-JOINT_ROWS = 512
 
 
 class StepFiller:

@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flora.kernels import SHRINK_ROWS
+from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
+
 Arrays = dict[str, NDArray[Any]]
 _ALIGN = 256  # bytes between arrays: any view of any of them is then aligned for vector loads
 
@@ -23,9 +26,16 @@ class InputSizes:
 
     rows: int  # tokens
     sequences: int
-    joint_segments: int  # of steps whose prompts share the lists of rows that decode
-    prefill_segments: int
     table_pages: int  # width of the block table
+
+    @property
+    def joint_segments(self) -> int:
+        """Of a step whose prompts share the lists of rows that decode: one that is not whole for each sequence."""
+        return self.sequences + min(JOINT_ROWS, self.rows) // SHRINK_ROWS
+
+    @property
+    def prefill_segments(self) -> int:
+        return self.sequences + self.rows // PREFILL_BLOCK_ROWS
 
     def fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         i32, i64 = np.dtype(np.int32), np.dtype(np.int64)

@@ -11,9 +11,9 @@ from torch import Tensor
 from flora.errors import EngineDead
 from flora.kernels import ALL_GROUPS, FEW_ROWS, SHRINK_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
-from flora.serve.engine.batch import PREFILL_BLOCK_ROWS, Batch
+from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
-from flora.serve.engine.cuda.filling import JOINT_ROWS, StepFiller
+from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.graphs import Reach, StepGraphs, StepOutput, decode_sizes, mixed_sizes
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -67,13 +67,7 @@ class CudaRunner:
         self._max_sequences = limits.max_sequences
         self._max_rows = max(limits.max_batch_tokens, limits.max_sequences)
         table_pages = pool.geometry.pages_for_tokens(max_context)
-        sizes = InputSizes(
-            rows=self._max_rows,
-            sequences=limits.max_sequences,
-            joint_segments=limits.max_sequences + min(JOINT_ROWS, self._max_rows) // SHRINK_ROWS,
-            prefill_segments=limits.max_sequences + self._max_rows // PREFILL_BLOCK_ROWS,
-            table_pages=table_pages,
-        )
+        sizes = InputSizes(self._max_rows, limits.max_sequences, table_pages)
         self._inputs = StepInputs(sizes, self.device)
         # twice: sequences that ended may still have a row in the step that runs
         lanes = Lanes(2 * limits.max_sequences, table_pages)
