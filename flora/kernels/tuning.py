@@ -12,9 +12,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
-    """Shrink and expand. Shrink is a tensor core's; expand is that only in work lists of many rows a segment, and else
-    works row by row in float32. The list and its room decide, never what is in it: nothing else in the batch changes a
-    row's bits.
+    """Shrink and expand. Shrink is a tensor core's; expand is that only for prompts' segments, and else works row by
+    row in float32. The list, its room and the part of it that a segment is in (WorkList.num_wide) decide, never how
+    many rows it has: nothing else in the batch changes a row's bits.
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
