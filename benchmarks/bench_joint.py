@@ -27,6 +27,7 @@ from flora.kernels import (
     ReferenceOps,
     Segment,
     SideStream,
+    WorkList,
     cut_runs,
     cut_step,
     project,
@@ -38,7 +39,7 @@ MODELS = {
     "llama-7b": dataclasses.replace(LLAMA_8B, kv=4096, ff=11008, kv_heads=32),
     "tiny": TINY,
 }
-LAYERS, DECODING = 3, 240
+LAYERS, DECODING, SEQUENCES = 3, 240, 256  # as many sequences as may run
 ADAPTERS = {"own": DECODING, "of 100": 100, "of 5": 5}
 
 
@@ -53,17 +54,22 @@ def runs_of(slots: list[int]) -> list[Segment]:
 
 
 def works(
-    bench: Bench, decoding: list[Segment], prompts: list[Segment], ranks: list[int]
+    bench: Bench, decoding: list[Segment], prompts: list[Segment], rows: int, ranks: list[int]
 ) -> Iterator[tuple[str, list[LoraWork]]]:
-    """(name, the work), cut as the engine cuts it."""
+    """(name, the work), cut as the engine cuts it, in lists with as much room: grids hang on it."""
+
+    def kept(segments: list[Segment], block_rows: int, room: int, num_wide: int | None = None) -> WorkList:
+        return listed(bench, segments, block_rows, ranks, num_wide=num_wide, capacity=room)
+
     shrink, expand, _ = cut_step(decoding, [], ranks)
-    alone = LoraWork(listed(bench, shrink, SHRINK_ROWS, ranks), listed(bench, expand, FEW_ROWS, ranks))
+    alone = LoraWork(kept(shrink, SHRINK_ROWS, SEQUENCES), kept(expand, FEW_ROWS, SEQUENCES))
     yield "no prompts", [alone]
-    wide = listed(bench, cut_runs(prompts, PREFILL_BLOCK_ROWS, ranks), PREFILL_BLOCK_ROWS, ranks)
+    segments = cut_runs(prompts, PREFILL_BLOCK_ROWS, ranks)
+    wide = kept(segments, PREFILL_BLOCK_ROWS, SEQUENCES + rows // PREFILL_BLOCK_ROWS)
     yield "apart", [alone, LoraWork(wide, wide)]
     shrink, expand, num_wide = cut_step(decoding, prompts, ranks)
-    joint = listed(bench, expand, SHRINK_ROWS, ranks, num_wide=num_wide)
-    yield "joint", [LoraWork(listed(bench, shrink, SHRINK_ROWS, ranks), joint)]
+    room = SEQUENCES + rows // SHRINK_ROWS
+    yield "joint", [LoraWork(kept(shrink, SHRINK_ROWS, room), kept(expand, SHRINK_ROWS, room, num_wide))]
 
 
 def time_step(
@@ -115,7 +121,7 @@ def main() -> None:
                 half = prompt_rows // 2
                 prompts = [(DECODING + i, DECODING + i * half, half) for i in range(2)]
                 rows = DECODING + 2 * half
-                named = works(bench, decoding, prompts, ranks)
+                named = works(bench, decoding, prompts, rows, ranks)
                 us = {name: round(took, 1) for name, took in time_step(bench, ops, weights, rows, named)}
                 row = {"bench": "joint", "shape": shape, "adapters": case, "decoding": DECODING, "us": us}
                 row |= {"prompt_rows": 2 * half, "kernels": ops.name, "seed": SEED} | place_facts(where)
