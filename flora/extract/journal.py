@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 import torch
@@ -41,6 +42,7 @@ class Journal:
         self._lock = lock
         self._places = {pair.name: place for place, pair in enumerate(plan.pairs)}
         self.num_resumed = 0  # pairs that were found done
+        self._counting = Lock()  # adding to a field is a read and a write: Python does not promise them as one
 
     @classmethod
     def open(cls, base: Checkpoint, tuned: Checkpoint, config: ExtractConfig, plan: ExtractionPlan) -> "Journal | None":
@@ -77,7 +79,8 @@ class Journal:
             record["sha256"].get(name) != tensor_sha256(tensor) for name, tensor in tensors.items()
         ):
             return None
-        self.num_resumed += 1
+        with self._counting:
+            self.num_resumed += 1
         return replace(
             change,
             fit=_fit(tensors, record["scale"]),
