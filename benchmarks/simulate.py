@@ -192,6 +192,9 @@ class Loaders:
     def use_cache(self, make_room: Callable[[int], bool]) -> None:
         pass
 
+    def give_room(self) -> None:
+        pass
+
     def start(self, target: AdapterTarget) -> None:
         num_bytes = self._num_bytes(target.serving_digest)
         load_s = self._costs.load_s + num_bytes / self._costs.load_rate

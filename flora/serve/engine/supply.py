@@ -107,8 +107,13 @@ class AdapterSupply:
                 self._orders.remove(order)
 
     def start_loads(self) -> None:
-        """Asks for what is wanted and neither here nor on its way, in order of arrival."""
+        """Asks for what is wanted and neither here nor on its way, in order of arrival.
+
+        What has come since the last step, and is on the device now, may go for those that wait for host memory.
+        """
         room = self._host.trim(self._is_wanted)
+        if self._loading:
+            self._loader.give_room()
         for target in [*self._scheduler.wanted_adapters(), *(order.message.adapter for order in self._orders)]:
             if not room or len(self._loading) >= self._loader.max_loading:
                 return

@@ -24,6 +24,7 @@ from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.loader import Finished, LoadFailed
 from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.loading.processes import ProcessLoader
+from flora.serve.messages import LoadAdapter
 from flora.serve.request import AdapterTarget
 from tests.serve.engine.adapters import random_adapter
 from tests.serve.engine.worlds import World, ask, run_to_end
@@ -59,6 +60,7 @@ class Shop:
         """As many as that, each once it has finished."""
         give_up_s = time.monotonic() + 60
         while num_loads > 0:
+            self.loader.give_room()
             finished = self.loader.finished(60.0)
             assert finished or time.monotonic() < give_up_s, f"{num_loads} loads never end"
             yield from finished
@@ -184,6 +186,22 @@ def test_where_the_arena_is_full_room_is_made_for_the_next_load_of_each_process_
     for packed in again:
         packed.release()
     cache.free(cache.num_bytes, lambda digest: False)
+
+
+def test_what_a_step_brings_to_the_device_makes_room_in_that_step_for_loads_that_wait(bases, tmp_path):
+    with open_shop(bases("llama"), tmp_path) as shop:
+        engine = World(bases("llama"), tmp_path).engine(shop.loader)
+        shop.arena.allocate((NUM_ADAPTERS - NUM_WORKERS) * shop.adapter_bytes)
+        for target in shop.targets[: 2 * NUM_WORKERS]:
+            engine.load_adapter(LoadAdapter(request_id=target.label, adapter=target))
+        engine.step()
+        shop.hear(2 * NUM_WORKERS)  # half of them are there, and the others wait for their room
+
+        engine.step()
+
+        shop.hear(NUM_WORKERS)  # without another word from the engine
+        engine.step()
+        assert {each.label for each in engine.heartbeat().resident} == {f"a{i}" for i in range(2 * NUM_WORKERS)}
 
 
 def test_an_engine_tells_the_same_whether_a_thread_loads_or_processes_whose_arena_is_small(world):

@@ -12,6 +12,7 @@ from flora.checkpoint import open_checkpoint
 from flora.registry import Registry
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
+from flora.serve.engine.loading.loader import Loader
 from flora.serve.engine.model.config import ModelConfig, parse_model_config
 from flora.serve.engine.schedule.pages import Use
 from flora.serve.messages import FromEngine, Rejected, StepEvents, Submit, TokenEvent
@@ -34,7 +35,7 @@ class World:
     def registry(self) -> Registry:
         return Registry.open(self.home / "registry")
 
-    def engine(self, **settings: Any) -> Engine:
+    def engine(self, loader: Loader | None = None, **settings: Any) -> Engine:
         """An engine over this world; freed pages are poisoned unless told otherwise."""
         defaults: dict[str, Any] = {
             "base": self.base,
@@ -45,7 +46,7 @@ class World:
             "num_threads": 1,  # small models, and other tests beside them
             "prefix_cache": False,  # what a test asks twice is computed twice, unless it is about the cache
         }
-        return build_engine(EngineConfig(**defaults | settings))
+        return build_engine(EngineConfig(**defaults | settings), loader=loader)
 
     def add(self, adapter: Adapter, name: str) -> AdapterTarget:
         with self.registry as registry:

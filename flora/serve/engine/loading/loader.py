@@ -45,6 +45,10 @@ class Loader(Protocol):
 
     def start(self, target: AdapterTarget) -> None: ...
 
+    def give_room(self) -> None:
+        """Makes room for loads that wait for it, as far as the cache can forget anything now."""
+        ...
+
     def finished(self, timeout_s: float = 0.0) -> list[Finished]:
         """What finished since the last call; waits up to `timeout_s` for the first."""
         ...
@@ -71,6 +75,9 @@ class ThreadLoader:
 
     def start(self, target: AdapterTarget) -> None:
         self._asked.put(target)
+
+    def give_room(self) -> None:
+        """Nobody waits for it."""
 
     def finished(self, timeout_s: float = 0.0) -> list[Finished]:
         found: list[Finished] = []

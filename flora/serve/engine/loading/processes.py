@@ -74,13 +74,17 @@ class ProcessLoader:
 
     def start(self, target: AdapterTarget) -> None:
         self._claims.expect()
-        self._claims.settle(self._make_room)
+        self.give_room()
         with self._changed:
             self._asked.append(target)
             self._changed.notify()
 
+    def give_room(self) -> None:
+        """See Loader.give_room; the next few loads of each process get room ahead."""
+        self._claims.settle(self._make_room)
+
     def finished(self, timeout_s: float = 0.0) -> list[Finished]:
-        """See Loader.finished; it also makes room for those who wait for it, which ends a wait too."""
+        """See Loader.finished; a load that begins to wait for room ends a wait, too."""
         told: list[Finished | None] = []
         try:
             told.append(self._finished.get(block=timeout_s > 0, timeout=timeout_s or None))
@@ -88,7 +92,6 @@ class ProcessLoader:
                 told.append(self._finished.get_nowait())
         except Empty:
             pass
-        self._claims.settle(self._make_room)
         return [finished for finished in told if finished]
 
     def close(self) -> None:
