@@ -24,6 +24,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def asks_likeliest(self) -> bool:
+        """For the likeliest token, and nothing else."""
+        return self.temperature == 0.0 and self.logprobs is None
+
 
 class AdapterTarget(msgspec.Struct, frozen=True, kw_only=True):
     """One adapter version as the front end resolved it. The engine knows it by `serving_digest` only."""

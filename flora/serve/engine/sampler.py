@@ -49,18 +49,24 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
 def draw_token(logits: Tensor, sampling: SamplingParams, u: float) -> int:
     """The token at which the running sum of probabilities passes u, after temperature, then top-k, then top-p.
 
+    Both cuts keep the likeliest tokens, of equal ones those of lower number. The sum runs over what they keep in the
+    order of the tokens, so that it can be taken without a sort.
+
     logits  float32 [vocab_size];  u  in [0, 1)
     """
     weights = ((logits - logits.max()).double() / sampling.temperature).exp()
     if sampling.top_k is None and sampling.top_p >= 1.0:
         return _invert(weights, u)
-    weights, tokens = weights.sort(descending=True, stable=True)
+    tokens = logits.sort(descending=True, stable=True).indices
     if sampling.top_k is not None:
-        weights = weights[: sampling.top_k]
+        tokens = tokens[: sampling.top_k]
     if sampling.top_p < 1.0:
-        sums = weights.cumsum(0)
-        weights = weights[sums - weights < sampling.top_p * sums[-1]]  # the first always stays
-    return int(tokens[_invert(weights, u)])
+        ordered = weights[tokens]
+        sums = ordered.cumsum(0)
+        tokens = tokens[sums - ordered < sampling.top_p * sums[-1]]  # the first always stays
+    kept = torch.zeros_like(weights)
+    kept[tokens] = weights[tokens]
+    return _invert(kept, u)
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:

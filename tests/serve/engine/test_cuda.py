@@ -14,7 +14,7 @@ from flora.serve.messages import LoadAdapter
 from flora.serve.request import AdapterTarget, SamplingParams
 from tests.serve.engine.adapters import random_adapter, with_peft
 from tests.serve.engine.bases import VOCAB, load_judge
-from tests.serve.engine.worlds import World, ask, run_to_end
+from tests.serve.engine.worlds import GREEDY, World, ask, run_to_end
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GPU = {"device": "cuda", "max_sequences": 24, "max_batch_tokens": 64, "poison": True}
@@ -260,6 +260,38 @@ def test_a_seeded_draw_is_the_same_alone_and_in_company(bases, tmp_path):
     engine.close()
 
 
+def test_no_launch_waits_for_the_device_whatever_is_asked_of_a_token(bases, tmp_path, monkeypatch):
+    engine = World(bases("llama"), tmp_path).engine(**GPU)
+    launch, num_launched = engine.runner.launch, 0
+
+    def watched(chunks, slots):
+        nonlocal num_launched
+        num_launched += 1
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(chunks, slots)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine.runner, "launch", watched)
+    asked = [
+        {},
+        {"temperature": 0.7},
+        {"top_p": 0.5},
+        {"top_k": 3},
+        {"logprobs": 4},
+        {"temperature": 0.0, "logprobs": 0},
+    ]
+    for i, fields in enumerate(asked):
+        ask(engine, str(i), prompt_of(5 + i, seed=i), None, SamplingParams(**{"max_tokens": 8, "seed": i} | fields))
+
+    answers = run_to_end(engine)
+
+    assert num_launched >= 8
+    assert [len(answers[str(i)].tokens) for i in range(len(asked))] == [8] * len(asked)
+    engine.close()
+
+
 def test_every_kernel_of_a_start_and_of_the_steps_after_it_is_compiled_ahead(bases, tmp_path, monkeypatch):
     from triton import knobs
 
@@ -278,8 +310,10 @@ def test_every_kernel_of_a_start_and_of_the_steps_after_it_is_compiled_ahead(bas
     world = World(bases("llama"), tmp_path)
     target = world.add(random_adapter(world.config, 1, ranks=(4, 64)), "it")
     engine = world.engine(**GPU, beside_rows=16)
+    drawn = SamplingParams(max_tokens=6, temperature=0.8, top_p=0.9, top_k=20, logprobs=2)
     for number in range(24):
-        ask(engine, str(number), prompt_of(1 + 3 * number, seed=number), target if number % 2 else None)
+        sampling = drawn if number % 3 else GREEDY
+        ask(engine, str(number), prompt_of(1 + 3 * number, seed=number), target if number % 2 else None, sampling)
     run_to_end(engine)
 
     assert late == []

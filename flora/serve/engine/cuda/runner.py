@@ -11,13 +11,14 @@ from torch import Tensor
 from flora.errors import EngineDead
 from flora.kernels import ALL_GROUPS, FEW_ROWS, SHRINK_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
+from flora.kernels.draw import draw_tokens
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
 from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.graphs import Reach, StepGraphs, StepOutput, decode_sizes, mixed_sizes
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
-from flora.serve.engine.cuda.sampler import draw_rows
+from flora.serve.engine.cuda.sampler import pack_draws, top_logprobs
 from flora.serve.engine.cuda.step import CudaStep
 from flora.serve.engine.layout import stream_alignment
 from flora.serve.engine.loading.packing import PackedAdapter
@@ -28,6 +29,7 @@ from flora.serve.engine.schedule.residency import Resident
 from flora.serve.engine.schedule.scheduler import Chunk, Limits
 from flora.serve.engine.schedule.sequence import PENDING
 from flora.serve.engine.tables import AdapterTables
+from flora.serve.request import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,9 @@ class CudaRunner:
                 self._decode(rows, reach)
             for rows in {beside, min(JOINT_ROWS, self._max_rows), self._max_rows}:
                 self._mixed(rows, reach)
+        likeliest = self._logits[:1].max(-1)
+        draws = pack_draws([(0, Draw(SamplingParams(max_tokens=1), 0))], self.device)
+        draw_tokens(self._logits[:1], likeliest.values, likeliest.indices, draws)
 
     def _decode(self, rows: int, reach: Reach, max_rank: int = _GRAPH_MAX_RANK) -> StepOutput:
         """A row a sequence, all of them sampled."""
@@ -240,18 +245,14 @@ class CudaRunner:
 
     def _sample(self, sampled: list[Chunk], output: StepOutput) -> CudaStep:
         """Draws the rows that are not greedy, and gathers what clients want to know of the distribution."""
-        tokens = output.tokens
-        draws = [Draw(chunk.sequence.sampling, chunk.sequence.num_generated) for chunk in sampled]
-        drawn = [row for row, draw in enumerate(draws) if not draw.sampling.is_greedy]
-        if drawn:
-            rows = torch.tensor(drawn).pin_memory().to(self.device, non_blocking=True)
-            tokens = tokens.clone()
-            tokens[rows] = draw_rows(output.logits[rows].float(), [draws[row] for row in drawn])
-            self._lane_tokens.index_copy_(0, self._inputs.device["sampled_lanes"][: len(sampled)], tokens)
-        logprobs = {}
-        for row, draw in enumerate(draws):
-            if draw.sampling.logprobs is not None:
-                logprob = output.logits[row].float().log_softmax(0)
-                top = logprob.topk(min(draw.sampling.logprobs, len(logprob)))
-                logprobs[row] = (logprob.gather(0, tokens[row : row + 1])[0], top.indices, top.values)
-        return CudaStep(sampled, tokens, output.highest, logprobs)
+        asked = [
+            (row, Draw(sequence.sampling, sequence.num_generated))
+            for row, sequence in enumerate(chunk.sequence for chunk in sampled)
+            if not sequence.sampling.asks_likeliest
+        ]
+        if not asked:
+            return CudaStep(sampled, output.tokens, output.highest)
+        tokens = output.tokens.clone()
+        log_sums = draw_tokens(output.logits, output.highest, tokens, pack_draws(asked, self.device))
+        self._lane_tokens.index_copy_(0, self._inputs.device["sampled_lanes"][: len(sampled)], tokens)
+        return CudaStep(sampled, tokens, output.highest, top_logprobs(output.logits, tokens, log_sums, asked))

@@ -1,51 +1,72 @@
-"""Drawing tokens on the device: the sampler's formulas, for many rows at once.
+"""What rows ask for beyond their likeliest token, on a GPU: draws, and log probabilities. Nothing here waits for it.
 
-A draw depends on its row's logits, seed and index alone. Greedy rows need a maximum, rows with a temperature alone a
-running sum; only top-k and top-p sort.
+A draw and its log probabilities depend on its row's logits, seed and index alone, and on no other row.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flora.serve.engine.philox import uniform
+from flora.kernels.draw import RowDraws
 from flora.serve.engine.sampler import Draw
 
+_ROWS = 32  # whose logits are ordered at once: 33 MB for a vocabulary of 128,256
 
-def draw_rows(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """int64 [len(draws)]: the token of each row by its own temperature, top-k and top-p; none of them greedy.
 
-    logits  float32 [len(draws), vocab_size]
+@dataclass(frozen=True, slots=True)
+class TopLogprobs:
+    """Of the rows that ask for them, on the device. n rows, k: the most that one asks for."""
+
+    rows: list[int]
+    num_top: list[int]  # of each
+    chosen: Tensor  # float32 [n]: of the token
+    ids: Tensor  # int64 [n, k]: of the likeliest tokens, of equal ones the lower first
+    values: Tensor  # float32 [n, k]
+
+
+Asked = Sequence[tuple[int, Draw]]  # rows of the step's logits, and what each asks for
+
+
+def pack_draws(asked: Asked, device: torch.device) -> RowDraws:
+    """What these rows ask for, on its way to the device."""
+    host = torch.empty(7, len(asked), dtype=torch.int64, pin_memory=device.type == "cuda")
+    reals, integers = host[:2].view(torch.float64).numpy(), host[2:].numpy()
+    reals[:] = [[draw.sampling.temperature for _, draw in asked], [draw.sampling.top_p for _, draw in asked]]
+    integers[:] = [
+        [row for row, _ in asked],
+        [draw.sampling.top_k or 0 for _, draw in asked],
+        [draw.sampling.seed for _, draw in asked],
+        [draw.index for _, draw in asked],
+        [draw.sampling.logprobs is not None for _, draw in asked],
+    ]
+    packed = host.to(device, non_blocking=True)
+    return RowDraws(packed[:2].view(torch.float64), packed[2:])
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, log_sums: Tensor, asked: Asked) -> TopLogprobs | None:
+    """Log probabilities in the model's own distribution, before temperature and cuts; None if no row wants any.
+
+    logits    [rows, vocab_size];  tokens  int64 [rows]
+    log_sums  float32 [rows], what draw_tokens returned
     """
-    device = logits.device
-    temperature = torch.tensor([draw.sampling.temperature for draw in draws], dtype=torch.float64).to(device)
-    u = torch.tensor([uniform(draw.sampling.seed, draw.index) for draw in draws], dtype=torch.float64).to(device)
-    weights = ((logits - logits.amax(-1, keepdim=True)).double() / temperature[:, None]).exp()
-    is_cut = torch.tensor([draw.sampling.top_k is not None or draw.sampling.top_p < 1.0 for draw in draws])
-    tokens = _invert(weights, u)
-    if bool(is_cut.any()):
-        rows = is_cut.nonzero().flatten().tolist()
-        cut = [draws[row].sampling for row in rows]
-        picked = torch.tensor(rows, device=device)
-        top_k = torch.tensor([sampling.top_k or logits.shape[1] for sampling in cut]).to(device)
-        top_p = torch.tensor([sampling.top_p for sampling in cut], dtype=torch.float64).to(device)
-        tokens[picked] = _draw_cut(weights[picked], u[picked], top_k, top_p)
-    return tokens
+    wanted = [(row, draw.sampling.logprobs) for row, draw in asked if draw.sampling.logprobs is not None]
+    if not wanted:
+        return None
+    rows, num_top = [row for row, _ in wanted], [min(top, logits.shape[1]) for _, top in wanted]
+    index = torch.tensor(rows, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
+    ids = torch.cat([_likeliest(logits[part], max(num_top)) for part in index.split(_ROWS)])
+    sums = log_sums[index]
+    chosen = logits[index, tokens[index]].float() - sums
+    return TopLogprobs(rows, num_top, chosen, ids, logits[index[:, None], ids].float() - sums[:, None])
 
 
-def _draw_cut(weights: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """As draw_rows, after the cuts: the k likeliest, then the fewest of those whose share reaches p."""
-    ordered, tokens = weights.sort(dim=-1, descending=True, stable=True)
-    ordered = ordered.masked_fill(torch.arange(ordered.shape[1], device=u.device) >= top_k[:, None], 0.0)
-    sums = ordered.cumsum(-1)
-    beyond = (sums - ordered >= top_p[:, None] * sums[:, -1:]) & (top_p[:, None] < 1.0)
-    beyond[:, 0] = False  # the likeliest always stays
-    return tokens.gather(1, _invert(ordered.masked_fill(beyond, 0.0), u)[:, None])[:, 0]
-
-
-def _invert(weights: Tensor, u: Tensor) -> Tensor:
-    """The first index of each row whose running sum exceeds u times the whole."""
-    sums = weights.cumsum(-1)
-    target = torch.minimum(u * sums[:, -1], torch.nextafter(sums[:, -1], torch.zeros_like(u)))
-    return torch.searchsorted(sums, target[:, None], right=True)[:, 0].clamp_max(weights.shape[1] - 1)
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """int64 [rows, count]: by falling logit, equal ones by rising number. No two keys are equal: one order is right."""
+    bits = (logits + 0.0).view(torch.int32 if logits.dtype == torch.float32 else torch.int16)  # 0 and -0 are one number
+    sign, most = (31, 0x7FFFFFFF) if logits.dtype == torch.float32 else (15, 0x7FFF)
+    keys = (bits ^ ((bits >> sign) & most)).long()  # rise with the logits
+    numbers = torch.arange(logits.shape[1], device=logits.device)
+    top = ((keys << 32) | (0xFFFFFFFF - numbers)).topk(count).values
+    return 0xFFFFFFFF - (top & 0xFFFFFFFF)
