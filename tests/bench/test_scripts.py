@@ -70,6 +70,22 @@ def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
     assert rows[3]["layer_us"] > rows[1]["layer_us"], "some forty times the operations"
 
 
+def test_draws_are_the_samplers_before_they_are_timed(tmp_path, monkeypatch):
+    _, rows = run(script("bench_draw"), ["--rows", "1,3", "--vocab", "500"], tmp_path, monkeypatch)
+
+    cases = ["greedy", "temperature", "top_p", "top_k", "both", "logprobs"]
+    assert [(row["rows"], row["case"]) for row in rows] == [(1, case) for case in cases] + [(3, case) for case in cases]
+    assert all(row["host_us"] > 0 for row in rows)
+
+
+def test_a_draw_that_is_not_the_samplers_is_not_timed(tmp_path, monkeypatch):
+    module = script("bench_draw")
+    monkeypatch.setattr(module, "draw_token", lambda *_: -1)
+
+    with pytest.raises(SystemExit, match=r"temperature: token .* nothing was timed"):
+        run(module, ["--rows", "1", "--vocab", "500"], tmp_path, monkeypatch)
+
+
 def test_prompts_in_one_list_and_in_two_agree_before_they_are_timed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 

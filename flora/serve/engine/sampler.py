@@ -57,16 +57,26 @@ def draw_token(logits: Tensor, sampling: SamplingParams, u: float) -> int:
     weights = ((logits - logits.max()).double() / sampling.temperature).exp()
     if sampling.top_k is None and sampling.top_p >= 1.0:
         return _invert(weights, u)
-    tokens = logits.sort(descending=True, stable=True).indices
+    tokens = _likeliest_first(logits, weights, sampling)
     if sampling.top_k is not None:
         tokens = tokens[: sampling.top_k]
     if sampling.top_p < 1.0:
         ordered = weights[tokens]
-        sums = ordered.cumsum(0)
-        tokens = tokens[sums - ordered < sampling.top_p * sums[-1]]  # the first always stays
+        whole = weights.sum() if sampling.top_k is None else ordered.sum()
+        tokens = tokens[ordered.cumsum(0) - ordered < sampling.top_p * whole]  # the first always stays
     kept = torch.zeros_like(weights)
     kept[tokens] = weights[tokens]
     return _invert(kept, u)
+
+
+def _likeliest_first(logits: Tensor, weights: Tensor, sampling: SamplingParams) -> Tensor:
+    """Tokens by falling logit, equal ones by rising number: all that the cuts can keep, few of a vocabulary."""
+    if sampling.top_k is not None:
+        bound = logits.topk(min(sampling.top_k, len(logits))).values[-1]
+        tokens = (logits >= bound).nonzero()[:, 0]
+    else:  # all that are lighter than this hold less than half of what top-p leaves out
+        tokens = (weights >= (1 - sampling.top_p) / 2 * weights.sum() / len(weights)).nonzero()[:, 0]
+    return tokens[logits[tokens].sort(descending=True, stable=True).indices]
 
 
 def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:

@@ -94,6 +94,23 @@ def test_top_p_is_of_what_temperature_and_top_k_left():
     assert drawn_tokens(sampling(temperature=10.0, top_p=float(hot[1]) + 0.01)) == {1, 2}
 
 
+@pytest.mark.parametrize("spread", [0.1, 2.0, 30.0])
+@pytest.mark.parametrize("params", [{"top_k": 7}, {"top_p": 0.6}, {"top_p": 0.999}, {"top_k": 300, "top_p": 0.9}])
+def test_the_cuts_keep_what_a_sort_of_all_tokens_says(params, spread):
+    """Every token's share of the draws, from numbers all over [0, 1); of bf16 logits, many of which are equal."""
+    logits = (torch.randn(500, generator=torch.Generator().manual_seed(3)) * spread).bfloat16().float()
+    weights = (logits - logits.max()).double().exp()
+    order = logits.sort(descending=True, stable=True).indices[: params.get("top_k", 500)]
+    sums = weights[order].cumsum(0)
+    kept = order[sums - weights[order] < params.get("top_p", 1.0) * sums[-1]]
+    heavy = kept[weights[kept] > 2e-3 * weights[kept].sum()]
+
+    drawn = {draw_token(logits, sampling(**params), u) for u in np.linspace(0, 1, 2000, endpoint=False)}
+
+    assert drawn <= set(kept.tolist())
+    assert set(heavy.tolist()) <= drawn
+
+
 def test_a_tiny_temperature_does_not_overflow():
     assert drawn_tokens(sampling(temperature=1e-9)) == {1}
 
