@@ -44,6 +44,8 @@ def workload_facts(bench: ServeBench, trace: Trace, num_adapters: int, seed: int
         "lengths": list(setting.lengths),
         "rate": bench.rate,
         "alpha": bench.alpha,
+        "temperature": bench.temperature,
+        "top_p": bench.top_p,
         "cv": bench.cv,
         "seed": seed,
         "merged": bench.merged,

@@ -91,7 +91,13 @@ class _Drive:
                 Submit(
                     request_id=str(number),
                     prompt=ask.prompt,
-                    sampling=SamplingParams(max_tokens=ask.num_tokens, temperature=0.0, ignore_eos=True),
+                    sampling=SamplingParams(
+                        max_tokens=ask.num_tokens,
+                        temperature=ask.temperature,
+                        top_p=ask.top_p,
+                        seed=number,
+                        ignore_eos=True,
+                    ),
                     adapter=None if ask.adapter is None else self._targets[ask.adapter],
                 )
             )

@@ -17,6 +17,7 @@ from flora.errors import RemoteError
 _TOO_LATE = "first_token_too_late"  # Flora's code for a request that early abort gave up
 
 _SOCKETS = 16_384
+_GREEDY = {"temperature": 0.0}
 
 _T = TypeVar("_T")
 
@@ -82,9 +83,9 @@ async def drive_server(
         endpoint.request(
             "POST",
             "/v1/completions",
-            stream_body(model_of(ask.adapter), ask.prompt, ask.num_tokens, ignore_eos=ignore_eos),
+            stream_body(model_of(ask.adapter), ask.prompt, ask.num_tokens, ignore_eos=ignore_eos, draw=draw_of(ask, i)),
         )
-        for ask in asks
+        for i, ask in enumerate(asks)
     ]
     timelines = [Timeline() for _ in asks]
     free = asyncio.Semaphore(clients or len(asks))
@@ -157,13 +158,27 @@ async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Time
         timeline.end("failed", now_s, f"the answer ended with finish_reason {finish_reason!r}")
 
 
-def stream_body(model: str, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool) -> bytes:
-    """The body of a greedy, streamed completion that ends with its usage."""
+def draw_of(ask: Ask, seed: int) -> dict[str, float]:
+    """The fields that say how its tokens are drawn."""
+    if ask.temperature == 0.0:
+        return _GREEDY
+    return {"temperature": ask.temperature, "top_p": ask.top_p, "seed": seed}
+
+
+def stream_body(
+    model: str,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    ignore_eos: bool,
+    draw: Mapping[str, float] = _GREEDY,
+) -> bytes:
+    """The body of a streamed completion that ends with its usage; greedy unless told otherwise."""
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
-        "temperature": 0.0,
+        **draw,
         "stream": True,
         "stream_options": {"include_usage": True},
     }

@@ -53,6 +53,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     merged: bool = False  # each adapter's requests on their own, by the base's weights as they are
     merged_turn_tokens: int | None = None  # of prompts that an adapter's turn begins with; None: all it has
     beside: int = 0  # adapters on the device that no request names
+    temperature: float = 0.0  # of every request's tokens; 0: greedy
+    top_p: float = 1.0
     # Adapters on the device at once, all filled up to the largest rank, in memory that is set aside for them; None: a
     # unified pool of true ranks. In rows without the switch slot_bytes keys and values took what an idle slot had.
     fixed_slots: int | None = None

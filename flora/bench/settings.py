@@ -54,6 +54,8 @@ class ServeBench:
     rate: float = 0.0  # requests per second; 0: all of them at t = 0
     cv: float = 1.0  # of the gaps between them
     cancel: float = 0.0  # share of the requests that are cancelled midway
+    temperature: float = 0.0  # of every request; 0: greedy
+    top_p: float = 1.0
     slo_ttft_s: float = 6.0  # what attainment is counted by; S-LoRA's
     merged: bool = False  # each adapter's requests on their own, as if it were merged into the base
     merged_turn_tokens: int | None = None  # see merged.merged_turns

@@ -143,6 +143,12 @@ def _storm(make: _Maker) -> Iterator[Entry]:
     yield make("storm/50", "G1", 16, 30, storm=storm, engine={"max_context": _STORM_CONTEXT})
 
 
+def _drawn(make: _Maker) -> Iterator[Entry]:
+    """As chats are asked for: no request is greedy."""
+    for num_adapters, seconds in ((0, 18), (100, 21)):
+        yield make(f"drawn/{num_adapters}", "G1", num_adapters, seconds, temperature=0.8, top_p=0.95)
+
+
 def _invariant(make: _Maker) -> Iterator[Entry]:
     for num_adapters in (0, 100):
         yield make(f"invariant/{num_adapters}", "G1", num_adapters, 30, engine={"batch_invariant": True})
@@ -205,6 +211,7 @@ SUITES: Mapping[str, Callable[[_Maker], Iterator[Entry]]] = {
     "base": _base,
     "storm": _storm,
     "http": _http,
+    "drawn": _drawn,
     "invariant": _invariant,
     "after": _after,
     "paper": _paper,

@@ -13,7 +13,14 @@ def trace_of(bench: ServeBench, num_adapters: int, seed: int) -> Trace:
 
 
 def asks_for(bench: ServeBench, trace: Trace, num_adapters: int, seed: int) -> list[Ask]:
-    return asks_of(trace, has_adapters=num_adapters > 0, cancel=bench.cancel, seed=seed)
+    return asks_of(
+        trace,
+        has_adapters=num_adapters > 0,
+        cancel=bench.cancel,
+        seed=seed,
+        temperature=bench.temperature,
+        top_p=bench.top_p,
+    )
 
 
 def warm_up_asks(bench: ServeBench, num_adapters: int) -> list[Ask]:

@@ -49,6 +49,10 @@ Requests = Annotated[int | None, _flag(_WHAT, "--requests", "N", "Of a pass.", m
 Lengths = Annotated[str | None, _flag(_WHAT, "--lengths", "LOW,HIGH", "Tokens of prompts and answers, HIGH left out.")]
 Alpha = Annotated[float, _flag(_WHAT, "--alpha", "A", "Popularity: 1 is uniform, less is skewed.", min=0.01)]
 Cancel = Annotated[float, _flag(_WHAT, "--cancel", "SHARE", "Of the requests, given up midway.", min=0, max=1)]
+Temperature = Annotated[
+    float, _flag(_WHAT, "--temperature", "T", "Of every request's tokens; 0: greedy.", min=0, max=2)
+]
+TopP = Annotated[float, _flag(_WHAT, "--top-p", "P", "Share of the likeliest that are drawn from.", min=0.001, max=1)]
 Seeds = Annotated[str, _flag(_WHAT, "--seeds", "LIST", "A pass each: the first is cold, the others are warm.")]
 Rate = Annotated[float, _flag(_WHEN, "--rate", "R", "Requests a second; 0: all at once.", min=0)]
 Cv = Annotated[float, _flag(_WHEN, "--cv", "CV", "Variation of the gaps between requests; 1: Poisson.", min=0.01)]

@@ -19,6 +19,7 @@ def test_rows_are_printed_and_written_as_they_come(tmp_path, capfd):
     code = bench(
         "--adapters", "0,2", "--requests", "6", "--lengths", "4,9", "--ranks", "4", "--modules", "all",
         "--rate", "100", "--cv", "2", "--alpha", "0.5", "--seeds", "7", "--cancel", "0.5", "--slo-ttft", "9",
+        "--temperature", "0.7", "--top-p", "0.5",
         "--max-sequences", "3", "--max-batch-tokens", "17", "--commit", "abc", "--out", str(out), "--json",
     )  # fmt: skip
 
@@ -28,7 +29,8 @@ def test_rows_are_printed_and_written_as_they_come(tmp_path, capfd):
     assert [row["adapters"] for row in written] == [0, 2]
     asked = {
         "shape": "tiny", "modules": "all", "ranks": [4], "requests": 6, "lengths": [4, 9], "rate": 100.0, "cv": 2.0,
-        "alpha": 0.5, "seed": 7, "slo_ttft_s": 9.0, "max_sequences": 3, "max_batch_tokens": 17, "commit": "abc",
+        "alpha": 0.5, "seed": 7, "temperature": 0.7, "top_p": 0.5,
+        "slo_ttft_s": 9.0, "max_sequences": 3, "max_batch_tokens": 17, "commit": "abc",
     }  # fmt: skip
     assert asked.items() <= written[1].items()
     assert written[1]["cancelled"] > 0

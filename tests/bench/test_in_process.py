@@ -61,6 +61,20 @@ def test_a_request_is_submitted_when_it_is_due_and_the_loop_sleeps_until_then(wo
     assert [round(moment_s - clock.slept[0], 1) for moment_s in clock.slept] == [0.0, 6.5]
 
 
+def test_requests_are_drawn_as_they_ask_each_with_a_seed_of_its_own(world, engine, monkeypatch):
+    submit, asked = engine.submit, []
+    monkeypatch.setattr(engine, "submit", lambda message: (asked.append(message.sampling), submit(message)))
+    asks = [replace(ask(0.0), temperature=0.7, top_p=0.9), replace(ask(0.0), temperature=0.7), ask(0.0)]
+
+    check_timelines(asks, drive_engine(engine, asks, world.targets).timelines)
+
+    assert [(each.temperature, each.top_p, each.seed) for each in asked] == [
+        (0.7, 0.9, 0),
+        (0.7, 1.0, 1),
+        (0.0, 1.0, 2),
+    ]
+
+
 def test_requests_that_are_there_at_once_are_all_sent_before_the_first_step(world, engine):
     asks = [ask(0.0, adapter=i % 4) for i in range(12)]
 

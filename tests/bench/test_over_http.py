@@ -6,6 +6,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flora.bench.asks import Ask
 from flora.bench.engines import make_world
 from flora.bench.facts import Surroundings
 from flora.bench.http_stream import ChunkedBody, Endpoint, EventSplitter
-from flora.bench.over_http import drive_server, run
+from flora.bench.over_http import draw_of, drive_server, run, stream_body
 from flora.bench.own_server import running_server
 from flora.bench.serving_http import Clients, measure_own_server, measure_url
 from flora.bench.settings import ServeBench, Setting
@@ -125,6 +126,19 @@ def test_a_client_that_has_seen_enough_hangs_up_and_the_server_hears_of_it(serve
     check_timelines(asks, timelines)
     assert [timeline.outcome for timeline in timelines] == ["cancelled", "length"]
     assert timelines[1].prompt_tokens == 3
+
+
+def test_what_is_drawn_says_how_and_the_others_are_greedy():
+    drawn, greedy = replace(ask(num_tokens=2), temperature=0.7, top_p=0.9), ask(num_tokens=2)
+
+    bodies = [
+        json.loads(stream_body("it", asked.prompt, 2, ignore_eos=True, draw=draw_of(asked, 5)))
+        for asked in (drawn, greedy)
+    ]
+
+    assert {"temperature": 0.7, "top_p": 0.9, "seed": 5}.items() <= bodies[0].items()
+    assert bodies[1]["temperature"] == 0.0
+    assert not {"top_p", "seed"} & bodies[1].keys()
 
 
 def test_an_answer_that_is_refused_fails_with_the_servers_words(server):

@@ -26,7 +26,9 @@ _SMALL = _FULL | {"pool": "32MiB", "max_sequences": 8, "max_batch_tokens": 64, "
 def suite(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]…", help="table, linear, base, storm, http, invariant, after, paper, leak; all."),
+        typer.Argument(
+            metavar="[NAME]…", help="table, linear, base, storm, http, drawn, invariant, after, paper, leak; all."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
