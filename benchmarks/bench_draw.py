@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from kernel_world import LLAMA_8B, Bench
 from torch import Tensor
 
 from flora.bench.row import append_row, encode_row
@@ -68,22 +69,6 @@ def on_gpu(logits: Tensor, draws: list[Draw]) -> tuple[Callable[[], Tensor], Cal
     return kernels, whole
 
 
-def graph_us(step: Callable[[], object]) -> float:
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) * 1e3
-
-
 def host_us(step: Callable[[], object]) -> float:
     times = []
     for _ in range(REPEATS):
@@ -113,8 +98,9 @@ def measure(logits: Tensor, case: str) -> Iterator[tuple[str, dict[str, float] |
     kernels, whole = on_gpu(logits, draws)
     check(case, kernels().tolist(), logits, draws)
     u = torch.tensor([uniform(draw.sampling.seed, draw.index) for draw in draws], device=logits.device)
-    sort_us = graph_us(lambda: by_sort(logits, draws[0].sampling, u.float()))
-    yield "us", {"draw": round(graph_us(kernels), 1), "sort": round(sort_us, 1)}
+    bench = Bench(logits.device, LLAMA_8B, [], REPEATS)
+    steps = {"draw": kernels, "sort": lambda: by_sort(logits, draws[0].sampling, u.float())}
+    yield "us", {name: round(bench.seconds(step) * 1e6, 1) for name, step in steps.items()}
     yield "host_us", round(host_us(whole), 1)
 
 

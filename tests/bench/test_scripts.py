@@ -71,6 +71,8 @@ def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
 
 
 def test_draws_are_the_samplers_before_they_are_timed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
     _, rows = run(script("bench_draw"), ["--rows", "1,3", "--vocab", "500"], tmp_path, monkeypatch)
 
     cases = ["greedy", "temperature", "top_p", "top_k", "both", "logprobs"]
@@ -79,6 +81,7 @@ def test_draws_are_the_samplers_before_they_are_timed(tmp_path, monkeypatch):
 
 
 def test_a_draw_that_is_not_the_samplers_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     module = script("bench_draw")
     monkeypatch.setattr(module, "draw_token", lambda *_: -1)
 
