@@ -132,14 +132,23 @@ def test_a_draw_is_the_same_in_any_batch(device, dtype):
 
 
 def test_rows_that_ask_for_nothing_are_left_alone(device, dtype):
-    logits = rows_of_logits(3, dtype, device)
-    tokens = torch.tensor([-5, -6, -7], device=device)
-    packed = pack_draws([], device)
+    logits = rows_of_logits(4, dtype, device)
+    tokens = torch.tensor([-5, -6, -7, -8], device=device)
+    greedy, drawn_one = sampling(temperature=0.0, logprobs=1), sampling(seed=3)
+    packed = pack_draws([(1, Draw(drawn_one, 0)), (2, Draw(greedy, 0))], device)
 
-    log_sums = draw_tokens(logits, logits.amax(-1), tokens, packed)
+    log_sums = draw_tokens(logits, logits.amax(-1), tokens, packed, block=BLOCK)
 
-    assert tokens.tolist() == [-5, -6, -7]
-    assert not log_sums.any()
+    assert tokens.tolist() == [-5, *in_float64(logits[1:2], [Draw(drawn_one, 0)]), -7, -8]
+    assert [bool(log_sum) for log_sum in log_sums] == [False, False, True, False]
+
+
+def test_where_no_row_asks_nothing_is_launched(device):
+    logits = torch.zeros(2, VOCAB, device=device)
+    tokens = torch.tensor([-5, -6], device=device)
+
+    assert not draw_tokens(logits, logits.amax(-1), tokens, pack_draws([], device)).any()
+    assert tokens.tolist() == [-5, -6]
 
 
 def test_log_probabilities_are_of_the_models_own_distribution_and_of_each_row_alone(device, dtype):
