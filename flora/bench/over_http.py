@@ -17,7 +17,7 @@ from flora.errors import RemoteError
 _TOO_LATE = "first_token_too_late"  # Flora's code for a request that early abort gave up
 
 _SOCKETS = 16_384
-_GREEDY = {"temperature": 0.0}
+_GREEDY: Mapping[str, float] = {"temperature": 0.0}
 
 _T = TypeVar("_T")
 
@@ -83,7 +83,9 @@ async def drive_server(
         endpoint.request(
             "POST",
             "/v1/completions",
-            stream_body(model_of(ask.adapter), ask.prompt, ask.num_tokens, ignore_eos=ignore_eos, draw=draw_of(ask, i)),
+            stream_body(
+                model_of(ask.adapter), ask.prompt, ask.num_tokens, ignore_eos=ignore_eos, draw=_draw_of(ask, i)
+            ),
         )
         for i, ask in enumerate(asks)
     ]
@@ -158,7 +160,7 @@ async def _complete(endpoint: Endpoint, request: bytes, ask: Ask, timeline: Time
         timeline.end("failed", now_s, f"the answer ended with finish_reason {finish_reason!r}")
 
 
-def draw_of(ask: Ask, seed: int) -> dict[str, float]:
+def _draw_of(ask: Ask, seed: int) -> Mapping[str, float]:
     """The fields that say how its tokens are drawn."""
     if ask.temperature == 0.0:
         return _GREEDY

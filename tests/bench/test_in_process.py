@@ -17,7 +17,7 @@ from flora.bench.serving import check_nothing_leaks, measure_engine
 from flora.bench.settings import ServeBench, Setting
 from flora.bench.summary import summarize
 from flora.bench.timeline import check_timelines
-from flora.bench.workload import all_numbers
+from flora.bench.workload import all_numbers, asks_for, trace_of
 from flora.errors import CheckFailed
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine
@@ -59,6 +59,14 @@ def test_a_request_is_submitted_when_it_is_due_and_the_loop_sleeps_until_then(wo
         assert timeline.sent_s - asked.due_s < 0.05
     # twice there is nothing to do: before the first request, and between the second and the third
     assert [round(moment_s - clock.slept[0], 1) for moment_s in clock.slept] == [0.0, 6.5]
+
+
+def test_a_benchmark_asks_every_request_to_be_drawn_as_it_is_told():
+    bench = ServeBench(setting=TINY, engine=ENGINE, temperature=0.7, top_p=0.9)
+
+    asks = asks_for(bench, trace_of(bench, 3, seed=42), 3, seed=42)
+
+    assert {(asked.temperature, asked.top_p) for asked in asks} == {(0.7, 0.9)}
 
 
 def test_requests_are_drawn_as_they_ask_each_with_a_seed_of_its_own(world, engine, monkeypatch):

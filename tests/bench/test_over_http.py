@@ -17,7 +17,7 @@ from flora.bench.asks import Ask
 from flora.bench.engines import make_world
 from flora.bench.facts import Surroundings
 from flora.bench.http_stream import ChunkedBody, Endpoint, EventSplitter
-from flora.bench.over_http import draw_of, drive_server, run, stream_body
+from flora.bench.over_http import drive_server, run
 from flora.bench.own_server import running_server
 from flora.bench.serving_http import Clients, measure_own_server, measure_url
 from flora.bench.settings import ServeBench, Setting
@@ -128,17 +128,22 @@ def test_a_client_that_has_seen_enough_hangs_up_and_the_server_hears_of_it(serve
     assert timelines[1].prompt_tokens == 3
 
 
-def test_what_is_drawn_says_how_and_the_others_are_greedy():
-    drawn, greedy = replace(ask(num_tokens=2), temperature=0.7, top_p=0.9), ask(num_tokens=2)
+def test_what_is_drawn_says_how_and_the_others_are_greedy(server):
+    bodies: list[dict] = []
 
-    bodies = [
-        json.loads(stream_body("it", asked.prompt, 2, ignore_eos=True, draw=draw_of(asked, 5)))
-        for asked in (drawn, greedy)
-    ]
+    class Heard(Endpoint):
+        def request(self, method: str, path: str, body: bytes = b"") -> bytes:
+            bodies.append(json.loads(body))
+            return super().request(method, path, body)
 
-    assert {"temperature": 0.7, "top_p": 0.9, "seed": 5}.items() <= bodies[0].items()
-    assert bodies[1]["temperature"] == 0.0
-    assert not {"top_p", "seed"} & bodies[1].keys()
+    asks = [ask(num_tokens=2), replace(ask(num_tokens=2), temperature=0.7, top_p=0.9)]
+
+    check_timelines(asks, run(drive_server(Heard(server), asks, model_of)))
+
+    greedy, drawn = bodies
+    assert {"temperature": 0.7, "top_p": 0.9, "seed": 1}.items() <= drawn.items()
+    assert greedy["temperature"] == 0.0
+    assert not {"top_p", "seed"} & greedy.keys()
 
 
 def test_an_answer_that_is_refused_fails_with_the_servers_words(server):
