@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from kernel_world import LLAMA_8B, QKVO, SEED, TINY, Bench, build_adapters, listed, relative
+from kernel_world import LLAMA_8B, QKVO, SEED, TINY, Bench, build_adapters, cut_work, listed, relative
 
 from flora.bench.row import append_row, encode_row
 from flora.bench.script import ints, make_parser, place_facts, surroundings
 from flora.kernels import (
-    FEW_ROWS,
+    EXPAND_ROWS,
     SHRINK_ROWS,
     AdapterWeights,
     LoraWork,
@@ -27,9 +27,7 @@ from flora.kernels import (
     ReferenceOps,
     Segment,
     SideStream,
-    WorkList,
     cut_runs,
-    cut_step,
     project,
 )
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
@@ -58,18 +56,13 @@ def works(
 ) -> Iterator[tuple[str, list[LoraWork]]]:
     """(name, the work), cut as the engine cuts it, in lists with as much room: grids hang on it."""
 
-    def kept(segments: list[Segment], block_rows: int, room: int, num_wide: int | None = None) -> WorkList:
-        return listed(bench, segments, block_rows, ranks, num_wide=num_wide, capacity=room)
-
-    shrink, expand, _ = cut_step(decoding, [], ranks)
-    alone = LoraWork(kept(shrink, SHRINK_ROWS, SEQUENCES), kept(expand, FEW_ROWS, SEQUENCES))
+    alone = cut_work(bench, decoding, ranks, (SEQUENCES, SEQUENCES))
     yield "no prompts", [alone]
     segments = cut_runs(prompts, PREFILL_BLOCK_ROWS, ranks)
-    wide = kept(segments, PREFILL_BLOCK_ROWS, SEQUENCES + rows // PREFILL_BLOCK_ROWS)
+    wide = listed(bench, segments, PREFILL_BLOCK_ROWS, ranks, capacity=SEQUENCES + rows // PREFILL_BLOCK_ROWS)
     yield "apart", [alone, LoraWork(wide, wide)]
-    shrink, expand, num_wide = cut_step(decoding, prompts, ranks)
-    room = SEQUENCES + rows // SHRINK_ROWS
-    yield "joint", [LoraWork(kept(shrink, SHRINK_ROWS, room), kept(expand, SHRINK_ROWS, room, num_wide))]
+    room = (SEQUENCES + rows // SHRINK_ROWS, SEQUENCES + rows // EXPAND_ROWS)
+    yield "joint", [cut_work(bench, [*decoding, *prompts], ranks, room)]
 
 
 def time_step(

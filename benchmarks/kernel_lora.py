@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from kernel_world import ALL, QKVO, RANKS, Bench, Model, Step, decode_work, listed, prompt_work, relative
+from kernel_world import ALL, QKVO, RANKS, Bench, Model, Step, cut_work, decode_work, prompt_work, relative
 from peer_kernels import NoPeer, PeerLora, expected, slotted_module
 from torch import Tensor
 
-from flora.kernels import FEW_ROWS, SHRINK_ROWS, AdapterWeights, Group, LoraWork, Ops, ReferenceOps
+from flora.kernels import AdapterWeights, Group, LoraWork, Ops, ReferenceOps
 from flora.kernels.triton_ops import TritonOps
 
 Inputs = dict[Group, tuple[Tensor, Tensor]]  # x and y
@@ -174,8 +174,7 @@ def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, LoraWork, 
     yield "distinct", decode_work(bench, list(range(n)), 1, ranks), n
     yield "four adapters", decode_work(bench, hot, n // 4, ranks), n
     yield "one of rank 64", decode_work(bench, hot[-1:], n, ranks), n
-    nobody = [listed(bench, [], rows, ranks, capacity=n) for rows in (SHRINK_ROWS, FEW_ROWS)]
-    yield "none", LoraWork(*nobody), n
+    yield "none", cut_work(bench, [], ranks, (n, n)), n
     yield "prefill 2048, rank 64", prompt_work(bench, hot[-1], 2048, ranks), 2048
     yield "prefill 2048, rank 16", prompt_work(bench, hot[1], 2048, ranks), 2048
 

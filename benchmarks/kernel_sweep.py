@@ -26,7 +26,9 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "lora", {"shrink_lanes": 2}
     yield "lora", {"expand_registers": None}
     yield "lora", {"expand_registers": 96}
-    yield "lora", {"expand_vector_n": 256, "expand_registers": None}
+    yield "lora", {"expand_width": 1024}
+    yield "lora", {"expand_width": 256}
+    yield "lora", {"expand_stages": 4}
     for programs in (32, 96):
         yield "lora", {"programs_per_sm": programs}
     yield "wide_lora", {"programs_per_sm": 16}
@@ -34,10 +36,10 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "wide_lora", {"split_elements": 4096}
     yield "wide_lora", {"shrink_warps": 8}
     yield "wide_lora", {"shrink_block_k": 64}
-    yield "wide_lora", {"expand_vector_n": 128}
-    yield "wide_lora", {"expand_vector_n": 512}
-    yield "wide_lora", {"expand_matrix_n": 128}
-    yield "wide_lora", {"expand_warps": 8, "expand_matrix_n": 256}
+    yield "wide_lora", {"expand_width": 128, "expand_narrow": 128}
+    yield "wide_lora", {"expand_width": 512, "expand_narrow": 512}
+    yield "wide_lora", {"expand_large_n": 128}
+    yield "wide_lora", {"expand_warps": 8, "expand_large_n": 256}
     yield "decode", {"split_tokens": 1024}
     yield "decode", {"split_tokens": 256}
     yield "decode", {"whole_tokens": 512}

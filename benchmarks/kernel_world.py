@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flora.kernels import (
     CHUNK,
-    FEW_ROWS,
+    EXPAND_ROWS,
     MODULES,
     SHRINK_ROWS,
     AdapterWeights,
@@ -21,7 +21,6 @@ from flora.kernels import (
     Segment,
     WorkList,
     cut_runs,
-    cut_step,
     padded,
 )
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
@@ -144,8 +143,16 @@ def build_adapters(bench: Bench, num_adapters: int, layers: int) -> tuple[Adapte
 def decode_work(bench: Bench, slots: list[int], rows_each: int, ranks: list[int]) -> LoraWork:
     """Of rows that decode, as an engine cuts them."""
     runs = [(slot, i * rows_each, rows_each) for i, slot in enumerate(slots)]
-    shrink, expand, _ = cut_step(runs, [], ranks)
-    return LoraWork(listed(bench, shrink, SHRINK_ROWS, ranks), listed(bench, expand, FEW_ROWS, ranks))
+    return cut_work(bench, runs, ranks)
+
+
+def cut_work(bench: Bench, runs: list[Segment], ranks: list[int], room: tuple[int, int] | None = None) -> LoraWork:
+    """Runs as an engine cuts them. room: for so many segments in shrink's list and in expand's, which grids hang on."""
+    lists = (
+        listed(bench, cut_runs(runs, rows, ranks), rows, ranks, capacity=room and room[i])
+        for i, rows in enumerate((SHRINK_ROWS, EXPAND_ROWS))
+    )
+    return LoraWork(*lists)
 
 
 def prompt_work(bench: Bench, slot: int, rows: int, ranks: list[int]) -> LoraWork:
@@ -160,12 +167,9 @@ def listed(
     block_rows: int,
     ranks: list[int],
     *,
-    num_wide: int | None = None,
     capacity: int | None = None,
 ) -> WorkList:
-    return WorkList.build(
-        segments, block_rows=block_rows, max_rank=max(ranks), capacity=capacity, num_wide=num_wide, device=bench.device
-    )
+    return WorkList.build(segments, block_rows=block_rows, max_rank=max(ranks), capacity=capacity, device=bench.device)
 
 
 def relative(value: Tensor, wanted: Tensor) -> float:

@@ -26,15 +26,12 @@ from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import (
-    FEW_ROWS,
+    EXPAND_ROWS,
     SHRINK_ROWS,
     LoraWork,
     Segment,
     WorkList,
     cut_runs,
-    cut_step,
-    few_rows,
-    heaviest_first,
     split_segments,
 )
 
@@ -42,7 +39,7 @@ __all__ = [
     "ALL_GROUPS",
     "ATTENTION_GROUPS",
     "CHUNK",
-    "FEW_ROWS",
+    "EXPAND_ROWS",
     "MIN_ROWS",
     "MODULES",
     "SHRINK_ROWS",
@@ -59,9 +56,6 @@ __all__ = [
     "SideStream",
     "WorkList",
     "cut_runs",
-    "cut_step",
-    "few_rows",
-    "heaviest_first",
     "linear",
     "matrix_alignment",
     "padded",

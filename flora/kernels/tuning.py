@@ -12,9 +12,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
-    """Shrink and expand. Shrink is a tensor core's; expand is that only for prompts' segments, and else works row by
-    row in float32. The list, its room and the part of it that a segment is in (WorkList.num_wide) decide, never how
-    many rows it has: nothing else in the batch changes a row's bits.
+    """Shrink and expand, products of a tensor core both. The list's kind and its room decide which tiles they have, never
+    how many rows a segment has: nothing else in the batch changes a row's bits.
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
@@ -26,11 +25,14 @@ class LoraTuning:
     shrink_warps: int = 2
     shrink_stages: int = 3
     shrink_registers: int | None = None  # per thread; None leaves it to the compiler
-    expand_small_rank: int = 8  # up to which B is read in half as many rows, twice as wide; 0: never
-    expand_vector_n: int = 128  # outputs per program
-    expand_matrix_n: int = 64  # outputs per tensor core product
-    expand_warps: int = 1
-    expand_stages: int = 1
+    expand_width: int = 512  # outputs per program
+    expand_narrow: int = 256  # where there would be fewer programs than multiprocessors can hold
+    expand_crowd: int = 6  # programs a multiprocessor from which on there are enough
+    expand_small_n: int = 128  # outputs per tensor core product: of ranks up to 16
+    expand_middle_n: int = 128  # up to 32
+    expand_large_n: int = 64
+    expand_warps: int = 2
+    expand_stages: int = 3
     expand_registers: int | None = 128  # per thread, for 16 warps a multiprocessor; None leaves it to the compiler
     programs_per_sm: int = 32  # of the persistent grid: many where they are small and a step has work for all
 
@@ -90,7 +92,7 @@ WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 def _short_lora() -> LoraTuning:
     """A program waits for one read after another, and here few of them run: twice as many that are half as long."""
-    return LoraTuning(split_elements=1024, max_splits=16, expand_vector_n=64, expand_matrix_n=64)
+    return LoraTuning(split_elements=1024, max_splits=16, expand_width=64, expand_narrow=64)
 
 
 def _wide_lora() -> LoraTuning:
@@ -101,9 +103,10 @@ def _wide_lora() -> LoraTuning:
         shrink_lanes=1,
         shrink_warps=4,
         shrink_stages=3,
-        expand_small_rank=0,
-        expand_vector_n=256,
-        expand_matrix_n=64,
+        expand_width=256,
+        expand_narrow=256,
+        expand_crowd=0,
+        expand_large_n=64,
         expand_warps=4,
         expand_stages=3,
         expand_registers=None,

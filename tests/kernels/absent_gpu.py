@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora.kernels import FEW_ROWS, AdapterWeights, Group, Place, WorkList
+from flora.kernels import EXPAND_ROWS, AdapterWeights, Group, Place, WorkList
 
 
 def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,11 +22,9 @@ def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", h100)
 
 
-def launch_lora(layer: int, capacity: int, block_rows: int = FEW_ROWS, *, joint: bool = False) -> None:
+def launch_lora(layer: int, capacity: int, block_rows: int = EXPAND_ROWS) -> None:
     """Launches shrink and expand of one layer's o projection as for an H100, for a list that has room for `capacity`
     rows; a decode step's, unless its segments may be longer. Tensors have no memory: for tests of what is launched.
-
-    joint  segments of prompts are in the list, before those of rows that decode
     """
     from flora.kernels.triton_ops import TritonOps
 
@@ -37,8 +35,7 @@ def launch_lora(layer: int, capacity: int, block_rows: int = FEW_ROWS, *, joint:
 
     pool = torch.empty(64, 32768, dtype=torch.bfloat16, device=meta)
     weights = AdapterWeights(pool, ints(8, 64), ints(8, layers, 7, 3), torch.empty(8, layers, 7, device=meta), 1024)
-    num_wide = 0 if joint else None
-    work = WorkList.build([], block_rows=block_rows, max_rank=512, capacity=capacity, num_wide=num_wide, device=meta)
+    work = WorkList.build([], block_rows=block_rows, max_rank=512, capacity=capacity, device=meta)
     place = Place(layer, Group.OUT, (0,), (width,))
     x = torch.empty(capacity, width, dtype=torch.bfloat16, device=meta)
     ops = TritonOps(132, overlap=True)

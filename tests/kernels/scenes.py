@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, FEW_ROWS, MODULES, AdapterWeights, Group, Place, WorkList, padded, split_segments
+from flora.kernels import CHUNK, EXPAND_ROWS, MODULES, AdapterWeights, Group, Place, WorkList, padded, split_segments
 
 NAN = float("nan")
 
@@ -105,23 +105,14 @@ def pack_adapters(
 def work_for(
     row_slots: list[int | None],
     *,
-    block_rows: int = FEW_ROWS,
+    block_rows: int = EXPAND_ROWS,
     max_rank: int = 64,
     spare: int = 3,
-    num_decoding: int | None = None,
     device: torch.device | str = "cpu",
 ) -> WorkList:
-    """num_decoding  rows, the first: expand's list of a step whose prompts share it; block_rows is theirs alone"""
-    segments, num_wide = split_segments(row_slots, block_rows), None
-    if num_decoding is not None:
-        decoding = split_segments(row_slots[:num_decoding], FEW_ROWS)
-        segments = split_segments([*[None] * num_decoding, *row_slots[num_decoding:]], block_rows)
-        num_wide = len(segments)
-        segments += decoding
+    segments = split_segments(row_slots, block_rows)
     capacity = len(segments) + spare
-    work = WorkList.build(
-        segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, num_wide=num_wide, device=device
-    )
+    work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, device=device)
     work.segments[len(segments) :] = 10**6  # what lies past num_segments must never be read
     return work
 

@@ -2,12 +2,10 @@ import pytest
 import torch
 
 from flora.kernels import (
-    FEW_ROWS,
     Group,
     ReferenceOps,
     WorkList,
-    few_rows,
-    heaviest_first,
+    cut_runs,
     matrix_alignment,
     row_alignment,
     split_segments,
@@ -107,17 +105,12 @@ def test_rows_start_on_what_divides_their_length_and_their_matrix_start():
     assert row_alignment(256, 4096) == 256
 
 
-def test_the_heaviest_adapters_come_first_of_one_rank_most_rows_and_keep_their_rows():
-    segments = [(0, 0, 4), (2, 4, 1), (1, 5, 2), (3, 7, 2)]
+def test_runs_are_cut_into_segments_and_the_heaviest_adapters_come_first():
+    runs = [(0, 0, 4), (2, 4, 9), (1, 13, 1), (3, 14, 8)]
 
-    assert heaviest_first(segments, ranks=[8, 64, 16, 16]) == [(1, 5, 2), (3, 7, 2), (2, 4, 1), (0, 0, 4)]
+    segments = cut_runs(runs, 8, ranks=[8, 64, 16, 16])
 
-
-@pytest.mark.parametrize(
-    ("num_rows", "rank", "each"), [(1, 64, 2), (6, 64, 2), (7, 64, FEW_ROWS), (6, 9, 2), (6, 8, FEW_ROWS)]
-)
-def test_few_rows_with_one_adapter_go_in_twos_unless_its_rank_is_small(num_rows, rank, each):
-    assert few_rows(num_rows, rank) == each
+    assert segments == [(1, 13, 1), (2, 4, 8), (2, 12, 1), (3, 14, 8), (0, 0, 4)]
 
 
 def test_a_work_list_refuses_more_segments_than_it_holds():

@@ -70,14 +70,12 @@ def compiled(monkeypatch):
     [
         (lambda: launch_lora(0, 256), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_lora(0, 260, block_rows=64), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
-        (lambda: launch_lora(0, 288, block_rows=16, joint=True), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_attention(decodes=True), {"_decode_attention_kernel"}),
         (lambda: launch_attention(decodes=False), {"_decode_attention_kernel", "_prefill_kernel"}),
     ],
     ids=[
         "adapters of decoding rows",
         "adapters of prompts",
-        "adapters of both",
         "contexts of decoding rows",
         "contexts of prompts",
     ],

@@ -15,11 +15,10 @@ from flora.kernels import (
     WorkList,
     project,
     project_beside,
-    split_segments,
 )
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
-from flora.kernels.work import FEW_ROWS, SHRINK_ROWS
+from flora.kernels.work import EXPAND_ROWS, SHRINK_ROWS
 from tests.conftest import IS_FULL
 from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
 
@@ -31,7 +30,13 @@ ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
 FINE = Tuning(  # small tiles, so that the odd sizes above meet every loop more than once
     lora=LoraTuning(
-        split_elements=64, max_splits=2, shrink_block_k=64, shrink_lanes=2, expand_vector_n=64, programs_per_sm=3
+        split_elements=64,
+        max_splits=2,
+        shrink_block_k=64,
+        shrink_lanes=2,
+        expand_width=64,
+        expand_narrow=64,
+        programs_per_sm=3,
     )
 )
 
@@ -52,17 +57,10 @@ def both(work: WorkList) -> LoraWork:
     return LoraWork(work, work)
 
 
-def joint_work(row_slots: list[int | None], num_decoding: int, device) -> LoraWork:
-    """As the runner has it for a step whose first rows decode and whose others are prompts'."""
-    decoding, prompts = row_slots[:num_decoding], row_slots[num_decoding:]
-    shrink = [
-        *split_segments(decoding, SHRINK_ROWS),
-        *split_segments([*[None] * num_decoding, *prompts], SHRINK_ROWS),
-    ]
-    return LoraWork(
-        WorkList.build(shrink, block_rows=SHRINK_ROWS, max_rank=64, capacity=len(shrink) + 3, device=device),
-        work_for(row_slots, block_rows=SHRINK_ROWS, num_decoding=num_decoding, device=device),
-    )
+def cut(row_slots: list[int | None], device) -> LoraWork:
+    """A list for each kernel, as the runner has them."""
+    lists = (work_for(row_slots, block_rows=rows, device=device) for rows in (SHRINK_ROWS, EXPAND_ROWS))
+    return LoraWork(*lists)
 
 
 def to(device, weights: AdapterWeights) -> AdapterWeights:
@@ -120,7 +118,7 @@ def test_a_single_stream_whose_list_has_room_for_one(ops, device, dtype, group):
     assert_agrees(result, run(ReferenceOps(), x, y, weights, SMALL_LLAMA, group, work), dtype)
 
 
-@pytest.mark.parametrize("block_rows", [FEW_ROWS, 32])
+@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 32])
 @pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
 def test_no_tile_size_changes_what_comes_out(device, dtype, group, block_rows):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
@@ -132,7 +130,7 @@ def test_no_tile_size_changes_what_comes_out(device, dtype, group, block_rows):
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, group, work), dtype)
 
 
-@pytest.mark.parametrize("block_rows", [FEW_ROWS, 64])
+@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 64])
 def test_blocks_of_many_rows_as_prompts_have_them(ops, device, dtype, block_rows):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     row_slots = [0] * 70 + [None] * 5 + [3] * 20
@@ -144,17 +142,13 @@ def test_blocks_of_many_rows_as_prompts_have_them(ops, device, dtype, block_rows
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, Group.QKV, work), dtype)
 
 
-JOINT = [0, 0, 0, None, 1, None, None, 2, 3, 3]  # rows that decode
-PROMPTS = [None] * 3 + [0] * 17 + [1] * 5 + [3] * 33
-
-
 @pytest.mark.parametrize(("shape", "group"), [(ODD, Group.QKV), (ODD, Group.DOWN), (EVEN, Group.QKV)], ids=str)
-def test_prompts_share_the_lists_of_rows_that_decode(ops, device, dtype, shape, group):
+def test_rows_of_prompts_and_single_ones_lie_in_lists_cut_for_each_kernel(ops, device, dtype, shape, group):
     alignment = 256 if shape is EVEN else CHUNK
     weights = to(device, pack_adapters(adapters_of(shape), dtype=dtype, cell_elements=1024, alignment=alignment))
-    row_slots = [*JOINT, *PROMPTS]
+    row_slots = [*ROW_SLOTS, *[None] * 3, *[0] * 17, *[1] * 5, *[3] * 33]
     x, y = inputs(shape, group, len(row_slots), dtype, device)
-    work = joint_work(row_slots, len(JOINT), device)
+    work = cut(row_slots, device)
     place = shape.place(1, group)
 
     result = run(ops, x, y, weights, shape, group, work)
@@ -169,23 +163,49 @@ def test_prompts_share_the_lists_of_rows_that_decode(ops, device, dtype, shape, 
     rows = [row for row, slot in enumerate(row_slots) if slot is not None]
     alone = run(ReferenceOps(), x, torch.zeros_like(y), weights, shape, group, work_for(row_slots, device=device))
     assert_agrees(terms[rows], alone[rows], dtype)
-    decoding = run(ops, x, y, weights, shape, group, joint_work([*JOINT, *[None] * len(PROMPTS)], len(JOINT), device))
-    assert torch.equal(result[: len(JOINT)], decoding[: len(JOINT)]), "prompts in the list change no row that decodes"
 
 
-@pytest.mark.parametrize("count", [1, 3, 16])
-def test_a_prompts_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtype, count):
-    """Where two prompts of an adapter lie side by side, the second one's first row falls anywhere in a segment."""
+@pytest.mark.parametrize("count", [1, 3, 8, 16])
+def test_a_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtype, count):
+    """Where two requests of an adapter lie side by side, the second one's first row falls anywhere in a segment."""
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, Group.QKV, 1, dtype, device)
     x, y = x.expand(count, -1).contiguous(), y.expand(count, -1).contiguous()
 
-    alone = run(ops, x[:1], y[:1], weights, ODD, Group.QKV, joint_work([3], 0, device))
-    result = run(ops, x, y, weights, ODD, Group.QKV, joint_work([3] * count, 0, device))
+    alone = run(ops, x[:1], y[:1], weights, ODD, Group.QKV, cut([3], device))
+    result = run(ops, x, y, weights, ODD, Group.QKV, cut([3] * count, device))
 
     # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
     for row in range(0, count, 1 if device.type == "cuda" else SHRINK_ROWS):
         assert torch.equal(result[row], alone[0]), row
+
+
+@pytest.mark.parametrize("rank", [65, 130])
+def test_ranks_beyond_one_tile(ops, device, dtype, rank):
+    adapters = [[random_adapter(EVEN, [rank] * 7, seed=layer) for layer in range(2)]]
+    weights = to(device, pack_adapters(adapters, dtype=dtype, cell_elements=1024, alignment=256))
+    x, y = inputs(EVEN, Group.QKV, 11, dtype, device)
+    work = work_for([None, *[0] * 10], max_rank=rank, device=device)
+
+    result = run(ops, x, y, weights, EVEN, Group.QKV, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, EVEN, Group.QKV, work), dtype)
+
+
+@pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
+@pytest.mark.parametrize("crowd", [1, 10**6])
+def test_few_segments_or_many_the_bits_are_the_same(device, dtype, group, crowd):
+    """Where there are few, each program has fewer outputs."""
+    weights = to(device, pack_adapters(adapters_of(EVEN), dtype=dtype, cell_elements=1024, alignment=256))
+    x, y = inputs(EVEN, group, len(ROW_SLOTS), dtype, device)
+    work = work_for(ROW_SLOTS, device=device)
+    tuning = Tuning(lora=LoraTuning(expand_width=256, expand_narrow=64, expand_crowd=crowd))
+    alike = Tuning(lora=LoraTuning(expand_width=64, expand_narrow=64))
+
+    result = run(TritonOps(num_sms=2, tuning=tuning), x, y, weights, EVEN, group, work)
+
+    assert torch.equal(result, run(TritonOps(num_sms=2, tuning=alike), x, y, weights, EVEN, group, work))
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, EVEN, group, work), dtype)
 
 
 @pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
@@ -202,7 +222,7 @@ def test_each_matrix_is_looked_up_as_seldom_as_its_own_rows_allow(device, dtype,
 
 
 @pytest.mark.parametrize("group", [Group.QKV, Group.OUT])
-def test_small_ranks_go_a_way_of_their_own_beside_others(ops, device, dtype, group):
+def test_outputs_of_a_tile_lie_in_one_cell_where_rows_are_aligned(ops, device, dtype, group):
     weights = to(device, pack_adapters(adapters_of(EVEN), dtype=dtype, cell_elements=1024, alignment=256))
     x, y = inputs(EVEN, group, len(ROW_SLOTS), dtype, device)
     work = work_for(ROW_SLOTS, device=device)
@@ -249,7 +269,7 @@ def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_it
     alone = run(ops, x, y, weights, shape, group, work_for([3], spare=3, device=device))[0]
     row_slots = [0, 0, 0, None, 1, None, None, 2, *[3] * sharing]
     # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
-    for place in range(8, 8 + sharing, 1 if device.type == "cuda" else FEW_ROWS):
+    for place in range(8, 8 + sharing, 1 if device.type == "cuda" else EXPAND_ROWS):
         others, other_y = inputs(shape, group, len(row_slots), dtype, device)
         others[8:], others[4] = NAN, NAN
         others[place], other_y[place] = x[0], y[0]
@@ -259,7 +279,7 @@ def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_it
         assert torch.equal(result[place], alone), place
 
 
-@pytest.mark.parametrize("block_rows", [FEW_ROWS, 32])
+@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 32])
 @pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
 def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, group, block_rows):
     """Whatever lay there before; zeros where an adapter has no such module, base rows untouched."""

@@ -1,14 +1,13 @@
 """What the GPU's runner writes for a step, row by row: on any machine, since only the copy is the device's business."""
 
 import random
-from collections import Counter
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from flora.kernels import FEW_ROWS, SHRINK_ROWS, few_rows
+from flora.kernels import EXPAND_ROWS, SHRINK_ROWS
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda import filling
 from flora.serve.engine.cuda.filling import StepFiller
@@ -94,26 +93,17 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
         assert set(sent["sampled_lanes"][len(sampled) :]) <= {filler.lanes.spare}
 
         found = {name: sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]] for name in LISTS}
-        num_wide = sent["num_wide_segments"][0]
-        wide, few = found["expand"][:num_wide], found["expand"][num_wide:]
-        for segments in (found["shrink"], wide, few, found["prefill"]):
+        for segments in found.values():
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
-        shrunk, widened, narrow, apart = (
-            met(*segments)
-            for segments in (
-                (found["shrink"], SHRINK_ROWS),
-                (wide, SHRINK_ROWS),
-                (few, FEW_ROWS),
-                (found["prefill"], PREFILL_BLOCK_ROWS),
-            )
+        shrunk, expanded, apart = (
+            met(found[name], rows)
+            for name, rows in (("shrink", SHRINK_ROWS), ("expand", EXPAND_ROWS), ("prefill", PREFILL_BLOCK_ROWS))
         )
-        rows_of = Counter(narrow.values())
-        assert all(number <= few_rows(rows_of[slot], RANKS[slot]) for slot, _, number in few)
-        assert shrunk == narrow | widened
-        assert all(is_single[row] for row in narrow)
-        assert one_list or not any(is_single[row] for row in widened | apart)
-        assert not (narrow if one_list else apart if lists == "joint" else widened)
-        assert narrow | widened | apart == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
+        assert shrunk == expanded
+        assert lists == "joint" or all(is_single[row] for row in expanded)
+        assert one_list or not any(is_single[row] for row in apart)
+        assert not (expanded if one_list else apart if lists == "joint" else {})
+        assert expanded | apart == {row: slot for row, slot in enumerate(row_slots) if slot is not None}
         has_adapter = [int(slot is not None) for slot in row_slots]
         assert sent["adapter_rows"][:padded] == has_adapter + [0] * (padded - row)
         first, end = sent["prefill_range"]

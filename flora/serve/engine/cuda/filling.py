@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import Segment, cut_runs, cut_step
+from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, Segment, cut_runs
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -104,19 +104,17 @@ class StepFiller:
 
         joint  prompts are in the lists of rows that decode
         """
-        joined, apart = (prompts, []) if joint else ([], prompts)
+        joined, apart = ([*decoding, *prompts], []) if joint else (decoding, prompts)
         ranks = self._slot_ranks()
-        shrink, expand, num_wide = cut_step(decoding, joined, ranks)
-        _write(host, "shrink_segments", shrink)
-        _write(host, "expand_segments", expand)
-        host["num_wide_segments"][:] = num_wide
+        _write(host, "shrink_segments", cut_runs(joined, SHRINK_ROWS, ranks))
+        _write(host, "expand_segments", cut_runs(joined, EXPAND_ROWS, ranks))
         _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS, ranks))
 
     def fill_nothing(self) -> None:
         """Sends the largest step that computes nothing: what graphs are captured with."""
         host = self.inputs.begin()
         self._pad(host, 0, self.inputs.sizes.rows, 0, 0)
-        for name in ("shrink", "expand", "wide", "prefill"):
+        for name in ("shrink", "expand", "prefill"):
             host[f"num_{name}_segments"][:] = 0
         host["prefill_range"][:] = 0
         self.inputs.send()

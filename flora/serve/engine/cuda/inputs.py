@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flora.kernels import SHRINK_ROWS
+from flora.kernels import EXPAND_ROWS, SHRINK_ROWS
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 
 Arrays = dict[str, NDArray[Any]]
@@ -28,10 +28,9 @@ class InputSizes:
     sequences: int
     table_pages: int  # width of the block table
 
-    @property
-    def joint_segments(self) -> int:
+    def joint_segments(self, block_rows: int) -> int:
         """Of a step whose prompts share the lists of rows that decode: one that is not whole for each sequence."""
-        return self.sequences + min(JOINT_ROWS, self.rows) // SHRINK_ROWS
+        return self.sequences + min(JOINT_ROWS, self.rows) // block_rows
 
     @property
     def prefill_segments(self) -> int:
@@ -49,11 +48,10 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "shrink_segments": (i32, (self.joint_segments, 3)),
+            "shrink_segments": (i32, (self.joint_segments(SHRINK_ROWS), 3)),
             "num_shrink_segments": (i32, (1,)),
-            "expand_segments": (i32, (self.joint_segments, 3)),
+            "expand_segments": (i32, (self.joint_segments(EXPAND_ROWS), 3)),
             "num_expand_segments": (i32, (1,)),
-            "num_wide_segments": (i32, (1,)),  # prompts', the first of expand_segments
             "prefill_segments": (i32, (self.prefill_segments, 3)),
             "num_prefill_segments": (i32, (1,)),
             "prefill_range": (i32, (2,)),

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import ALL_GROUPS, FEW_ROWS, SHRINK_ROWS, Context, LoraWork, WorkList
+from flora.kernels import ALL_GROUPS, EXPAND_ROWS, SHRINK_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
 from flora.kernels.draw import draw_tokens
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS, Batch
@@ -191,15 +190,13 @@ class CudaRunner:
     def _decoding(self, rows: int, max_rank: int) -> LoraWork:
         return LoraWork(
             self._list("shrink_segments", rows, SHRINK_ROWS, max_rank),
-            self._list("expand_segments", rows, FEW_ROWS, max_rank),
+            self._list("expand_segments", rows, EXPAND_ROWS, max_rank),
         )
 
     def _joint(self, rows: int, max_rank: int) -> LoraWork:
-        capacity = self._joint_segments(rows)
-        expand = self._list("expand_segments", capacity, SHRINK_ROWS, max_rank)
         return LoraWork(
-            self._list("shrink_segments", capacity, SHRINK_ROWS, max_rank),
-            replace(expand, num_wide=self._inputs.device["num_wide_segments"]),
+            self._list("shrink_segments", self._joint_segments(rows, SHRINK_ROWS), SHRINK_ROWS, max_rank),
+            self._list("expand_segments", self._joint_segments(rows, EXPAND_ROWS), EXPAND_ROWS, max_rank),
         )
 
     def _prompts(self, rows: int, max_rank: int) -> LoraWork:
@@ -207,9 +204,9 @@ class CudaRunner:
         work = self._list("prefill_segments", capacity, PREFILL_BLOCK_ROWS, max_rank)
         return LoraWork(work, work)
 
-    def _joint_segments(self, rows: int) -> int:
+    def _joint_segments(self, rows: int, block_rows: int) -> int:
         """One more than whole ones for each sequence."""
-        return min(rows, self._max_sequences) + rows // SHRINK_ROWS
+        return min(rows, self._max_sequences) + rows // block_rows
 
     def _list(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
         inputs = self._inputs.device
