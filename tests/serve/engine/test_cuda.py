@@ -111,6 +111,9 @@ def test_a_step_waits_for_no_adapter_that_it_does_not_use(bases, tmp_path):
     slow = world.add(slow_adapter, "slow")
     engine = world.engine(**GPU)
     prompt = prompt_of(20, seed=0)
+    for name, whose in (("first", None), ("second", world.add(random_adapter(world.config, 2), "other"))):
+        ask(engine, name, prompt, whose)
+    run_to_end(engine)  # CUDA loads a kernel when it is first launched, and waits for whatever runs then
     passed = hold_up_the_bus(engine, num_cycles=3_000_000_000)
 
     load(engine, slow)
