@@ -10,7 +10,7 @@ from flora.serve.engine.sampler import Draw, draw_token, token_logprobs
 from flora.serve.request import SamplingParams
 
 CUTS = {4: {"top_k": 4}, 3: {"top_k": 6, "top_p": 0.5}}  # by how many of six equal tokens they keep
-VOCAB, BLOCK = 1003, 512  # a vocabulary of two blocks, the second not full
+VOCAB, COLUMNS = 1003, 8  # 63 groups of 16 tokens, the last not full, and two tiles of each
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -23,15 +23,17 @@ def sampling(**fields: object) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 1, "temperature": 1.0} | fields)  # type: ignore[arg-type]
 
 
-def rows_of_logits(count: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+def rows_of_logits(
+    count: int, dtype: torch.dtype, device: torch.device, seed: int = 0, vocab: int = VOCAB
+) -> torch.Tensor:
     """As a model has them: a few likely tokens, and in half precision many equal ones."""
-    return (2 * torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed))).to(dtype).to(device)
+    return (2 * torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed))).to(dtype).to(device)
 
 
-def drawn(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
+def drawn(logits: torch.Tensor, draws: list[Draw], columns: int | None = COLUMNS) -> list[int]:
     likeliest = logits.max(-1)
     tokens = likeliest.indices.clone()
-    draw_tokens(logits, likeliest.values, tokens, pack_draws(asked(draws), logits.device), block=BLOCK)
+    draw_tokens(logits, likeliest.values, tokens, pack_draws(asked(draws), logits.device), columns=columns)
     return tokens.tolist()
 
 
@@ -51,7 +53,7 @@ def number_of(draw: Draw) -> float:
     return uniform(draw.sampling.seed, draw.index)
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 50, VOCAB, 5 * VOCAB])
+@pytest.mark.parametrize("top_k", [None, 1, 50, 600, VOCAB, 5 * VOCAB])  # 600: more than a tile has places
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
 def test_it_is_the_samplers_token(device, dtype, top_p, top_k):
     wanted = zip((0.0, 0.3, 1.0, 1.0, 2.0, 2.0), (0, 7, -1, 2**63 - 1, -(2**63), 3), strict=True)
@@ -62,6 +64,46 @@ def test_it_is_the_samplers_token(device, dtype, top_p, top_k):
     logits = rows_of_logits(len(draws), dtype, device)
 
     assert drawn(logits, draws) == in_float64(logits, draws)
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 63, 64, 65, 4096, 8205])
+def test_it_is_so_for_any_vocabulary(device, dtype, vocab):
+    """Tiles of the usual size: several of each group only in the largest."""
+    cuts: tuple[dict[str, object], ...] = ({}, {"top_p": 0.7}, {"top_k": 40}, {"top_k": 60, "top_p": 0.9})
+    draws = [Draw(sampling(seed=3 * i + 1, **cuts[i % 4]), i) for i in range(8)]
+    logits = rows_of_logits(len(draws), dtype, device, seed=vocab, vocab=vocab)
+
+    assert drawn(logits, draws, columns=None) == in_float64(logits, draws)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.01, 0.999, 1 - 1e-9])
+def test_a_cut_may_keep_next_to_nothing_or_nearly_all(device, dtype, top_p):
+    draws = [Draw(sampling(seed=i, top_p=top_p, top_k=(None, 200)[i % 2]), i) for i in range(4)]
+    logits = rows_of_logits(len(draws), dtype, device)
+
+    assert drawn(logits, draws) == in_float64(logits, draws)
+
+
+@pytest.mark.parametrize("cut", [{"top_k": 500}, {"top_p": 0.5}, {"top_k": 600, "top_p": 0.8}], ids=str)
+def test_a_bound_may_be_on_either_side_of_zero(device, dtype, cut):
+    """Numbers below zero fall as their bits rise."""
+    draws = [Draw(sampling(seed=i, **cut), i) for i in range(6)]
+    logits = rows_of_logits(len(draws), dtype, device)
+    shifts = torch.tensor([-0.02, -0.001, 0.0, 0.001, 0.02, -9.0], device=device)[:, None]
+    logits = (0.01 * logits.float() + shifts).to(dtype)
+
+    assert drawn(logits, draws) == in_float64(logits, draws)
+
+
+def test_zero_and_minus_zero_are_one_number(device, dtype):
+    """Of both the first tokens stay: in a cut they are equal ones."""
+    logits = torch.full((1, VOCAB), -40.0, dtype=dtype, device=device)
+    zeros = [7, 15, 16, 17, 640, 1001]
+    logits[0, zeros] = torch.tensor([0.0, -0.0, -0.0, 0.0, -0.0, 0.0], dtype=dtype, device=device)
+    four, three = ([Draw(sampling(seed=seed, **cut), 0) for seed in seeds_of(count)] for count, cut in CUTS.items())
+
+    assert drawn(logits.expand(4, -1).contiguous(), four) == zeros[:4]
+    assert drawn(logits.expand(3, -1).contiguous(), three) == zeros[:3]
 
 
 def test_its_random_numbers_are_philoxs(device):
@@ -82,6 +124,21 @@ def test_of_equal_tokens_at_a_bound_those_of_lower_number_stay(device, dtype):
 
     assert drawn(logits.expand(4, -1).contiguous(), four) == equal[:4]
     assert drawn(logits.expand(3, -1).contiguous(), three) == equal[:3]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.7, 0.5])
+def test_top_p_goes_on_from_the_ties_that_top_k_kept(device, dtype, top_p):
+    """One likely token and four of eight equal ones: e parts of e + 4, and one each. It keeps 5, 5, 3 or 2 of them."""
+    logits = torch.full((1, VOCAB), -3.0, dtype=dtype, device=device)
+    equal = [2, 255, 256, 300, 500, 501, 900, 1002]
+    logits[0, equal], logits[0, 700] = 1.0, 2.0
+    draws = [Draw(sampling(seed=seed, top_k=5, top_p=top_p), 0) for seed in range(24)]
+    rows = logits.expand(len(draws), -1).contiguous()
+
+    tokens = drawn(rows, draws)
+
+    assert tokens == in_float64(rows, draws)
+    assert set(tokens) == {700, *equal[: {1.0: 4, 0.9: 4, 0.7: 2, 0.5: 1}[top_p]]}
 
 
 def seeds_of(count: int) -> list[int]:
@@ -107,6 +164,14 @@ def test_a_tiny_temperature_does_not_overflow(device, dtype, temperature):
     values = logits.gather(1, torch.tensor(drawn(logits, draws), device=device)[:, None])[:, 0]
 
     assert torch.equal(values, logits.max(-1).values)
+
+
+def test_a_huge_temperature_draws_of_all_that_can_be(device, dtype):
+    logits = rows_of_logits(4, dtype, device)
+    logits[:, 10:900] = -float("inf")
+    draws = [Draw(sampling(temperature=1e300, top_p=(1.0, 0.5)[i % 2], seed=i), 0) for i in range(4)]
+
+    assert drawn(logits, draws, columns=None) == in_float64(logits, draws)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -137,7 +202,7 @@ def test_rows_that_ask_for_nothing_are_left_alone(device, dtype):
     greedy, drawn_one = sampling(temperature=0.0, logprobs=1), sampling(seed=3)
     packed = pack_draws([(1, Draw(drawn_one, 0)), (2, Draw(greedy, 0))], device)
 
-    log_sums = draw_tokens(logits, logits.amax(-1), tokens, packed, block=BLOCK)
+    log_sums = draw_tokens(logits, logits.amax(-1), tokens, packed, columns=COLUMNS)
 
     assert tokens.tolist() == [-5, *in_float64(logits[1:2], [Draw(drawn_one, 0)]), -7, -8]
     assert [bool(log_sum) for log_sum in log_sums] == [False, False, True, False]

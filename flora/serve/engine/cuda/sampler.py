@@ -12,7 +12,7 @@ from torch import Tensor
 from flora.kernels.draw import RowDraws
 from flora.serve.engine.sampler import Draw
 
-_ROWS = 32  # whose logits are ordered at once: 33 MB for a vocabulary of 128,256
+_GROUP = 128  # tokens whose maximum tells whether they are looked at: near the root of a vocabulary, with 5 wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,32 @@ def top_logprobs(logits: Tensor, tokens: Tensor, log_sums: Tensor, asked: Asked)
         return None
     rows, num_top = [row for row, _ in wanted], [min(top, logits.shape[1]) for _, top in wanted]
     index = torch.tensor(rows, pin_memory=logits.is_cuda).to(logits.device, non_blocking=True)
-    ids = torch.cat([_likeliest(logits[part], max(num_top)) for part in index.split(_ROWS)])
-    sums = log_sums[index]
-    chosen = logits[index, tokens[index]].float() - sums
-    return TopLogprobs(rows, num_top, chosen, ids, logits[index[:, None], ids].float() - sums[:, None])
+    ids, values = _likeliest(logits, index, max(num_top))
+    sums = log_sums[index]  # float32, as what they are taken from becomes
+    return TopLogprobs(rows, num_top, logits[index, tokens[index]] - sums, ids, values - sums[:, None])
 
 
-def _likeliest(logits: Tensor, count: int) -> Tensor:
-    """int64 [rows, count]: by falling logit, equal ones by rising number. No two keys are equal: one order is right."""
-    bits = (logits + 0.0).view(torch.int32 if logits.dtype == torch.float32 else torch.int16)  # 0 and -0 are one number
-    sign, most = (31, 0x7FFFFFFF) if logits.dtype == torch.float32 else (15, 0x7FFF)
-    keys = (bits ^ ((bits >> sign) & most)).long()  # rise with the logits
-    numbers = torch.arange(logits.shape[1], device=logits.device)
-    top = ((keys << 32) | (0xFFFFFFFF - numbers)).topk(count).values
-    return 0xFFFFFFFF - (top & 0xFFFFFFFF)
+def _likeliest(logits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(tokens by falling logit, equal ones by rising number, so that one order is right; their logits).
+
+    rows     int64 [n]: of logits
+    returns  int64 [n, count];  [n, count], of logits' dtype
+
+    They lie in as many groups of consecutive tokens: those of the highest maxima, of equal ones the first, for each of
+    these has a token that comes before any of another group's. So a maximum and two short sorts find them, for all rows
+    at once and with little memory. The tokens after the last whole group are looked at, too.
+    """
+    vocab, device = logits.shape[1], logits.device
+    num_groups = vocab // _GROUP
+    highest = logits[:, : num_groups * _GROUP].unflatten(-1, (num_groups, _GROUP)).amax(-1)[rows]
+    groups = _falling(highest).indices[:, :count].sort(-1).values  # so that their tokens, too, are by rising number
+    ids = torch.add(torch.arange(_GROUP, device=device), groups[:, :, None], alpha=_GROUP).flatten(1)
+    if vocab % _GROUP:
+        rest = torch.arange(num_groups * _GROUP, vocab, device=device)
+        ids = torch.cat((ids, rest.expand(len(rows), -1)), 1)
+    found = _falling(logits[rows[:, None], ids])
+    return ids.gather(1, found.indices[:, :count]), found.values[:, :count]
+
+
+def _falling(x: Tensor) -> torch.return_types.sort:
+    return (x + 0.0).sort(dim=-1, descending=True, stable=True)  # 0 and -0 are one number
