@@ -12,8 +12,8 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
-    """Shrink and expand, products of a tensor core both. The list's kind and its room decide which tiles they have, never
-    how many rows a segment has: nothing else in the batch changes a row's bits.
+    """Shrink and expand, products of a tensor core both. The list's kind and its room decide which tiles they have and
+    never how many rows a segment has, so nothing else in the batch changes a row's bits.
     """
 
     block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
