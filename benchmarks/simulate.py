@@ -70,8 +70,9 @@ class Costs:
     kv_bytes: int  # of a token, all layers
     attention_rate: float  # bytes a second
     adapters_s: float = 0.26e-3  # of a step that has any: launches, as far as products do not hide them
-    read_rate: float = 3.8e12  # of the bytes of each adapter in the step, once,
-    multiply_rate: float = 10.8e12  # and of those of each row's own: 2.8 TB/s together where no two rows share one
+    adapter_s: float = 2e-6  # and of each of them,
+    read_rate: float = 3.3e12  # of its bytes, once,
+    multiply_rate: float = 30e12  # and of those of each row's own
     prompts_s: float = 0.15e-3  # of prompts' own list of low-rank terms, and each of its rows
     prompt_row_s: float = 3.0e-6
     joint_row_s: float = 1.2e-6  # of prompts' rows in the list of those that decode
@@ -166,7 +167,8 @@ class Device:
         if slots:
             rows_bytes = sum(self.held[slot] for slot in adapter_slots if slot is not None)
             read_bytes = sum(self.held[slot] for slot in slots)
-            took_s += costs.adapters_s + read_bytes / costs.read_rate + rows_bytes / costs.multiply_rate
+            took_s += costs.adapters_s + len(slots) * costs.adapter_s
+            took_s += read_bytes / costs.read_rate + rows_bytes / costs.multiply_rate
             if rows <= JOINT_ROWS:
                 took_s += prompts * costs.joint_row_s
             elif prompts:
