@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from flora.kernels import EXPAND_ROWS, SHRINK_ROWS
-from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
+from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, cut_runs
+from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda import filling
 from flora.serve.engine.cuda.filling import StepFiller
 from flora.serve.engine.cuda.inputs import InputSizes, StepInputs
@@ -112,3 +112,18 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
         assert one_list or all(chunk.count > 1 for chunk in chunks[first:])
         for chunk in chunks:
             chunk.sequence.state = State.FINISHED  # and its lane is another's
+
+
+@pytest.mark.parametrize(("rows", "sequences"), [(2048, 256), (2048, 1), (64, 256), (2048, 1024)])
+@pytest.mark.parametrize("seed", range(5))
+def test_lists_have_room_for_whatever_a_step_holds(rows, sequences, seed):
+    seeded, sizes = random.Random(seed), InputSizes(rows, sequences, TABLE_PAGES)
+    room = {name: shape[0] for name, (_, shape) in sizes.fields().items()}
+    for block_rows, name in ((SHRINK_ROWS, "shrink_segments"), (EXPAND_ROWS, "expand_segments")):
+        assert min(rows, sequences) <= room[name], "a row a sequence, each with an adapter of its own"
+        total = min(rows, JOINT_ROWS)
+        count = min(total, sequences)
+        edges = sorted(seeded.sample(range(1, total), count - 1))
+        runs = [(i, a, b - a) for i, (a, b) in enumerate(pairwise([0, *edges, total]))]
+        segments = len(cut_runs(runs, block_rows, [8] * count))
+        assert segments <= sizes.joint_segments(total, block_rows) <= room[name]

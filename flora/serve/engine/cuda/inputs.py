@@ -28,9 +28,11 @@ class InputSizes:
     sequences: int
     table_pages: int  # width of the block table
 
-    def joint_segments(self, block_rows: int) -> int:
-        """Of a step whose prompts share the lists of rows that decode: one that is not whole for each sequence."""
-        return self.sequences + min(JOINT_ROWS, self.rows) // block_rows
+    def joint_segments(self, rows: int, block_rows: int) -> int:
+        """Of a step of so many rows whose prompts share the lists of rows that decode: the whole ones, and one for each
+        sequence that is not.
+        """
+        return min(rows, self.sequences) + rows // block_rows
 
     @property
     def prefill_segments(self) -> int:
@@ -38,6 +40,10 @@ class InputSizes:
 
     def fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         i32, i64 = np.dtype(np.int32), np.dtype(np.int64)
+        shrink, expand = (
+            max(self.sequences, self.joint_segments(min(JOINT_ROWS, self.rows), rows))
+            for rows in (SHRINK_ROWS, EXPAND_ROWS)
+        )
         return {
             "token_ids": (i64, (self.rows,)),  # PENDING: the token that lies in the row's lane
             "lanes": (i64, (self.rows,)),  # of the row's sequence
@@ -48,9 +54,9 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "shrink_segments": (i32, (self.joint_segments(SHRINK_ROWS), 3)),
+            "shrink_segments": (i32, (shrink, 3)),
             "num_shrink_segments": (i32, (1,)),
-            "expand_segments": (i32, (self.joint_segments(EXPAND_ROWS), 3)),
+            "expand_segments": (i32, (expand, 3)),
             "num_expand_segments": (i32, (1,)),
             "prefill_segments": (i32, (self.prefill_segments, 3)),
             "num_prefill_segments": (i32, (1,)),

@@ -194,19 +194,16 @@ class CudaRunner:
         )
 
     def _joint(self, rows: int, max_rank: int) -> LoraWork:
+        room = self._inputs.sizes.joint_segments
         return LoraWork(
-            self._list("shrink_segments", self._joint_segments(rows, SHRINK_ROWS), SHRINK_ROWS, max_rank),
-            self._list("expand_segments", self._joint_segments(rows, EXPAND_ROWS), EXPAND_ROWS, max_rank),
+            self._list("shrink_segments", room(rows, SHRINK_ROWS), SHRINK_ROWS, max_rank),
+            self._list("expand_segments", room(rows, EXPAND_ROWS), EXPAND_ROWS, max_rank),
         )
 
     def _prompts(self, rows: int, max_rank: int) -> LoraWork:
         capacity = min(rows, self._max_sequences) + rows // PREFILL_BLOCK_ROWS
         work = self._list("prefill_segments", capacity, PREFILL_BLOCK_ROWS, max_rank)
         return LoraWork(work, work)
-
-    def _joint_segments(self, rows: int, block_rows: int) -> int:
-        """One more than whole ones for each sequence."""
-        return min(rows, self._max_sequences) + rows // block_rows
 
     def _list(self, segments: str, capacity: int, block_rows: int, max_rank: int) -> WorkList:
         inputs = self._inputs.device
