@@ -163,6 +163,10 @@ def test_rows_of_prompts_and_single_ones_lie_in_lists_cut_for_each_kernel(ops, d
     rows = [row for row, slot in enumerate(row_slots) if slot is not None]
     alone = run(ReferenceOps(), x, torch.zeros_like(y), weights, shape, group, work_for(row_slots, device=device))
     assert_agrees(terms[rows], alone[rows], dtype)
+    single = len(ROW_SLOTS)
+    without = cut([*ROW_SLOTS, *[None] * (len(row_slots) - single)], device)
+    decoding = run(ops, x, y, weights, shape, group, without)
+    assert torch.equal(result[:single], decoding[:single]), "prompts in the list change no row that decodes"
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 16])
