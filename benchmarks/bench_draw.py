@@ -46,7 +46,7 @@ def by_sort(logits: Tensor, sampling: SamplingParams, u: Tensor) -> Tensor:
     return tokens.gather(1, torch.searchsorted(sums, u[:, None] * sums[:, -1:]).clamp_max(logits.shape[1] - 1))[:, 0]
 
 
-def on_gpu(logits: Tensor, draws: list[Draw]) -> tuple[Callable[[], Tensor], Callable[[], object]]:
+def on_gpu(logits: Tensor, draws: list[Draw], warps: int | None) -> tuple[Callable[[], Tensor], Callable[[], object]]:
     """(the kernels of a draw, which a graph can hold; all of it, with what the host packs)."""
     from flora.kernels.draw import draw_tokens
     from flora.serve.engine.cuda.sampler import pack_draws, top_logprobs
@@ -56,14 +56,14 @@ def on_gpu(logits: Tensor, draws: list[Draw]) -> tuple[Callable[[], Tensor], Cal
 
     def kernels() -> Tensor:
         likeliest = logits.max(-1)
-        draw_tokens(logits, likeliest.values, likeliest.indices, packed)
+        draw_tokens(logits, likeliest.values, likeliest.indices, packed, warps=warps)
         return likeliest.indices
 
     likeliest = logits.max(-1)
 
     def whole() -> None:
         tokens = likeliest.indices.clone()
-        sums = draw_tokens(logits, likeliest.values, tokens, pack_draws(asked, logits.device))
+        sums = draw_tokens(logits, likeliest.values, tokens, pack_draws(asked, logits.device), warps=warps)
         top_logprobs(logits, tokens, sums, asked)
 
     return kernels, whole
@@ -88,14 +88,14 @@ def check(case: str, tokens: list[int], logits: Tensor, draws: list[Draw]) -> No
             raise SystemExit(f"{case}: token {token} is drawn and {wanted} is right: nothing was timed")
 
 
-def measure(logits: Tensor, case: str) -> Iterator[tuple[str, dict[str, float] | float]]:
+def measure(logits: Tensor, case: str, warps: int | None) -> Iterator[tuple[str, dict[str, float] | float]]:
     fields = {"max_tokens": 1, "top_p": 1.0} | CASES[case]
     draws = [Draw(SamplingParams(**fields, seed=SEED + row), 7) for row in range(len(logits))]  # type: ignore[arg-type]
     if logits.device.type == "cpu":
         check(case, [drawn.token or 0 for drawn in sample(logits, draws)], logits, draws)
         yield "host_us", round(host_us(lambda: sample(logits, draws)), 1)
         return
-    kernels, whole = on_gpu(logits, draws)
+    kernels, whole = on_gpu(logits, draws, warps)
     check(case, kernels().tolist(), logits, draws)
     u = torch.tensor([uniform(draw.sampling.seed, draw.index) for draw in draws], device=logits.device)
     bench = Bench(logits.device, LLAMA_8B, [], REPEATS)
@@ -108,6 +108,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rows", type=ints, default=(1, 32, 256))
     parser.add_argument("--vocab", type=ints, default=(128_256, 32_000))
+    parser.add_argument("--warps", type=int, help="of a program on a GPU, where they are not to be the engine's")
     args = parser.parse_args()
     where, device = surroundings(args), torch.device(args.device)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -117,7 +118,12 @@ def main() -> None:
             logits = (3 * noise).to(dtype).to(device)
             for case in CASES:
                 row = {"bench": "draw", "case": case, "rows": rows, "vocab": vocab, "seed": SEED}
-                row |= {"dtype": str(dtype).removeprefix("torch."), **dict(measure(logits, case)), **place_facts(where)}
+                row |= {
+                    "dtype": str(dtype).removeprefix("torch."),
+                    **dict(measure(logits, case, args.warps)),
+                    **place_facts(where),
+                }
+                row |= {"warps": args.warps} if args.warps else {}
                 print(encode_row(row), flush=True)
                 if args.out:
                     append_row(args.out, row)

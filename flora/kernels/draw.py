@@ -46,13 +46,13 @@ def draw_tokens(
     *,
     warps: int | None = None,
     columns: int | None = None,
-    unroll: int = _UNROLL,
 ) -> Tensor:
     """tokens[row] = the token drawn, for the rows that draws names and that are not greedy.
 
     logits   [rows, vocab_size], float32, float16 or bfloat16; where a row's highest is not finite any token is drawn
     highest  [rows], of logits' dtype: each row's
     tokens   int64 [rows]
+    warps, columns  of a program and of its tile; None: what is fastest for the vocabulary and the dtype
     returns  float32 [rows]: log of the sum of the exponentials of each row whose log sum is wanted
     Ground truth: flora.serve.engine.sampler.draw_token, in float64.
     """
@@ -75,7 +75,7 @@ def draw_tokens(
             GROUP=group,
             BLOCK=triton.next_power_of_2(group),
             COLUMNS=columns,
-            UNROLL=unroll,
+            UNROLL=_UNROLL,
             num_warps=warps,
             maxnreg=_REGISTERS,
         )
