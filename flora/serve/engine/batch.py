@@ -13,8 +13,8 @@ from flora.serve.engine.schedule.scheduler import Chunk
 
 DECODE_BLOCK_ROWS = 16
 PREFILL_BLOCK_ROWS = 64
-# Of a GPU's step, up to which prompts are in the lists of rows that decode, by segments of few rows: the weights that they
-# read once more cost less than two launches and a second stream (benchmarks/NOTES.md, of an H100).
+# Of a GPU's step, up to which prompts are in the lists of rows that decode, by segments of few rows: the weights that
+# they read once more cost less than two launches and a second stream (benchmarks/NOTES.md, of an H100).
 JOINT_ROWS = 512
 
 
