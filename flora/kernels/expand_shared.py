@@ -1,8 +1,9 @@
 """Triton: expand's way for segments of up to 16 rows: each weight is read once, and multiplied by tensor cores.
 
-A tile of B is on its way while the one before it is multiplied. Outputs are the product's rows and the step's rows its
-columns, of which a tensor core takes eight at a time: with few rows little of it is idle, and a row's bits do not
-depend on the columns beside it. v is taken in two terms of the weights' dtype, a product that keeps twice its digits.
+A tile of B is on its way while the one before it is multiplied, and the first ones while shrink ends. Outputs are the
+product's rows and the step's rows its columns, of which a tensor core takes eight at a time: with few rows little of it
+is idle, and a row's bits do not depend on the columns beside it. v is taken in two terms of the weights' dtype, a
+product that keeps twice its digits.
 """
 
 import triton
@@ -21,6 +22,9 @@ def expand_whole_rank(  # type: ignore[no-untyped-def]
     """`width` outputs of rows that share an adapter of at most RANK: v is read once for all of them.
 
     p_y, p_v  the first row's; p_y at the first output, whose column of B begins at the chunk `n_chunk`
+
+    The wait for shrink is inside the loop: before the loop, it would hold up the first tiles of B. The first of y are
+    then read ahead of it, too, so whoever wrote y must have ended when shrink began.
     """
     o_rows = tl.arange(0, ROWS)
     m_rows = (o_rows < num_rows)[None, :]
@@ -30,14 +34,17 @@ def expand_whole_rank(  # type: ignore[no-untyped-def]
     o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
     p_b = p_pool + o_b[None, :] + o_n[:, None]
     p_out = p_y + o_rows[None, :] * y_row_stride + o_n[:, None]
-    if OVERLAP:
-        gdc_wait()
-    b_high, b_low = _two_terms(
-        p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS, p_pool.dtype.element_ty
-    )
+    b_high = tl.zeros((RANK, ROWS), p_pool.dtype.element_ty)
+    b_low = tl.zeros((RANK, ROWS), p_pool.dtype.element_ty)
     for part in tl.range(0, width, BLOCK_N, num_stages=STAGES):
         m_n = (part + o_n < width)[:, None]
         b_b = tl.load(p_b + part, mask=m_n & m_j[None, :], other=0.0)
+        if part == 0:
+            if OVERLAP:
+                gdc_wait()
+            b_high, b_low = _two_terms(
+                p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS, p_pool.dtype.element_ty
+            )
         if ADD:
             b_y = tl.load(p_out + part, mask=m_n & m_rows, other=0.0)
         b_delta = _multiply(tl.zeros((BLOCK_N, ROWS), tl.float32), b_b, b_high, b_low)

@@ -29,7 +29,8 @@ def lora_expand(
     """y[i, slice s] += scale_s * v[i, s] @ B_s.T, v summed over its partials. In fp16, v must lie in fp16's range.
 
     v        [splits, n, num_slices, width], what this room's Triton lora_shrink returned for the same rows and tuning
-    overlap  may start while the launch before it on the stream ends
+    overlap  may start while the launch before it on the stream, which wrote v, ends. y is then read before that end:
+             whoever wrote y must have ended when that launch began, as shrink's, an ordinary one, sees to
     add      False: = instead of +=, and 0 where a row's adapter leaves out the module
     Ground truth: ReferenceOps.lora_expand.  Source: Punica (arXiv:2310.18547), SGMV.
     """

@@ -115,7 +115,7 @@ def _wide_lora() -> LoraTuning:
 
 
 def _decode_lora() -> LoraTuning:
-    return LoraTuning(shrink_registers=80, programs_per_sm=64)
+    return LoraTuning(shrink_registers=80)
 
 
 SHORT_LIST = 2  # segments
