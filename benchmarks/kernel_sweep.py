@@ -23,13 +23,13 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     yield "lora", {"shrink_stages": 2}
     yield "lora", {"shrink_stages": 6}
     yield "lora", {"split_elements": 1024}
-    yield "lora", {"shrink_lanes": 2}
+    yield "lora", {"shrink_stages": 4}
     yield "lora", {"expand_registers": None}
     yield "lora", {"expand_registers": 96}
     yield "lora", {"expand_width": 1024}
     yield "lora", {"expand_width": 256}
     yield "lora", {"expand_stages": 4}
-    for programs in (32, 96):
+    for programs in (16, 64):
         yield "lora", {"programs_per_sm": programs}
     yield "wide_lora", {"programs_per_sm": 16}
     yield "wide_lora", {"programs_per_sm": 32}

@@ -13,15 +13,18 @@ from flora.kernels import (
     CHUNK,
     EXPAND_ROWS,
     MODULES,
+    RANK_LANES,
     SHRINK_ROWS,
     AdapterWeights,
     Group,
     LoraWork,
     Place,
     Segment,
+    Share,
     WorkList,
     cut_runs,
     padded,
+    share_ranks,
 )
 from flora.serve.engine.batch import PREFILL_BLOCK_ROWS
 
@@ -148,11 +151,13 @@ def decode_work(bench: Bench, slots: list[int], rows_each: int, ranks: list[int]
 
 def cut_work(bench: Bench, runs: list[Segment], ranks: list[int], room: tuple[int, int] | None = None) -> LoraWork:
     """Runs as an engine cuts them. room: for so many segments in shrink's list and in expand's, which grids hang on."""
-    lists = (
-        listed(bench, cut_runs(runs, rows, ranks), rows, ranks, capacity=room and room[i])
-        for i, rows in enumerate((SHRINK_ROWS, EXPAND_ROWS))
+    shares = share_ranks(cut_runs(runs, SHRINK_ROWS, ranks), ranks)
+    segments = cut_runs(runs, EXPAND_ROWS, ranks)
+    capacities = (room[0] * RANK_LANES, room[1]) if room else (None, None)
+    return LoraWork(
+        listed(bench, shares, SHRINK_ROWS, ranks, capacity=capacities[0], shared=True),
+        listed(bench, segments, EXPAND_ROWS, ranks, capacity=capacities[1]),
     )
-    return LoraWork(*lists)
 
 
 def prompt_work(bench: Bench, slot: int, rows: int, ranks: list[int]) -> LoraWork:
@@ -163,13 +168,16 @@ def prompt_work(bench: Bench, slot: int, rows: int, ranks: list[int]) -> LoraWor
 
 def listed(
     bench: Bench,
-    segments: list[Segment],
+    segments: list[Segment] | list[Share],
     block_rows: int,
     ranks: list[int],
     *,
     capacity: int | None = None,
+    shared: bool = False,
 ) -> WorkList:
-    return WorkList.build(segments, block_rows=block_rows, max_rank=max(ranks), capacity=capacity, device=bench.device)
+    return WorkList.build(
+        segments, block_rows=block_rows, max_rank=max(ranks), capacity=capacity, shared=shared, device=bench.device
+    )
 
 
 def relative(value: Tensor, wanted: Tensor) -> float:

@@ -27,11 +27,14 @@ from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import (
     EXPAND_ROWS,
+    RANK_LANES,
     SHRINK_ROWS,
     LoraWork,
     Segment,
+    Share,
     WorkList,
     cut_runs,
+    share_ranks,
     split_segments,
 )
 
@@ -42,6 +45,7 @@ __all__ = [
     "EXPAND_ROWS",
     "MIN_ROWS",
     "MODULES",
+    "RANK_LANES",
     "SHRINK_ROWS",
     "AdapterWeights",
     "Context",
@@ -53,6 +57,7 @@ __all__ = [
     "Place",
     "ReferenceOps",
     "Segment",
+    "Share",
     "SideStream",
     "WorkList",
     "cut_runs",
@@ -64,6 +69,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "row_alignment",
+    "share_ranks",
     "silu_mul",
     "split_segments",
 ]

@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from flora.kernels.modules import CHUNK, MODULES, Place, padded, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList
+from flora.kernels.work import RANK_BLOCK, RANK_LANES, WorkList
 
 
 def lora_shrink(
@@ -24,10 +24,13 @@ def lora_shrink(
 ) -> Tensor:
     """float32 partials [splits, n, num_slices, width] of x[i] @ A_s.T; splits depends on in_features alone.
 
+    work     of whole segments, each of whose programs walks over its ranks, or of Shares, which many programs do
     overlap  let the launch that follows, lora_expand, start while this one ends
     returns  values up to each rank's next multiple of block_rank; what lies past that is never written.
     Ground truth: ReferenceOps.lora_shrink.  Source: Punica (arXiv:2310.18547), SGMV.
     """
+    if work.is_shared and tuning.block_rank != RANK_BLOCK:
+        raise ValueError(f"ranks are shared by blocks of {RANK_BLOCK}, and these tiles have {tuning.block_rank}")
     n, in_features = x.shape
     modules = place.group.value
     num_slices = len(modules)
@@ -38,7 +41,7 @@ def lora_shrink(
     span = min(row_alignment(weights.alignment, in_features), split)
     same_dtype = x.dtype == weights.pool.dtype
     is_half = same_dtype and x.dtype.itemsize == 2  # a float32 product's tiles need twice the registers
-    items = work.segments.shape[0] * num_slices * tuning.shrink_lanes * splits
+    items = work.segments.shape[0] * num_slices * splits
     if items == 0 or n == 0:
         return v
     _lora_shrink_kernel[(grid_size(items, tuning.programs_per_sm, num_sms),)](
@@ -57,8 +60,6 @@ def lora_shrink(
         weights.cells.stride(0),
         weights.modules.stride(0),
         *v.stride()[:3],
-        work.segments.shape[0],
-        tuning.shrink_crowd * num_sms,
         NUM_SLICES=num_slices,
         SPLITS=splits,
         SPLIT=split,
@@ -66,8 +67,7 @@ def lora_shrink(
         BLOCK_K=min(tuning.shrink_block_k, span),
         BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
-        RANK_LANES=tuning.shrink_lanes,
-        CROWDED_LANES=max(1, tuning.shrink_lanes // 2),
+        LANES=RANK_LANES if work.is_shared else 1,
         SAME_DTYPE=same_dtype,
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
@@ -77,8 +77,7 @@ def lora_shrink(
     return v
 
 
-# The numbers of a layer and of a list: Triton would compile each kernel anew for multiples of 16 among them.
-@triton.jit(do_not_specialize=["record_offset", "capacity", "crowd"])
+@triton.jit(do_not_specialize=["record_offset"])  # a layer's number: it would be compiled anew for multiples of 16
 def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     p_x,
     p_pool,
@@ -97,8 +96,6 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     v_split_stride,
     v_row_stride,
     v_slice_stride,
-    capacity,
-    crowd,
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLIT: tl.constexpr,  # input elements that one partial sums
@@ -106,31 +103,21 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
-    RANK_LANES: tl.constexpr,  # programs that share one (segment, slice, split), by rank block
-    CROWDED_LANES: tl.constexpr,  # where there would be more than `crowd` of them
+    LANES: tl.constexpr,  # the list's Shares of one segment; 1: it is of whole segments
     SAME_DTYPE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()  # expand may start now; it waits for these results where it first needs them
-    # The first item's segment is read while the number of segments still travels: an item waits for one load less.
     i_first = tl.program_id(0)
-    slot, first_row, num_rows = load_segment(p_segments, i_first // (SPLITS * RANK_LANES * NUM_SLICES))
-    i_crowded = tl.minimum(i_first // (SPLITS * CROWDED_LANES * NUM_SLICES), capacity - 1)
-    slot_crowded, first_row_crowded, num_rows_crowded = load_segment(p_segments, i_crowded)
-    num_segments = tl.load(p_num_segments)
-    is_crowded = num_segments * (NUM_SLICES * RANK_LANES * SPLITS) > crowd
-    lanes = tl.where(is_crowded, CROWDED_LANES, RANK_LANES)
-    slot = tl.where(is_crowded, slot_crowded, slot)
-    first_row = tl.where(is_crowded, first_row_crowded, first_row)
-    num_rows = tl.where(is_crowded, num_rows_crowded, num_rows)
-    num_items = num_segments * (NUM_SLICES * SPLITS) * lanes
+    # The first item's segment is read while the number of segments still travels: an item waits for one load less.
+    slot, first_row, num_rows, lane = _load_share(p_segments, i_first // (SPLITS * NUM_SLICES), LANES)
+    num_items = tl.load(p_num_segments) * (NUM_SLICES * SPLITS)
     for item in range(i_first, num_items, tl.num_programs(0)):
         if item != i_first:
-            slot, first_row, num_rows = load_segment(p_segments, item // (SPLITS * NUM_SLICES * lanes))
+            slot, first_row, num_rows, lane = _load_share(p_segments, item // (SPLITS * NUM_SLICES), LANES)
         i_split = item % SPLITS
-        i_lane = item // SPLITS % lanes
-        i_slice = item // (SPLITS * lanes) % NUM_SLICES
+        i_slice = item // SPLITS % NUM_SLICES
         p_record = p_modules + slot * modules_slot_stride + record_offset + 3 * i_slice
         rank = tl.load(p_record)
         a_chunk = tl.load(p_record + 1)
@@ -141,7 +128,7 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         k_end = tl.minimum(in_features, k_begin + SPLIT)
         o_rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
         m_rows = (o_rows < num_rows)[:, None]
-        for j in range(i_lane * BLOCK_RANK, rank, lanes * BLOCK_RANK):
+        for j in range(lane * BLOCK_RANK, rank, LANES * BLOCK_RANK):
             b_v = _shrink_rows(
                 p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
                 cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
@@ -195,6 +182,17 @@ def matrix_offsets(p_slot_cells, first_chunk, row_chunks, cell_chunks, o_j, m_j)
     cell = tl.load(p_slot_cells + chunk // cell_chunks, mask=m_j, other=0)
     # int64: a bf16 pool over 4 GiB passes 2**31 elements
     return cell.to(tl.int64) * (cell_chunks * 64) + chunk % cell_chunks * 64
+
+
+@triton.jit
+def _load_share(p_segments, i_share, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(slot, first row, number of rows, lane)."""
+    if LANES == 1:
+        slot, first_row, num_rows = load_segment(p_segments, i_share)
+        return slot, first_row, num_rows, 0
+    p_share = p_segments + i_share * 4
+    slot, first_row = tl.load(p_share).to(tl.int64), tl.load(p_share + 1).to(tl.int64)
+    return slot, first_row, tl.load(p_share + 2), tl.load(p_share + 3)
 
 
 @triton.jit

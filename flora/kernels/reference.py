@@ -111,9 +111,9 @@ class ReferenceOps:
 
 
 def _segments(work: WorkList) -> list[list[int]]:
-    """[slot, first_row, num_rows] of the segments in use."""
+    """[slot, first_row, num_rows] of the segments in use, whose ranks are taken together however they are shared."""
     segments: list[list[int]] = work.segments[: int(work.num_segments)].tolist()
-    return segments
+    return [row[:3] for row in segments if row[3:] in ([], [0])]
 
 
 def _records(weights: AdapterWeights, slot: int, place: Place) -> list[list[int]]:

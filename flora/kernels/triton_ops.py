@@ -57,7 +57,7 @@ class TritonOps:
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
         if work.block_rows > 16:
             return self.tuning.wide_lora
-        return self.tuning.short_lora if len(work.segments) <= SHORT_LIST else self.tuning.lora
+        return self.tuning.short_lora if work.room <= SHORT_LIST else self.tuning.lora
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""

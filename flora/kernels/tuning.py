@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from flora.kernels.work import RANK_BLOCK
+
 
 @dataclass(frozen=True, slots=True)
 class LoraTuning:
@@ -16,12 +18,10 @@ class LoraTuning:
     never how many rows a segment has, so nothing else in the batch changes a row's bits.
     """
 
-    block_rank: int = 16  # shrink fills v up to a multiple of it, so expand may read whole blocks
+    block_rank: int = RANK_BLOCK  # shrink fills v up to a multiple of it, so expand may read whole blocks
     split_elements: int = 2048  # of the input per partial sum; part of the rounding, so never by batch
     max_splits: int = 8  # split_elements doubles until they are no more
     shrink_block_k: int = 128  # input elements per step
-    shrink_lanes: int = 4  # programs that share one slice and split, by rank block; who does what rounds nothing
-    shrink_crowd: int = 16  # programs a multiprocessor from which on half as many share them: most would find no block
     shrink_warps: int = 2
     shrink_stages: int = 3
     shrink_registers: int | None = None  # per thread; None leaves it to the compiler
@@ -100,7 +100,6 @@ def _wide_lora() -> LoraTuning:
         block_rank=64,
         split_elements=1024,
         max_splits=8,
-        shrink_lanes=1,
         shrink_warps=4,
         shrink_stages=3,
         expand_width=256,

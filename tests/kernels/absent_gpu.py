@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora.kernels import EXPAND_ROWS, AdapterWeights, Group, Place, WorkList
+from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS, AdapterWeights, Group, Place, WorkList
 
 
 def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,4 +39,8 @@ def launch_lora(layer: int, capacity: int, block_rows: int = EXPAND_ROWS) -> Non
     place = Place(layer, Group.OUT, (0,), (width,))
     x = torch.empty(capacity, width, dtype=torch.bfloat16, device=meta)
     ops = TritonOps(132, overlap=True)
-    ops.lora_expand(torch.empty_like(x), ops.lora_shrink(x, weights, place, work), weights, place, work)
+    shrink = work
+    if block_rows == EXPAND_ROWS:
+        rows, room = SHRINK_ROWS, capacity * RANK_LANES
+        shrink = WorkList.build([], block_rows=rows, max_rank=512, capacity=room, shared=True, device=meta)
+    ops.lora_expand(torch.empty_like(x), ops.lora_shrink(x, weights, place, shrink), weights, place, work)

@@ -1,11 +1,26 @@
 """Random adapters laid out in a pool full of NaN, and the float64 arithmetic that they should give."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flora.kernels import CHUNK, EXPAND_ROWS, MODULES, AdapterWeights, Group, Place, WorkList, padded, split_segments
+from flora.kernels import (
+    CHUNK,
+    EXPAND_ROWS,
+    MODULES,
+    RANK_LANES,
+    SHRINK_ROWS,
+    AdapterWeights,
+    Group,
+    LoraWork,
+    Place,
+    WorkList,
+    padded,
+    share_ranks,
+    split_segments,
+)
 
 NAN = float("nan")
 
@@ -115,6 +130,24 @@ def work_for(
     work = WorkList.build(segments, block_rows=block_rows, max_rank=max_rank, capacity=capacity, device=device)
     work.segments[len(segments) :] = 10**6  # what lies past num_segments must never be read
     return work
+
+
+def cut_work(
+    row_slots: list[int | None],
+    ranks: Sequence[int],
+    *,
+    max_rank: int = 64,
+    spare: int = 3,
+    device: torch.device | str = "cpu",
+) -> LoraWork:
+    """A list for each kernel, as the runner has them. ranks: the highest of each slot's adapter."""
+    segments = split_segments(row_slots, SHRINK_ROWS)
+    shares, room = share_ranks(segments, ranks), RANK_LANES * (len(segments) + spare)
+    shrink = WorkList.build(
+        shares, block_rows=SHRINK_ROWS, max_rank=max_rank, capacity=room, shared=True, device=device
+    )
+    shrink.segments[len(shares) :] = 10**6
+    return LoraWork(shrink, work_for(row_slots, max_rank=max_rank, spare=spare, device=device))
 
 
 def expected_lora(x: Tensor, y: Tensor, adapters: list[Adapter | None], shape: Shape, group: Group) -> Tensor:

@@ -2,12 +2,14 @@ import pytest
 import torch
 
 from flora.kernels import (
+    RANK_LANES,
     Group,
     ReferenceOps,
     WorkList,
     cut_runs,
     matrix_alignment,
     row_alignment,
+    share_ranks,
     split_segments,
 )
 from tests.kernels.scenes import NAN, Adapter, Shape, expected_lora, pack_adapters, random_adapter, work_for
@@ -111,6 +113,15 @@ def test_runs_are_cut_into_segments_and_the_heaviest_adapters_come_first():
     segments = cut_runs(runs, 8, ranks=[8, 64, 16, 16])
 
     assert segments == [(1, 13, 1), (2, 4, 8), (2, 12, 1), (3, 14, 8), (0, 0, 4)]
+
+
+def test_each_lane_of_a_segment_that_has_a_block_of_ranks_is_a_share_of_it():
+    segments = [(1, 3, 8), (0, 0, 2), (3, 2, 1), (2, 11, 1)]
+
+    shares = share_ranks(segments, ranks=[16, 40, 0, 17])
+
+    assert shares == [(1, 3, 8, 0), (1, 3, 8, 1), (1, 3, 8, 2), (0, 0, 2, 0), (3, 2, 1, 0), (3, 2, 1, 1)]
+    assert len(share_ranks([(0, 0, 1)], ranks=[512])) == RANK_LANES
 
 
 def test_a_work_list_refuses_more_segments_than_it_holds():

@@ -20,7 +20,7 @@ from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
 from flora.kernels.work import EXPAND_ROWS, SHRINK_ROWS
 from tests.conftest import IS_FULL
-from tests.kernels.scenes import NAN, Adapter, Shape, pack_adapters, random_adapter, work_for
+from tests.kernels.scenes import NAN, Adapter, Shape, cut_work, pack_adapters, random_adapter, work_for
 
 ODD = Shape(hidden=100, kv=63, ff=200)
 SMALL_LLAMA = Shape(hidden=576, kv=192, ff=896)
@@ -33,7 +33,6 @@ FINE = Tuning(  # small tiles, so that the odd sizes above meet every loop more 
         split_elements=64,
         max_splits=2,
         shrink_block_k=64,
-        shrink_lanes=2,
         expand_width=64,
         expand_narrow=64,
         programs_per_sm=3,
@@ -58,9 +57,7 @@ def both(work: WorkList) -> LoraWork:
 
 
 def cut(row_slots: list[int | None], device) -> LoraWork:
-    """A list for each kernel, as the runner has them."""
-    lists = (work_for(row_slots, block_rows=rows, device=device) for rows in (SHRINK_ROWS, EXPAND_ROWS))
-    return LoraWork(*lists)
+    return cut_work(row_slots, [max(ranks) for ranks in RANKS], device=device)
 
 
 def to(device, weights: AdapterWeights) -> AdapterWeights:
@@ -110,8 +107,8 @@ def test_sizes_of_a_small_llama(ops, device, dtype, group):
 def test_a_single_stream_whose_list_has_room_for_one(ops, device, dtype, group):
     weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
     x, y = inputs(SMALL_LLAMA, group, 1, dtype, device)
-    work = work_for([3], spare=0, device=device)
-    assert len(work.segments) <= SHORT_LIST
+    work = cut_work([3], [max(ranks) for ranks in RANKS], spare=0, device=device)
+    assert work.shrink.room == work.expand.room <= SHORT_LIST
 
     result = run(ops, x, y, weights, SMALL_LLAMA, group, work)
 
@@ -169,6 +166,19 @@ def test_rows_of_prompts_and_single_ones_lie_in_lists_cut_for_each_kernel(ops, d
     assert torch.equal(result[:single], decoding[:single]), "prompts in the list change no row that decodes"
 
 
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_whoever_shares_the_ranks_the_bits_are_the_same(ops, device, dtype, group):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, group, len(ROW_SLOTS), dtype, device)
+    shared = cut(ROW_SLOTS, device)
+    whole = work_for(ROW_SLOTS, block_rows=SHRINK_ROWS, device=device)
+
+    result = run(ops, x, y, weights, ODD, group, shared)
+
+    assert torch.equal(result, run(ops, x, y, weights, ODD, group, LoraWork(whole, shared.expand)))
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, group, shared), dtype)
+
+
 @pytest.mark.parametrize("count", [1, 3, 8, 16])
 def test_a_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtype, count):
     """Where two requests of an adapter lie side by side, the second one's first row falls anywhere in a segment."""
@@ -189,11 +199,14 @@ def test_ranks_beyond_one_tile(ops, device, dtype, rank):
     adapters = [[random_adapter(EVEN, [rank] * 7, seed=layer) for layer in range(2)]]
     weights = to(device, pack_adapters(adapters, dtype=dtype, cell_elements=1024, alignment=256))
     x, y = inputs(EVEN, Group.QKV, 11, dtype, device)
-    work = work_for([None, *[0] * 10], max_rank=rank, device=device)
+    row_slots = [None, *[0] * 10]
+    shared = cut_work(row_slots, [rank], max_rank=rank, device=device)
+    work = LoraWork(work_for(row_slots, block_rows=SHRINK_ROWS, max_rank=rank, device=device), shared.expand)
 
     result = run(ops, x, y, weights, EVEN, Group.QKV, work)
 
     assert_agrees(result, run(ReferenceOps(), x, y, weights, EVEN, Group.QKV, work), dtype)
+    assert torch.equal(result, run(ops, x, y, weights, EVEN, Group.QKV, shared)), "130: a lane has two blocks"
 
 
 @pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])

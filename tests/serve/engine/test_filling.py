@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, cut_runs
+from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS, cut_runs, share_ranks
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda import filling
 from flora.serve.engine.cuda.filling import StepFiller
@@ -93,13 +93,16 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
         assert set(sent["sampled_lanes"][len(sampled) :]) <= {filler.lanes.spare}
 
         found = {name: sent[f"{name}_segments"][: sent[f"num_{name}_segments"][0]] for name in LISTS}
+        shares = found["shrink"]
+        found["shrink"] = [share[:3] for share in shares if share[3] == 0]
+        assert shares == [list(share) for share in share_ranks(found["shrink"], RANKS)], "every rank, each once"
         for segments in found.values():
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
         shrunk, expanded, apart = (
             met(found[name], rows)
             for name, rows in (("shrink", SHRINK_ROWS), ("expand", EXPAND_ROWS), ("prefill", PREFILL_BLOCK_ROWS))
         )
-        assert shrunk == expanded
+        assert shrunk == expanded, "none is without ranks"
         assert lists == "joint" or all(is_single[row] for row in expanded)
         assert one_list or not any(is_single[row] for row in apart)
         assert not (expanded if one_list else apart if lists == "joint" else {})
@@ -119,6 +122,7 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
 def test_lists_have_room_for_whatever_a_step_holds(rows, sequences, seed):
     seeded, sizes = random.Random(seed), InputSizes(rows, sequences, TABLE_PAGES)
     room = {name: shape[0] for name, (_, shape) in sizes.fields().items()}
+    room["shrink_segments"] //= RANK_LANES  # each of the highest rank
     for block_rows, name in ((SHRINK_ROWS, "shrink_segments"), (EXPAND_ROWS, "expand_segments")):
         assert min(rows, sequences) <= room[name], "a row a sequence, each with an adapter of its own"
         total = min(rows, JOINT_ROWS)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, Segment, cut_runs
+from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, Segment, Share, cut_runs, share_ranks
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -106,7 +106,7 @@ class StepFiller:
         """
         joined, apart = ([*decoding, *prompts], []) if joint else (decoding, prompts)
         ranks = self._slot_ranks()
-        _write(host, "shrink_segments", cut_runs(joined, SHRINK_ROWS, ranks))
+        _write(host, "shrink_segments", share_ranks(cut_runs(joined, SHRINK_ROWS, ranks), ranks))
         _write(host, "expand_segments", cut_runs(joined, EXPAND_ROWS, ranks))
         _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS, ranks))
 
@@ -133,7 +133,7 @@ class StepFiller:
         host["query_starts"][sequence + 1 : end_sequence + 1] = row
 
 
-def _write(host: Arrays, name: str, segments: Sequence[Segment]) -> None:
+def _write(host: Arrays, name: str, segments: Sequence[Segment] | Sequence[Share]) -> None:
     if segments:
         host[name][: len(segments)] = segments
     host[f"num_{name}"][:] = len(segments)

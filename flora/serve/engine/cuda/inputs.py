@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flora.kernels import EXPAND_ROWS, SHRINK_ROWS
+from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 
 Arrays = dict[str, NDArray[Any]]
@@ -54,7 +54,7 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "shrink_segments": (i32, (shrink, 3)),
+            "shrink_segments": (i32, (shrink * RANK_LANES, 4)),
             "num_shrink_segments": (i32, (1,)),
             "expand_segments": (i32, (expand, 3)),
             "num_expand_segments": (i32, (1,)),
