@@ -1,4 +1,4 @@
-"""How kernels read: 16 bytes at a time, or an adapter's bytes and a context's take several times as long.
+"""How kernels read: 16 bytes at a time, or an adapter's bytes and a context's take several times as long; and early.
 
 Triton does so where it can show that neighbours lie on 16 bytes, and says nothing where it cannot: a remainder in an
 address is enough. So what it compiles for an H100 is looked at; none is needed.
@@ -87,3 +87,13 @@ def test_whatever_is_large_is_read_16_bytes_at_a_time(compiled, launch, names):
     for name in names:
         assert not TWO_BYTES.findall(kernels[name]), name
         assert SIXTEEN_BYTES.findall(kernels[name]), name
+
+
+def test_expand_asks_for_its_first_weights_before_it_waits_for_shrink(compiled):
+    """A wait in front of the loop would hold them up: a twentieth of what distinct adapters take (ADR 0016)."""
+    expand = compiled(lambda: launch_lora(0, 256))["_lora_expand_kernel"]
+
+    in_turn = re.findall(r"cp\.async\.cg|griddepcontrol\.wait", expand)
+
+    assert in_turn[0] == "cp.async.cg"
+    assert "griddepcontrol.wait" in in_turn
