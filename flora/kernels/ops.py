@@ -31,6 +31,7 @@ class Ops(Protocol):
         """y[i, place.out_starts[s] : + place.out_sizes[s]] += scale_s * v[i, s] @ B_s.T, in place.
 
         y  [n, out_total], contiguous; float32 inside, one rounding to y's dtype. Rows in no segment keep their bits.
+           Written before lora_shrink is called and by nothing in between: on a GPU the two overlap.
         v  what lora_shrink returned for the same weights and place, and for the same rows (LoraWork)
         add  False: = instead of +=, and 0 where a row's adapter leaves out the module
         """
