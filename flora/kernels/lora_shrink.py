@@ -30,7 +30,7 @@ def lora_shrink(
     Ground truth: ReferenceOps.lora_shrink.  Source: Punica (arXiv:2310.18547), SGMV.
     """
     if work.is_shared and tuning.block_rank != RANK_BLOCK:
-        raise ValueError(f"ranks are shared by blocks of {RANK_BLOCK}, and these tiles have {tuning.block_rank}")
+        raise ValueError(f"a list of shares needs block_rank {RANK_BLOCK}, not {tuning.block_rank}: or whole segments")
     n, in_features = x.shape
     modules = place.group.value
     num_slices = len(modules)

@@ -179,6 +179,15 @@ def test_whoever_shares_the_ranks_the_bits_are_the_same(ops, device, dtype, grou
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, group, shared), dtype)
 
 
+def test_shares_of_other_ranks_than_a_tile_has_are_refused(device, dtype):
+    weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
+    x, y = inputs(ODD, Group.OUT, len(ROW_SLOTS), dtype, device)
+    tuning = Tuning(lora=LoraTuning(block_rank=32))
+
+    with pytest.raises(ValueError, match="needs block_rank 16, not 32"):
+        run(TritonOps(num_sms=1, tuning=tuning), x, y, weights, ODD, Group.OUT, cut(ROW_SLOTS, device))
+
+
 @pytest.mark.parametrize("count", [1, 3, 8, 16])
 def test_a_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtype, count):
     """Where two requests of an adapter lie side by side, the second one's first row falls anywhere in a segment."""
