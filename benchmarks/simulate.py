@@ -3,6 +3,7 @@
     python benchmarks/simulate.py S2 5 2000                    requests/s of S-LoRA's settings, 62 GiB, over each number
     python benchmarks/simulate.py S2 200 --pool-gib 7.08 --requests 400 --fixed-slots 24
     python benchmarks/simulate.py S2 5 --merged 20480
+    python benchmarks/simulate.py S2 5 2000 --only-reads       what no kernel could beat that reads beside nothing
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
 on. Costs are an H100's as they were measured (benchmarks/NOTES.md): it tells where time goes and what a policy is
@@ -11,10 +12,11 @@ worth, and proves no throughput. It is fitted to those of e118bbd, and within 2.
 
 import argparse
 import json
+import math
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -82,6 +84,11 @@ class Costs:
     load_rate: float = 2.0e9  # of one loader
     load_s: float = 7e-3  # of it whatever the adapter holds
     plan_s: float = 1.5e-3
+
+    def only_reads(self) -> "Costs":
+        """Of adapters nothing but their bytes, once a step."""
+        free = dict.fromkeys(("adapters_s", "adapter_s", "prompts_s", "prompt_row_s", "joint_row_s"), 0.0)
+        return replace(self, **free, multiply_rate=math.inf)
 
     def products_s(self, rows: int) -> float:
         """Of a step of so many rows; beyond the largest size in proportion."""
@@ -222,6 +229,8 @@ class Loaders:
 
 def make_engine(args: argparse.Namespace, setting: Setting, time: Time) -> tuple[Engine, Device]:
     costs = costs_of(setting.shape)
+    if args.only_reads:
+        costs = costs.only_reads()
     page_bytes = PAGE_TOKENS * costs.kv_bytes
     num_pages = int(args.pool_gib * 2**30) // page_bytes
     largest = adapter_bytes(setting, 0, "bfloat16")
@@ -280,6 +289,7 @@ def simulate(args: argparse.Namespace, num_adapters: int) -> dict[str, object]:
         "pool_gib": args.pool_gib,
         "fixed_slots": args.fixed_slots,
         "merged": args.merged,
+        "only_reads": args.only_reads,
         "req_s": round(args.requests / device.free_s, 2),
         "full_batch_after_s": seen.full_batch_after_s,
         "rows_a_step": round(tokens / seen.counts["steps"], 1),
@@ -295,6 +305,7 @@ def main() -> None:
     parser.add_argument("--pool-gib", type=float, default=62.0)
     parser.add_argument("--fixed-slots", type=int, help="as many, of the largest rank, set aside for good")
     parser.add_argument("--merged", type=int, metavar="TOKENS", help="turns of merged adapters; 0: in the best order")
+    parser.add_argument("--only-reads", action="store_true", help="an adapter costs its bytes once a step, no more")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
     parser.add_argument("--cv", type=float, default=1.0)
     parser.add_argument("--cluster", type=int)

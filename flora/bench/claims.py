@@ -68,6 +68,8 @@ CLAIMS = (
     _at_least("S2: on the fly over merged in the best order, 5 adapters", 1.9, "S2/5", "S2/5/merged"),
     _at_least("S2: unified pool over fixed slots, 200 adapters", 1.15, "S2/200",
               "S2/200/fixed-144", "S2/200/fixed-128"),
+    _at_least("S2: unified pool over fixed slots, 2,000 adapters", 1.15, "S2/2000",
+              "S2/2000/fixed-160", "S2/2000/fixed-176", "S2/2000/fixed-192"),
     _at_least("S2: unified pool over fixed slots, pool of 7 GiB", 1.5, "S2/200/capped",
               "S2/200/capped/fixed-20", "S2/200/capped/fixed-24"),
     _at_least("S2: early abort minus first come, in time, cv 1", 0.5, "S2/200/abort/cv1", "S2/200/fcfs/cv1",

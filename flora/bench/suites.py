@@ -59,11 +59,13 @@ class Scale:
         return self.counts.get(number, number)
 
 
+_FEW = {5: 2, 8: 1, 16: 2, 20: 2, 24: 3, 32: 3, 100: 3, 128: 3, 144: 2, 160: 2, 176: 3, 192: 3, 200: 4, 500: 4,
+        1000: 4, 2000: 5}  # fmt: skip
 FULL = Scale()
 SMALL = Scale(
     is_small=True,
     changes={"shape": "tiny", "num_requests": 8, "lengths": (4, 9)},
-    counts={5: 2, 8: 1, 16: 2, 20: 2, 24: 3, 32: 3, 100: 3, 128: 3, 144: 2, 200: 4, 500: 4, 1000: 4, 2000: 5},
+    counts=_FEW,
 )
 
 
@@ -168,6 +170,8 @@ def _paper(make: _Maker) -> Iterator[Entry]:
     for preset, number, seconds in (("S2", 5, 35), ("S2", 2000, 40), ("S1", 5, 30), ("S1", 2000, 33)):
         yield make(f"{preset}/{number}", preset, number, seconds, engine=roomy)
     yield make("S2/2000/cluster-100", "S2", 2000, 40, engine=roomy | {"cluster": 100})
+    for slots in (160, 176, 192):
+        yield make(f"S2/2000/fixed-{slots}", "S2", 2000, 45, setting={"fixed_slots": slots}, engine=roomy)
     yield make("S2/5/merged", "S2", 5, 35, merged=True, engine=roomy)
     yield make("S2/5/merged/queue", "S2", 5, 60, merged=True, merged_turn_tokens=_QUEUE_TOKENS, engine=roomy)
     yield from _figure_9(make)
@@ -175,7 +179,7 @@ def _paper(make: _Maker) -> Iterator[Entry]:
     yield make("S2/200/fixed-144", "S2", 200, 105, setting={"fixed_slots": 144}, engine=roomy, seeds=drawn)
     yield from _early_abort(make, 1.0)
     yield make("S2/200/capped", "S2", 200, 45, setting=few, engine=capped)
-    for slots in (20, 24):  # the best, as 144 above, by benchmarks/simulate.py: more leave too little for KV
+    for slots in (20, 24):  # the best, as those above, by benchmarks/simulate.py: more leave too little for KV
         yield make(f"S2/200/capped/fixed-{slots}", "S2", 200, 60, setting=few | {"fixed_slots": slots}, engine=capped)
     yield make("S2/100", "S2", 100, 35, engine=roomy)
     for name, cluster in (("any", None), ("cluster-8", 8), ("cluster-2", 2)):

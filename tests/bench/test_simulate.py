@@ -46,6 +46,17 @@ def test_few_adapters_are_faster_than_many_and_merged_ones_take_turns(many):
     assert turns["loads"] == 0
 
 
+def test_adapters_that_only_read_are_faster_and_cost_what_their_bytes_do(many):
+    """With none at all nothing changes; with adapters their bytes are all that is left, so they are no longer free."""
+    few = ("--requests", "60", "--pool-gib", "7.08")
+    (reads,) = simulated("S2", "200", *few, "--only-reads")
+    (none,) = simulated("S2", "0", *few)
+    (none_reads,) = simulated("S2", "0", *few, "--only-reads")
+
+    assert none_reads["req_s"] == none["req_s"]
+    assert many["req_s"] < reads["req_s"] < none["req_s"]
+
+
 SIMULATED = {  # labels of the suite's rows, one for each number of adapters: how they are simulated
     ("S1/5", "S1/2000"): ("S1", "5", "2000"),
     ("S2/5", "S2/2000"): ("S2", "5", "2000"),
