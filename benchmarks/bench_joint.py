@@ -18,8 +18,7 @@ from kernel_world import LLAMA_8B, QKVO, SEED, TINY, Bench, build_adapters, cut_
 from flora.bench.row import append_row, encode_row
 from flora.bench.script import ints, make_parser, place_facts, surroundings
 from flora.kernels import (
-    EXPAND_ROWS,
-    SHRINK_ROWS,
+    SEGMENT_ROWS,
     AdapterWeights,
     LoraWork,
     Ops,
@@ -56,13 +55,12 @@ def works(
 ) -> Iterator[tuple[str, list[LoraWork]]]:
     """(name, the work), cut as the engine cuts it, in lists with as much room: grids hang on it."""
 
-    alone = cut_work(bench, decoding, ranks, (SEQUENCES, SEQUENCES))
+    alone = cut_work(bench, decoding, ranks, SEQUENCES)
     yield "no prompts", [alone]
     segments = cut_runs(prompts, PREFILL_BLOCK_ROWS, ranks)
     wide = listed(bench, segments, PREFILL_BLOCK_ROWS, ranks, capacity=SEQUENCES + rows // PREFILL_BLOCK_ROWS)
     yield "apart", [alone, LoraWork(wide, wide)]
-    room = (SEQUENCES + rows // SHRINK_ROWS, SEQUENCES + rows // EXPAND_ROWS)
-    yield "joint", [cut_work(bench, [*decoding, *prompts], ranks, room)]
+    yield "joint", [cut_work(bench, [*decoding, *prompts], ranks, SEQUENCES + rows // SEGMENT_ROWS)]
 
 
 def time_step(

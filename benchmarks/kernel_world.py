@@ -11,10 +11,9 @@ from torch import Tensor
 
 from flora.kernels import (
     CHUNK,
-    EXPAND_ROWS,
     MODULES,
     RANK_LANES,
-    SHRINK_ROWS,
+    SEGMENT_ROWS,
     AdapterWeights,
     Group,
     LoraWork,
@@ -44,7 +43,7 @@ class Model:
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    alignment: int = 1024
+    alignment: int = 2048
 
     @property
     def inputs(self) -> list[int]:
@@ -149,14 +148,13 @@ def decode_work(bench: Bench, slots: list[int], rows_each: int, ranks: list[int]
     return cut_work(bench, runs, ranks)
 
 
-def cut_work(bench: Bench, runs: list[Segment], ranks: list[int], room: tuple[int, int] | None = None) -> LoraWork:
-    """Runs as an engine cuts them. room: for so many segments in shrink's list and in expand's, which grids hang on."""
-    shares = share_ranks(cut_runs(runs, SHRINK_ROWS, ranks), ranks)
-    segments = cut_runs(runs, EXPAND_ROWS, ranks)
-    capacities = (room[0] * RANK_LANES, room[1]) if room else (None, None)
+def cut_work(bench: Bench, runs: list[Segment], ranks: list[int], room: int | None = None) -> LoraWork:
+    """Runs as an engine cuts them. room: for so many segments, which grids hang on."""
+    segments = cut_runs(runs, SEGMENT_ROWS, ranks)
+    shares, lanes = share_ranks(segments, ranks), room and room * RANK_LANES
     return LoraWork(
-        listed(bench, shares, SHRINK_ROWS, ranks, capacity=capacities[0], shared=True),
-        listed(bench, segments, EXPAND_ROWS, ranks, capacity=capacities[1]),
+        listed(bench, shares, SEGMENT_ROWS, ranks, capacity=lanes, shared=True),
+        listed(bench, segments, SEGMENT_ROWS, ranks, capacity=room),
     )
 
 

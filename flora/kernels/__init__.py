@@ -26,9 +26,8 @@ from flora.kernels.reference import ReferenceOps
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.weights import AdapterWeights
 from flora.kernels.work import (
-    EXPAND_ROWS,
     RANK_LANES,
-    SHRINK_ROWS,
+    SEGMENT_ROWS,
     LoraWork,
     Segment,
     Share,
@@ -42,11 +41,10 @@ __all__ = [
     "ALL_GROUPS",
     "ATTENTION_GROUPS",
     "CHUNK",
-    "EXPAND_ROWS",
     "MIN_ROWS",
     "MODULES",
     "RANK_LANES",
-    "SHRINK_ROWS",
+    "SEGMENT_ROWS",
     "AdapterWeights",
     "Context",
     "Group",

@@ -11,7 +11,7 @@ from flora.kernels.lora_shrink import load_segment
 from flora.kernels.modules import CHUNK, MODULES, Place, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size, overlapped
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import EXPAND_ROWS, SHRINK_ROWS, WorkList
+from flora.kernels.work import SEGMENT_ROWS, WorkList
 
 
 def lora_expand(
@@ -45,7 +45,7 @@ def lora_expand(
     absent = [0] * (3 - len(place.out_sizes))
     starts, sizes = (*place.out_starts, *absent), (*place.out_sizes, *absent)
     most_items = max(items, min(few_items, crowd * (width // narrow)))
-    many = work.block_rows > SHRINK_ROWS  # a persistent grid; where segments have few rows one program has one item
+    many = work.block_rows > SEGMENT_ROWS  # a persistent grid; where segments have few rows one program has one item
     _lora_expand_kernel[(grid_size(items, tuning.programs_per_sm, num_sms) if many else most_items,)](
         y,
         v,
@@ -75,7 +75,7 @@ def lora_expand(
         MIDDLE_N=min(tuning.expand_middle_n, narrow),
         LARGE_N=min(tuning.expand_large_n, narrow),
         STAGES=tuning.expand_stages,
-        BLOCK_ROWS=max(EXPAND_ROWS, triton.next_power_of_2(work.block_rows)),
+        BLOCK_ROWS=max(SEGMENT_ROWS, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,

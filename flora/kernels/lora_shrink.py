@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from flora.kernels.modules import CHUNK, MODULES, Place, padded, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import RANK_BLOCK, RANK_LANES, WorkList
+from flora.kernels.work import RANK_BLOCK, RANK_LANES, SEGMENT_ROWS, WorkList
 
 
 def lora_shrink(
@@ -65,7 +65,7 @@ def lora_shrink(
         SPLIT=split,
         SPAN=span,
         BLOCK_K=min(tuning.shrink_block_k, span),
-        BLOCK_ROWS=max(16, triton.next_power_of_2(work.block_rows)),
+        BLOCK_ROWS=max(SEGMENT_ROWS, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         LANES=RANK_LANES if work.is_shared else 1,
         SAME_DTYPE=same_dtype,
@@ -134,7 +134,7 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
                 cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
             )  # fmt: skip
             o_j = j + tl.arange(0, BLOCK_RANK)
-            tl.store(p_rows_v + o_rows[:, None] * v_row_stride + o_j[None, :], b_v, mask=m_rows)
+            tl.store(p_rows_v + o_rows[None, :] * v_row_stride + o_j[:, None], b_v, mask=(o_rows < num_rows)[None, :])
 
 
 @triton.jit
@@ -156,12 +156,13 @@ def _shrink_rows(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     SAME_DTYPE: tl.constexpr,
 ):
-    """float32 [BLOCK_ROWS, BLOCK_RANK] of rows that share the adapter. On tensor cores also where there is one row: its
-    bits are then the same alone and beside others, and the weights' way from memory is the same length.
+    """float32 [BLOCK_RANK, BLOCK_ROWS] of rows that share the adapter. On tensor cores also where there is one row: its
+    bits are then the same alone and beside others, and the weights' way from memory is the same length. Rows are the
+    product's columns, of which a tensor core takes eight at a time, where its own rows are sixteen.
     """
     o_j = j + tl.arange(0, BLOCK_RANK)
     m_j = o_j < rank
-    b_v = tl.zeros((BLOCK_ROWS, BLOCK_RANK), tl.float32)
+    b_v = tl.zeros((BLOCK_RANK, BLOCK_ROWS), tl.float32)
     for k in range(k_begin, k_end, SPAN):
         o_a = matrix_offsets(p_slot_cells, a_chunk + k // 64, row_chunks, cell_chunks, o_j, m_j)
         for k_block in range(0, SPAN, BLOCK_K):
@@ -171,7 +172,7 @@ def _shrink_rows(  # type: ignore[no-untyped-def]
             b_x = tl.load(p_rows_x + (k + o_k)[None, :], mask=m_rows & m_k[None, :], other=0.0)
             if not SAME_DTYPE:
                 b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
-            b_v = tl.dot(b_x, tl.trans(b_a), b_v, input_precision="ieee")
+            b_v = tl.dot(b_a, tl.trans(b_x), b_v, input_precision="ieee")
     return b_v
 
 

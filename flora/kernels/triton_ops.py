@@ -17,7 +17,7 @@ from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
 from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning, can_overlap
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import WorkList
+from flora.kernels.work import SEGMENT_ROWS, WorkList
 
 
 class TritonOps:
@@ -55,7 +55,7 @@ class TritonOps:
         lora_expand(y, v, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap, add=add)
 
     def _lora_tuning(self, work: WorkList) -> LoraTuning:
-        if work.block_rows > 16:
+        if work.block_rows > SEGMENT_ROWS:
             return self.tuning.wide_lora
         return self.tuning.short_lora if work.room <= SHORT_LIST else self.tuning.lora
 

@@ -21,9 +21,9 @@ class LoraTuning:
     block_rank: int = RANK_BLOCK  # shrink fills v up to a multiple of it, so expand may read whole blocks
     split_elements: int = 2048  # of the input per partial sum; part of the rounding, so never by batch
     max_splits: int = 8  # split_elements doubles until they are no more
-    shrink_block_k: int = 128  # input elements per step
+    shrink_block_k: int = 64  # input elements per step
     shrink_warps: int = 2
-    shrink_stages: int = 3
+    shrink_stages: int = 5
     shrink_registers: int | None = None  # per thread; None leaves it to the compiler
     expand_width: int = 512  # outputs per program
     expand_narrow: int = 256  # where there would be fewer programs than multiprocessors can hold
@@ -100,6 +100,7 @@ def _wide_lora() -> LoraTuning:
         block_rank=64,
         split_elements=1024,
         max_splits=8,
+        shrink_block_k=128,
         shrink_warps=4,
         shrink_stages=3,
         expand_width=256,

@@ -7,9 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-# Rows of a segment, of each kernel: as many as its tensor core product takes at once. A row's bits are the same in any.
-SHRINK_ROWS = 16
-EXPAND_ROWS = 8
+SEGMENT_ROWS = 8  # as many as a tensor core takes at once as its columns; a row's bits are the same in any segment
 RANK_BLOCK = 16  # ranks that a program of shrink computes at once
 RANK_LANES = 8  # at most so many of a segment's programs, by rank block; a higher rank gives each several
 
@@ -27,7 +25,7 @@ class WorkList:
 
     segments: Tensor  # int32 [capacity, 3]: slot, first_row, num_rows <= block_rows; or [capacity, 4], Shares of them
     num_segments: Tensor  # int32 [1]: of these rows are in use, and the others unread
-    block_rows: int  # on a GPU SHRINK_ROWS and EXPAND_ROWS suit decode, 64 prefill; the CPU path takes any
+    block_rows: int  # on a GPU SEGMENT_ROWS suit decode, 64 prefill; the CPU path takes any
     max_rank: int  # no module of a resident adapter has a higher rank; sizes buffers, changes no result
 
     @property
@@ -67,7 +65,7 @@ class WorkList:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraWork:
-    """Rows that have an adapter, cut for each of the two kernels: the same rows in both lists."""
+    """Rows that have an adapter, listed for each of the two kernels: the same rows in both lists."""
 
     shrink: WorkList  # on a GPU of Shares, but for prompts' own list
     expand: WorkList

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS, AdapterWeights, Group, Place, WorkList
+from flora.kernels import RANK_LANES, SEGMENT_ROWS, AdapterWeights, Group, Place, WorkList
 
 
 def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", h100)
 
 
-def launch_lora(layer: int, capacity: int, block_rows: int = EXPAND_ROWS) -> None:
+def launch_lora(layer: int, capacity: int, block_rows: int = SEGMENT_ROWS) -> None:
     """Launches shrink and expand of one layer's o projection as for an H100, for a list that has room for `capacity`
     rows; a decode step's, unless its segments may be longer. Tensors have no memory: for tests of what is launched.
     """
@@ -34,13 +34,13 @@ def launch_lora(layer: int, capacity: int, block_rows: int = EXPAND_ROWS) -> Non
         return torch.empty(*shape, dtype=torch.int32, device=meta)
 
     pool = torch.empty(64, 32768, dtype=torch.bfloat16, device=meta)
-    weights = AdapterWeights(pool, ints(8, 64), ints(8, layers, 7, 3), torch.empty(8, layers, 7, device=meta), 1024)
+    weights = AdapterWeights(pool, ints(8, 64), ints(8, layers, 7, 3), torch.empty(8, layers, 7, device=meta), 2048)
     work = WorkList.build([], block_rows=block_rows, max_rank=512, capacity=capacity, device=meta)
     place = Place(layer, Group.OUT, (0,), (width,))
     x = torch.empty(capacity, width, dtype=torch.bfloat16, device=meta)
     ops = TritonOps(132, overlap=True)
     shrink = work
-    if block_rows == EXPAND_ROWS:
-        rows, room = SHRINK_ROWS, capacity * RANK_LANES
-        shrink = WorkList.build([], block_rows=rows, max_rank=512, capacity=room, shared=True, device=meta)
+    if block_rows == SEGMENT_ROWS:
+        room = capacity * RANK_LANES
+        shrink = WorkList.build([], block_rows=block_rows, max_rank=512, capacity=room, shared=True, device=meta)
     ops.lora_expand(torch.empty_like(x), ops.lora_shrink(x, weights, place, shrink), weights, place, work)

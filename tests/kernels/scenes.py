@@ -8,10 +8,9 @@ from torch import Tensor
 
 from flora.kernels import (
     CHUNK,
-    EXPAND_ROWS,
     MODULES,
     RANK_LANES,
-    SHRINK_ROWS,
+    SEGMENT_ROWS,
     AdapterWeights,
     Group,
     LoraWork,
@@ -120,7 +119,7 @@ def pack_adapters(
 def work_for(
     row_slots: list[int | None],
     *,
-    block_rows: int = EXPAND_ROWS,
+    block_rows: int = SEGMENT_ROWS,
     max_rank: int = 64,
     spare: int = 3,
     device: torch.device | str = "cpu",
@@ -141,10 +140,10 @@ def cut_work(
     device: torch.device | str = "cpu",
 ) -> LoraWork:
     """A list for each kernel, as the runner has them. ranks: the highest of each slot's adapter."""
-    segments = split_segments(row_slots, SHRINK_ROWS)
+    segments = split_segments(row_slots, SEGMENT_ROWS)
     shares, room = share_ranks(segments, ranks), RANK_LANES * (len(segments) + spare)
     shrink = WorkList.build(
-        shares, block_rows=SHRINK_ROWS, max_rank=max_rank, capacity=room, shared=True, device=device
+        shares, block_rows=SEGMENT_ROWS, max_rank=max_rank, capacity=room, shared=True, device=device
     )
     shrink.segments[len(shares) :] = 10**6
     return LoraWork(shrink, work_for(row_slots, max_rank=max_rank, spare=spare, device=device))

@@ -95,15 +95,15 @@ def test_segments_are_runs_of_one_slot_cut_at_the_block_size():
 
 
 def test_matrices_start_where_it_helps_the_rows_that_it_helps_most():
-    assert matrix_alignment([4096, 1024, 14336], cell_elements=32768) == 1024
-    assert matrix_alignment([4096, 11008], cell_elements=131072) == 1024
+    assert matrix_alignment([4096, 1024, 14336], cell_elements=32768) == 2048
+    assert matrix_alignment([4096, 11008], cell_elements=131072) == 2048
     assert matrix_alignment([576, 192, 1536], cell_elements=6144) == 512
     assert matrix_alignment([896, 128, 4864], cell_elements=4096) == 256
     assert matrix_alignment([100], cell_elements=256) == 128  # a row of 100 is stored as 128
 
 
 def test_rows_start_on_what_divides_their_length_and_their_matrix_start():
-    assert [row_alignment(1024, length) for length in (4096, 11008, 18944, 576, 100)] == [1024, 256, 512, 64, 128]
+    assert [row_alignment(2048, length) for length in (4096, 11008, 18944, 576, 100)] == [2048, 256, 512, 64, 128]
     assert row_alignment(256, 4096) == 256
 
 

@@ -18,7 +18,7 @@ from flora.kernels import (
 )
 from flora.kernels.triton_ops import TritonOps
 from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
-from flora.kernels.work import EXPAND_ROWS, SHRINK_ROWS
+from flora.kernels.work import SEGMENT_ROWS
 from tests.conftest import IS_FULL
 from tests.kernels.scenes import NAN, Adapter, Shape, cut_work, pack_adapters, random_adapter, work_for
 
@@ -115,7 +115,7 @@ def test_a_single_stream_whose_list_has_room_for_one(ops, device, dtype, group):
     assert_agrees(result, run(ReferenceOps(), x, y, weights, SMALL_LLAMA, group, work), dtype)
 
 
-@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 32])
+@pytest.mark.parametrize("block_rows", [SEGMENT_ROWS, 32])
 @pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
 def test_no_tile_size_changes_what_comes_out(device, dtype, group, block_rows):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
@@ -127,7 +127,7 @@ def test_no_tile_size_changes_what_comes_out(device, dtype, group, block_rows):
     assert_agrees(result, run(ReferenceOps(), x, y, weights, ODD, group, work), dtype)
 
 
-@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 64])
+@pytest.mark.parametrize("block_rows", [SEGMENT_ROWS, 64])
 def test_blocks_of_many_rows_as_prompts_have_them(ops, device, dtype, block_rows):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     row_slots = [0] * 70 + [None] * 5 + [3] * 20
@@ -171,7 +171,7 @@ def test_whoever_shares_the_ranks_the_bits_are_the_same(ops, device, dtype, grou
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, group, len(ROW_SLOTS), dtype, device)
     shared = cut(ROW_SLOTS, device)
-    whole = work_for(ROW_SLOTS, block_rows=SHRINK_ROWS, device=device)
+    whole = work_for(ROW_SLOTS, block_rows=SEGMENT_ROWS, device=device)
 
     result = run(ops, x, y, weights, ODD, group, shared)
 
@@ -199,7 +199,7 @@ def test_a_row_keeps_its_bits_however_few_rows_its_segment_has(ops, device, dtyp
     result = run(ops, x, y, weights, ODD, Group.QKV, cut([3] * count, device))
 
     # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
-    for row in range(0, count, 1 if device.type == "cuda" else SHRINK_ROWS):
+    for row in range(0, count, 1 if device.type == "cuda" else SEGMENT_ROWS):
         assert torch.equal(result[row], alone[0]), row
 
 
@@ -210,7 +210,7 @@ def test_ranks_beyond_one_tile(ops, device, dtype, rank):
     x, y = inputs(EVEN, Group.QKV, 11, dtype, device)
     row_slots = [None, *[0] * 10]
     shared = cut_work(row_slots, [rank], max_rank=rank, device=device)
-    work = LoraWork(work_for(row_slots, block_rows=SHRINK_ROWS, max_rank=rank, device=device), shared.expand)
+    work = LoraWork(work_for(row_slots, block_rows=SEGMENT_ROWS, max_rank=rank, device=device), shared.expand)
 
     result = run(ops, x, y, weights, EVEN, Group.QKV, work)
 
@@ -295,7 +295,7 @@ def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_it
     alone = run(ops, x, y, weights, shape, group, work_for([3], spare=3, device=device))[0]
     row_slots = [0, 0, 0, None, 1, None, None, 2, *[3] * sharing]
     # The interpreter's products are BLAS's, whose bits depend on a row's place in its block; a tensor core's do not.
-    for place in range(8, 8 + sharing, 1 if device.type == "cuda" else EXPAND_ROWS):
+    for place in range(8, 8 + sharing, 1 if device.type == "cuda" else SEGMENT_ROWS):
         others, other_y = inputs(shape, group, len(row_slots), dtype, device)
         others[8:], others[4] = NAN, NAN
         others[place], other_y[place] = x[0], y[0]
@@ -305,7 +305,7 @@ def test_a_row_keeps_its_bits_whatever_the_other_rows_hold_and_whoever_shares_it
         assert torch.equal(result[place], alone), place
 
 
-@pytest.mark.parametrize("block_rows", [EXPAND_ROWS, 32])
+@pytest.mark.parametrize("block_rows", [SEGMENT_ROWS, 32])
 @pytest.mark.parametrize("group", [Group.QKV, Group.GATE_UP])
 def test_terms_alone_are_written_whole_and_nothing_else(ops, device, dtype, group, block_rows):
     """Whatever lay there before; zeros where an adapter has no such module, base rows untouched."""

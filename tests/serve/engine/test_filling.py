@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS, cut_runs, share_ranks
+from flora.kernels import RANK_LANES, SEGMENT_ROWS, cut_runs, share_ranks
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda import filling
 from flora.serve.engine.cuda.filling import StepFiller
@@ -100,7 +100,7 @@ def test_every_row_finds_its_token_its_place_and_its_adapter(monkeypatch, seed, 
             assert all(RANKS[a[0]] >= RANKS[b[0]] for a, b in pairwise(segments)), "heaviest first"
         shrunk, expanded, apart = (
             met(found[name], rows)
-            for name, rows in (("shrink", SHRINK_ROWS), ("expand", EXPAND_ROWS), ("prefill", PREFILL_BLOCK_ROWS))
+            for name, rows in (("shrink", SEGMENT_ROWS), ("expand", SEGMENT_ROWS), ("prefill", PREFILL_BLOCK_ROWS))
         )
         assert shrunk == expanded, "none is without ranks"
         assert lists == "joint" or all(is_single[row] for row in expanded)
@@ -123,11 +123,11 @@ def test_lists_have_room_for_whatever_a_step_holds(rows, sequences, seed):
     seeded, sizes = random.Random(seed), InputSizes(rows, sequences, TABLE_PAGES)
     room = {name: shape[0] for name, (_, shape) in sizes.fields().items()}
     room["shrink_segments"] //= RANK_LANES  # each of the highest rank
-    for block_rows, name in ((SHRINK_ROWS, "shrink_segments"), (EXPAND_ROWS, "expand_segments")):
+    for name in ("shrink_segments", "expand_segments"):
         assert min(rows, sequences) <= room[name], "a row a sequence, each with an adapter of its own"
         total = min(rows, JOINT_ROWS)
         count = min(total, sequences)
         edges = sorted(seeded.sample(range(1, total), count - 1))
         runs = [(i, a, b - a) for i, (a, b) in enumerate(pairwise([0, *edges, total]))]
-        segments = len(cut_runs(runs, block_rows, [8] * count))
-        assert segments <= sizes.joint_segments(total, block_rows) <= room[name]
+        segments = len(cut_runs(runs, SEGMENT_ROWS, [8] * count))
+        assert segments <= sizes.joint_segments(total) <= room[name]

@@ -207,7 +207,7 @@ def test_a_layer_that_the_base_does_not_have_is_refused(config):
 
 @pytest.mark.parametrize(
     ("hidden", "ff", "kv_heads", "promised"),
-    [(4096, 14336, 8, 1024), (4096, 11008, 32, 1024), (576, 1536, 3, 512), (896, 4864, 2, 256)],
+    [(4096, 14336, 8, 2048), (4096, 11008, 32, 2048), (576, 1536, 3, 512), (896, 4864, 2, 256)],
 )
 def test_what_kernels_are_promised_of_every_stream_to_read_as_much_from_one_cell(hidden, ff, kv_heads, promised):
     head_dim = 128 if hidden == 4096 else 64

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from flora.kernels import EXPAND_ROWS, SHRINK_ROWS, Segment, Share, cut_runs, share_ranks
+from flora.kernels import SEGMENT_ROWS, Segment, Share, cut_runs, share_ranks
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 from flora.serve.engine.cuda.inputs import Arrays, StepInputs
 from flora.serve.engine.cuda.lanes import Lanes
@@ -106,8 +106,9 @@ class StepFiller:
         """
         joined, apart = ([*decoding, *prompts], []) if joint else (decoding, prompts)
         ranks = self._slot_ranks()
-        _write(host, "shrink_segments", share_ranks(cut_runs(joined, SHRINK_ROWS, ranks), ranks))
-        _write(host, "expand_segments", cut_runs(joined, EXPAND_ROWS, ranks))
+        segments = cut_runs(joined, SEGMENT_ROWS, ranks)
+        _write(host, "shrink_segments", share_ranks(segments, ranks))
+        _write(host, "expand_segments", segments)
         _write(host, "prefill_segments", cut_runs(apart, PREFILL_BLOCK_ROWS, ranks))
 
     def fill_nothing(self) -> None:

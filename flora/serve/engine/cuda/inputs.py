@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flora.kernels import EXPAND_ROWS, RANK_LANES, SHRINK_ROWS
+from flora.kernels import RANK_LANES, SEGMENT_ROWS
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS
 
 Arrays = dict[str, NDArray[Any]]
@@ -28,11 +28,11 @@ class InputSizes:
     sequences: int
     table_pages: int  # width of the block table
 
-    def joint_segments(self, rows: int, block_rows: int) -> int:
+    def joint_segments(self, rows: int) -> int:
         """Of a step of so many rows whose prompts share the lists of rows that decode: the whole ones, and one for each
         sequence that is not.
         """
-        return min(rows, self.sequences) + rows // block_rows
+        return min(rows, self.sequences) + rows // SEGMENT_ROWS
 
     @property
     def prefill_segments(self) -> int:
@@ -40,10 +40,7 @@ class InputSizes:
 
     def fields(self) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         i32, i64 = np.dtype(np.int32), np.dtype(np.int64)
-        shrink, expand = (
-            max(self.sequences, self.joint_segments(min(JOINT_ROWS, self.rows), rows))
-            for rows in (SHRINK_ROWS, EXPAND_ROWS)
-        )
+        segments = max(self.sequences, self.joint_segments(min(JOINT_ROWS, self.rows)))
         return {
             "token_ids": (i64, (self.rows,)),  # PENDING: the token that lies in the row's lane
             "lanes": (i64, (self.rows,)),  # of the row's sequence
@@ -54,9 +51,9 @@ class InputSizes:
             "sampled_lanes": (i64, (self.sequences,)),
             "seq_lens": (i32, (self.sequences,)),
             "query_starts": (i32, (self.sequences + 1,)),
-            "shrink_segments": (i32, (shrink * RANK_LANES, 4)),
+            "shrink_segments": (i32, (segments * RANK_LANES, 4)),
             "num_shrink_segments": (i32, (1,)),
-            "expand_segments": (i32, (expand, 3)),
+            "expand_segments": (i32, (segments, 3)),
             "num_expand_segments": (i32, (1,)),
             "prefill_segments": (i32, (self.prefill_segments, 3)),
             "num_prefill_segments": (i32, (1,)),

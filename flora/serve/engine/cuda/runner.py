@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flora.errors import EngineDead
-from flora.kernels import ALL_GROUPS, EXPAND_ROWS, RANK_LANES, SHRINK_ROWS, Context, LoraWork, WorkList
+from flora.kernels import ALL_GROUPS, RANK_LANES, SEGMENT_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
 from flora.kernels.draw import draw_tokens
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS, Batch
@@ -188,16 +188,15 @@ class CudaRunner:
     # What `filling` leaves in the lists, as steps of each kind read it.
 
     def _decoding(self, rows: int, max_rank: int) -> LoraWork:
-        return LoraWork(
-            self._list("shrink_segments", rows * RANK_LANES, SHRINK_ROWS, max_rank),
-            self._list("expand_segments", rows, EXPAND_ROWS, max_rank),
-        )
+        return self._work(rows, max_rank)
 
     def _joint(self, rows: int, max_rank: int) -> LoraWork:
-        room = self._inputs.sizes.joint_segments
+        return self._work(self._inputs.sizes.joint_segments(rows), max_rank)
+
+    def _work(self, segments: int, max_rank: int) -> LoraWork:
         return LoraWork(
-            self._list("shrink_segments", room(rows, SHRINK_ROWS) * RANK_LANES, SHRINK_ROWS, max_rank),
-            self._list("expand_segments", room(rows, EXPAND_ROWS), EXPAND_ROWS, max_rank),
+            self._list("shrink_segments", segments * RANK_LANES, SEGMENT_ROWS, max_rank),
+            self._list("expand_segments", segments, SEGMENT_ROWS, max_rank),
         )
 
     def _prompts(self, rows: int, max_rank: int) -> LoraWork:
