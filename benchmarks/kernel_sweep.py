@@ -16,11 +16,10 @@ def variants() -> Iterator[tuple[str, dict[str, int | None]]]:
     """The tilings that are tried around the defaults of flora/kernels/tuning.py, which are the winners so far."""
     for part in ("lora", "wide_lora", "decode", "prefill"):
         yield part, {}
-    yield "lora", {"shrink_warps": 1, "shrink_block_k": 64}
     yield "lora", {"shrink_warps": 1}
     yield "lora", {"shrink_warps": 4}
-    yield "lora", {"shrink_block_k": 256}
-    yield "lora", {"shrink_stages": 2}
+    yield "lora", {"shrink_block_k": 128, "shrink_stages": 3}
+    yield "lora", {"shrink_stages": 8}
     yield "lora", {"shrink_stages": 6}
     yield "lora", {"split_elements": 1024}
     yield "lora", {"shrink_stages": 4}

@@ -15,9 +15,9 @@ from flora.kernels.lora_shrink import lora_shrink
 from flora.kernels.modules import Place
 from flora.kernels.prefill_attention import prefill_attention
 from flora.kernels.terms import LowRankTerms
-from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning, can_overlap
+from flora.kernels.tuning import Tuning, can_overlap
 from flora.kernels.weights import AdapterWeights
-from flora.kernels.work import SEGMENT_ROWS, WorkList
+from flora.kernels.work import WorkList
 
 
 class TritonOps:
@@ -44,20 +44,15 @@ class TritonOps:
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
-        tuning = self._lora_tuning(work)
+        tuning = self.tuning.of_list(work.block_rows, work.room)
         return lora_shrink(x, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap)
 
     def lora_expand(
         self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
         """See Ops.lora_expand."""
-        tuning = self._lora_tuning(work)
+        tuning = self.tuning.of_list(work.block_rows, work.room)
         lora_expand(y, v, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap, add=add)
-
-    def _lora_tuning(self, work: WorkList) -> LoraTuning:
-        if work.block_rows > SEGMENT_ROWS:
-            return self.tuning.wide_lora
-        return self.tuning.short_lora if work.room <= SHORT_LIST else self.tuning.lora
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:
         """See Ops.store_kv."""

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from flora.kernels.work import RANK_BLOCK
+from flora.kernels.work import RANK_BLOCK, SEGMENT_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,15 @@ class OneRowTuning:
 WIDE_HEADS = PrefillTuning(block_rows=64, block_tokens=32, num_stages=2)
 
 
+# A program waits for one read after another. Where few of them run, more that are shorter wait for less.
+
+
 def _short_lora() -> LoraTuning:
-    """A program waits for one read after another, and here few of them run: twice as many that are half as long."""
-    return LoraTuning(split_elements=1024, max_splits=16, expand_width=64, expand_narrow=64)
+    return LoraTuning(split_elements=512, max_splits=32, shrink_stages=8, expand_width=256, expand_narrow=64)
+
+
+def _middle_lora() -> LoraTuning:
+    return LoraTuning(split_elements=1024, shrink_registers=80)
 
 
 def _wide_lora() -> LoraTuning:
@@ -118,16 +124,25 @@ def _decode_lora() -> LoraTuning:
     return LoraTuning(shrink_registers=80)
 
 
-SHORT_LIST = 2  # segments
+SHORT_LIST, MIDDLE_LIST = 16, 64  # segments
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    lora: LoraTuning = field(default_factory=_decode_lora)  # lists of up to 16 rows per segment, decode's among them
-    short_lora: LoraTuning = field(default_factory=_short_lora)  # those with room for SHORT_LIST segments: one stream
+    lora: LoraTuning = field(default_factory=_decode_lora)  # lists of SEGMENT_ROWS per segment, decode's among them
+    middle_lora: LoraTuning = field(default_factory=_middle_lora)  # those with room for MIDDLE_LIST segments at most
+    short_lora: LoraTuning = field(default_factory=_short_lora)  # or SHORT_LIST: one stream, and a few
     wide_lora: LoraTuning = field(default_factory=_wide_lora)  # more rows per segment: prefill
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)
+
+    def of_list(self, block_rows: int, room: int) -> LoraTuning:
+        """Of a list with room for so many segments of at most so many rows."""
+        if block_rows > SEGMENT_ROWS:
+            return self.wide_lora
+        if room > MIDDLE_LIST:
+            return self.lora
+        return self.middle_lora if room > SHORT_LIST else self.short_lora
 
 
 def overlapped(overlap: bool) -> dict[str, bool]:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from flora.kernels.tuning import SHORT_LIST
+from flora.kernels.tuning import MIDDLE_LIST, SHORT_LIST
 from tests.kernels.absent_gpu import launch_lora
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -40,8 +40,8 @@ def compiled(monkeypatch):
 
 @pytest.mark.parametrize(
     "capacities",
-    [range(1, SHORT_LIST + 1), (4, 8, 16, 48, 176, 200, 256)],
-    ids=["one stream", "many"],
+    [range(1, SHORT_LIST + 1), (SHORT_LIST + 1, 32, 48, MIDDLE_LIST), (MIDDLE_LIST + 1, 176, 200, 256)],
+    ids=["few", "some", "many"],
 )
 def test_one_kernel_serves_every_layer_and_every_length_of_list(compiled, capacities):
     for layer in range(32):

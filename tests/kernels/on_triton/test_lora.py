@@ -17,7 +17,7 @@ from flora.kernels import (
     project_beside,
 )
 from flora.kernels.triton_ops import TritonOps
-from flora.kernels.tuning import SHORT_LIST, LoraTuning, Tuning
+from flora.kernels.tuning import MIDDLE_LIST, SHORT_LIST, LoraTuning, Tuning
 from flora.kernels.work import SEGMENT_ROWS
 from tests.conftest import IS_FULL
 from tests.kernels.scenes import NAN, Adapter, Shape, cut_work, pack_adapters, random_adapter, work_for
@@ -28,8 +28,14 @@ EVEN = Shape(hidden=256, kv=256, ff=512)  # two tiles of outputs fit a row's ali
 RANKS = [[1, 3, 4, 8, 64, 3, 1], [8, 0, 1, 0, 0, 5, 16], [0] * 7, [40, 17, 64, 4, 3, 3, 8]]
 ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
-FINE = Tuning(  # small tiles, so that the odd sizes above meet every loop more than once
-    lora=LoraTuning(
+
+
+def whatever_room(tuning: LoraTuning) -> Tuning:
+    return Tuning(lora=tuning, middle_lora=tuning, short_lora=tuning)
+
+
+FINE = whatever_room(  # small tiles, so that the odd sizes above meet every loop more than once
+    LoraTuning(
         split_elements=64,
         max_splits=2,
         shrink_block_k=64,
@@ -97,6 +103,19 @@ def test_sizes_of_a_small_llama(ops, device, dtype, group):
     row_slots = [0, None, 3, 3]
     x, y = inputs(SMALL_LLAMA, group, len(row_slots), dtype, device)
     work = work_for(row_slots, device=device)
+
+    result = run(ops, x, y, weights, SMALL_LLAMA, group, work)
+
+    assert_agrees(result, run(ReferenceOps(), x, y, weights, SMALL_LLAMA, group, work), dtype)
+
+
+@pytest.mark.parametrize("spare", [SHORT_LIST, MIDDLE_LIST, 256])
+@pytest.mark.parametrize("group", [Group.QKV, Group.DOWN])
+def test_lists_with_room_for_more_have_tiles_of_their_own(ops, device, dtype, group, spare):
+    weights = to(device, pack_adapters(adapters_of(SMALL_LLAMA), dtype=dtype))
+    row_slots = [*ROW_SLOTS, *[None] * 3, *[3] * 9]
+    x, y = inputs(SMALL_LLAMA, group, len(row_slots), dtype, device)
+    work = cut_work(row_slots, [max(ranks) for ranks in RANKS], spare=spare, device=device)
 
     result = run(ops, x, y, weights, SMALL_LLAMA, group, work)
 
@@ -182,7 +201,7 @@ def test_whoever_shares_the_ranks_the_bits_are_the_same(ops, device, dtype, grou
 def test_shares_of_other_ranks_than_a_tile_has_are_refused(device, dtype):
     weights = to(device, pack_adapters(adapters_of(ODD), dtype=dtype))
     x, y = inputs(ODD, Group.OUT, len(ROW_SLOTS), dtype, device)
-    tuning = Tuning(lora=LoraTuning(block_rank=32))
+    tuning = whatever_room(LoraTuning(block_rank=32))
 
     with pytest.raises(ValueError, match="needs block_rank 16, not 32"):
         run(TritonOps(num_sms=1, tuning=tuning), x, y, weights, ODD, Group.OUT, cut(ROW_SLOTS, device))
@@ -225,8 +244,8 @@ def test_few_segments_or_many_the_bits_are_the_same(device, dtype, group, crowd)
     weights = to(device, pack_adapters(adapters_of(EVEN), dtype=dtype, cell_elements=1024, alignment=256))
     x, y = inputs(EVEN, group, len(ROW_SLOTS), dtype, device)
     work = work_for(ROW_SLOTS, device=device)
-    tuning = Tuning(lora=LoraTuning(expand_width=256, expand_narrow=64, expand_crowd=crowd))
-    alike = Tuning(lora=LoraTuning(expand_width=64, expand_narrow=64))
+    tuning = whatever_room(LoraTuning(expand_width=256, expand_narrow=64, expand_crowd=crowd))
+    alike = whatever_room(LoraTuning(expand_width=64, expand_narrow=64))
 
     result = run(TritonOps(num_sms=2, tuning=tuning), x, y, weights, EVEN, group, work)
 

@@ -11,6 +11,7 @@ from flora.errors import EngineDead
 from flora.kernels import ALL_GROUPS, RANK_LANES, SEGMENT_ROWS, Context, LoraWork, WorkList
 from flora.kernels.compiling import compile_kernels
 from flora.kernels.draw import draw_tokens
+from flora.kernels.tuning import MIDDLE_LIST, SHORT_LIST
 from flora.serve.engine.batch import JOINT_ROWS, PREFILL_BLOCK_ROWS, Batch
 from flora.serve.engine.cuda.copies import AdapterCopies
 from flora.serve.engine.cuda.filling import StepFiller
@@ -157,9 +158,9 @@ class CudaRunner:
         """Steps that between them launch all that any step does: few rows and many, terms beside, in place, none."""
         beside = max(1, min(self._beside_rows, self._max_rows))
         for reach in (frozenset(), ALL_GROUPS):
-            for rows in {1, min(2, self._max_sequences), min(beside, self._max_sequences), self._max_sequences}:
-                self._decode(rows, reach)
-            for rows in {beside, min(JOINT_ROWS, self._max_rows), self._max_rows}:
+            for rows in {1, 2, SHORT_LIST, MIDDLE_LIST, beside, self._max_sequences}:
+                self._decode(min(rows, self._max_sequences), reach)
+            for rows in {beside, *mixed_sizes(min(JOINT_ROWS, self._max_rows)), self._max_rows}:
                 self._mixed(rows, reach)
         likeliest = self._logits[:1].max(-1)
         draws = pack_draws([(0, Draw(SamplingParams(max_tokens=1), 0))], self.device)
