@@ -9,7 +9,7 @@ from flora.forms import Form, Kind, matrix_shape
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """One tensor on both sides. `name` is the base's, with the prefix that only the tuned names have, if they do."""
+    """One tensor on both sides. `name` is the base's own; the tuned checkpoint's where the base has none."""
 
     name: str
     base: TensorInfo | None  # None: only the tuned checkpoint holds it

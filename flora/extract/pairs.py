@@ -54,14 +54,19 @@ def pair_tensors(
 
 
 def match_names(base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo]) -> tuple[list[TensorPair], list[str]]:
-    """Pairs in the order of names, None where a side lacks the tensor; and a note on each side that lacks a prefix."""
+    """Pairs in the order of names, None where a side lacks the tensor; and a note on each side that lacks a prefix.
+
+    A name that the other side has in place of one's own matches the two, and is forgotten then: an adapter belongs to
+    the tensors of its base, so a pair has the base's own name.
+    """
     as_tuned, as_base = named_as(base, tuned), named_as(tuned, base)
     base_by_name = {as_tuned[name]: info for name, info in base.items()}
     tuned_by_name = {as_base[name]: info for name, info in tuned.items()}
     notes = [_note("base", base_by_name), _note("tuned checkpoint", tuned_by_name)]
     names = sorted(base_by_name.keys() | tuned_by_name.keys())
     twin = next((name for name in names if is_embedding(name)), None)
-    return [_pair(name, base_by_name, tuned_by_name, twin) for name in names], [note for note in notes if note]
+    pairs = [_pair(name, base_by_name, tuned_by_name, twin) for name in names]
+    return sorted(pairs, key=lambda pair: pair.name), [note for note in notes if note]
 
 
 def _note(side: str, by_name: Mapping[str, TensorInfo]) -> str | None:
@@ -77,13 +82,15 @@ def _note(side: str, by_name: Mapping[str, TensorInfo]) -> str | None:
 def _pair(
     name: str, base: Mapping[str, TensorInfo], tuned: Mapping[str, TensorInfo], embedding: str | None
 ) -> TensorPair:
+    """The pair of the tensors that are matched under `name`."""
     ours, theirs = base.get(name), tuned.get(name)
+    own = next(info.name for info in (ours, theirs) if info is not None)
     if embedding is None or not is_head(name) or embedding not in base or embedding not in tuned:
-        return TensorPair(name, ours, theirs)
+        return TensorPair(own, ours, theirs)
     twin = base[embedding], tuned[embedding]
     ours, theirs = ours or twin[0], theirs or twin[1]  # a side that stores no head uses its embedding as one
     may_be_tied = (ours.shape, theirs.shape) == (twin[0].shape, twin[1].shape)
-    return TensorPair(name, ours, theirs, twin=twin if may_be_tied else None)
+    return TensorPair(own, ours, theirs, twin=twin if may_be_tied else None)
 
 
 def _classify(pairs: Sequence[TensorPair], base: Checkpoint, wish: Wish) -> list[TensorPair]:

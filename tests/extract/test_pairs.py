@@ -1,17 +1,26 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from flora.adapter import Adapter
+from flora.algebra.verify import verify
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import UsageError
+from flora.extract import ExtractConfig, extract
 from flora.extract.kinds import Wish
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import pair_tensors
+from flora.rank import RankRule
+from flora.registry import Registry
+from flora.registry.formats.paths import tree_paths
+from flora.registry.formats.peft import save_peft
 from tests.extract.models import SIZES, build, rewrite, save, tune
+from tests.extract.peft_judge import EVERYTHING, distance
 from tests.extract.zoo import ZOO
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,6 +32,35 @@ def paired(base: Checkpoint, tuned: Checkpoint, **options: Any) -> dict[str, Ten
 
 def extractable(pairs: dict[str, TensorPair]) -> set[str]:
     return {name for name, pair in pairs.items() if pair.status == "extractable"}
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+
+
+def without(prefix: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """For `rewrite`: names as a checkpoint has them that was saved without the part in front."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+    return change
+
+
+def belongs_to(base: Checkpoint, tuned: Checkpoint, folder: Path) -> Adapter:
+    """The adapter of all that it can carry: `verify` finds its tensors in the base, and `fsck` in the base's record."""
+    found = extract(base, tuned, ExtractConfig(RankRule(max_rank=4), "float32", wish=EVERYTHING))
+    adapter = found.adapter
+
+    assert {f"{name}.weight" for name in adapter.factors} | set(adapter.exact) <= set(base.tensors)
+    assert verify(adapter, base, tuned).holds
+    with Registry.open(folder) as registry:
+        registry.register_base(found.base_record, name="base", path=base.path)
+        registry.add(adapter, "tuned")
+        assert registry.fsck() == []
+    return adapter
 
 
 def test_every_tensor_has_its_place_and_exactly_the_linear_layers_are_extractable(pair):
@@ -59,22 +97,30 @@ def test_an_untied_head_is_told_apart_from_the_embedding(tmp_path):
 def test_a_model_prefix_on_one_side_only_is_matched_and_noted(tmp_path, bare):
     model = build()
     sides = {"base": save(model, tmp_path / "base"), "tuned": save(tune(model), tmp_path / "tuned")}
-
-    def without_prefix(tensors: dict[str, torch.Tensor]) -> None:
-        for name in list(tensors):
-            tensors[name.removeprefix("model.")] = tensors.pop(name)
-
-    full = sorted(sides["base"].tensors)
-    sides[bare] = rewrite(sides[bare], without_prefix)
+    sides[bare] = rewrite(sides[bare], without("model."))
 
     pairs, notes = pair_tensors(sides["base"], sides["tuned"])
 
-    assert [pair.name for pair in pairs] == full
+    assert [pair.name for pair in pairs] == sorted(sides["base"].tensors)
     assert all(pair.base and pair.tuned for pair in pairs)
     assert notes == [
         f"tensor names of the {'base' if bare == 'base' else 'tuned checkpoint'} lack 'model.', "
         "which the other checkpoint's have"
     ]
+    belongs_to(sides["base"], sides["tuned"], tmp_path / "registry")
+
+
+def test_an_adapter_of_a_base_without_a_prefix_is_what_peft_computes(tmp_path):
+    """GPT-2 as it was published has `h.0…`, and what transformers saves of its tuning `transformer.h.0…`."""
+    base = rewrite(save(gpt2(), tmp_path / "base"), without("transformer."))
+    adapter = belongs_to(base, save(tune(gpt2()), tmp_path / "tuned"), tmp_path / "registry")
+    assert "h.0.attn.c_attn" in adapter.factors
+
+    save_peft(adapter, tmp_path / "adapter", paths=tree_paths(base.path, adapter.header))
+
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    tokens = torch.arange(12)[None]
+    assert distance(model, adapter, tmp_path, lambda model: model(input_ids=tokens).logits) < 2e-4
 
 
 def test_a_new_tensor_is_kept_in_sight(tmp_path):
@@ -117,12 +163,16 @@ def test_any_prefix_that_most_names_lack_is_found(tmp_path):
         for name in list(tensors):
             tensors[f"bert.{name}"] = tensors.pop(name)
 
-    pairs = paired(save(model, tmp_path / "base"), rewrite(save(tune(model), tmp_path / "tuned"), with_prefix))
+    base = save(model, tmp_path / "base")
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), with_prefix)
 
-    query = pairs["bert.encoder.layer.0.attention.self.query.weight"]
-    assert query.base.name == "encoder.layer.0.attention.self.query.weight"
+    pairs = paired(base, tuned)
+
+    query = pairs["encoder.layer.0.attention.self.query.weight"]
+    assert query.tuned.name == "bert.encoder.layer.0.attention.self.query.weight"
     assert query.status == "extractable"
     assert all(pair.base and pair.tuned for pair in pairs.values())
+    belongs_to(base, tuned, tmp_path / "registry")
 
 
 @pytest.mark.parametrize("older", ["base", "tuned"])
@@ -144,9 +194,11 @@ def test_names_of_older_transformers_are_matched_and_noted(tmp_path, older):
 
     pairs, notes = pair_tensors(sides["base"], sides["tuned"])
 
-    assert {pair.name for pair in pairs} == set(sides["tuned" if older == "base" else "base"].tensors)
+    assert [pair.name for pair in pairs] == sorted(sides["base"].tensors)
+    assert all(pair.base and pair.tuned for pair in pairs)
     assert len(notes) == 1
     assert "language_model.model." in notes[0] or "language_model.lm_head" in notes[0]
+    belongs_to(sides["base"], sides["tuned"], tmp_path / "registry")
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
@@ -161,10 +213,7 @@ def test_globs_that_leave_nothing_are_an_error(pair):
 
 
 def test_gpt2_keeps_its_weights_as_in_out(tmp_path):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=1, n_head=2, n_positions=16))
-
-    pairs = paired(save(model, tmp_path / "base"), save(tune(model), tmp_path / "tuned"))
+    pairs = paired(save(gpt2(), tmp_path / "base"), save(tune(gpt2()), tmp_path / "tuned"))
 
     assert pairs["transformer.h.0.attn.c_attn.weight"].shape == (32, 96)
     assert pairs["transformer.h.0.attn.c_attn.weight"].kind == "conv1d"
