@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from flora.checkpoint import FLOAT_DTYPES, Checkpoint
 from flora.errors import CheckpointError, ShapeMismatch
+from flora.extract.buffers import is_derived
 from flora.extract.kinds import Wish, is_embedding, is_head
 from flora.extract.pair import TensorPair
 from flora.forms import is_expert
 
 PACKED = ("weight", "weight_packed", "_blocks")  # how names end of weights, whole and quantized in any way
-BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "position_ids")  # derived values that older versions stored
 
 
 def check_shapes(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint, wish: Wish) -> None:
@@ -49,14 +49,14 @@ def _has_grown(pair: TensorPair) -> bool:
 
 
 def check_complete(pairs: Sequence[TensorPair], base: Checkpoint, tuned: Checkpoint) -> None:
-    """Raises CheckpointError where the tuned checkpoint lacks tensors of the base, but for buffers and a tied head; and
-    where it is of another architecture and has tensors that the base lacks.
+    """Raises CheckpointError where the tuned checkpoint lacks tensors of the base, but for derived buffers and a tied
+    head; and where it is of another architecture and has tensors that the base lacks.
     """
     untied = tuned.config.get("tie_word_embeddings") is False  # and so it should have a head of its own
     missing = [
         pair.name
         for pair in pairs
-        if (pair.tuned is None and not pair.name.endswith(BUFFERS))
+        if (pair.tuned is None and not is_derived(pair.name, pair.shape))
         or (untied and pair.twin is not None and pair.tuned is pair.twin[1])
     ]
     new = [pair.name for pair in pairs if pair.base is None]

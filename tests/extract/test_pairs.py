@@ -5,12 +5,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from flora.adapter import Adapter
 from flora.algebra.verify import verify
 from flora.checkpoint import Checkpoint, open_checkpoint
-from flora.errors import UsageError
+from flora.errors import CheckpointError, UsageError
 from flora.extract import ExtractConfig, extract
 from flora.extract.kinds import Wish
 from flora.extract.pair import TensorPair
@@ -141,6 +149,47 @@ def test_buffers_that_only_the_base_stores_are_kept_in_sight(tmp_path):
     base = rewrite(save(model, tmp_path / "base"), lambda tensors: tensors.update({buffer: torch.ones(8)}))
 
     assert "buffer" in paired(base, save(tune(model), tmp_path / "tuned"))[buffer].reason
+
+
+def neox() -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=100, max_position_embeddings=16, **sizes)).eval()
+
+
+MASK = torch.ones(1, 1, 16, 16).tril()
+STORED_BY_OLDER_VERSIONS = {
+    "gpt2": (gpt2, {"transformer.h.0.attn.bias": MASK, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
+    "pythia": (
+        neox,
+        {
+            "gpt_neox.layers.0.attention.bias": MASK.bool(),
+            "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+            "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("published", STORED_BY_OLDER_VERSIONS)
+def test_masks_that_only_the_base_stores_are_no_missing_part(tmp_path, published):
+    """As the Hub has GPT-2 and Pythia, and as transformers saves their tuning today."""
+    make, buffers = STORED_BY_OLDER_VERSIONS[published]
+    base = rewrite(save(make(), tmp_path / "base"), lambda tensors: tensors.update(buffers))
+
+    pairs = paired(base, save(tune(make()), tmp_path / "tuned"))
+
+    assert {name for name, pair in pairs.items() if pair.tuned is None} == set(buffers)
+    assert all("buffer" in pairs[name].reason for name in buffers)
+
+
+@pytest.mark.parametrize("bias", ["attn.c_attn.bias", "mlp.c_fc.bias"])
+def test_a_bias_that_only_the_base_stores_is_a_missing_part(tmp_path, bias):
+    name = f"transformer.h.0.{bias}"
+    tuned = rewrite(save(tune(gpt2()), tmp_path / "tuned"), lambda tensors: tensors.pop(name))
+
+    with pytest.raises(CheckpointError, match=rf"lacks 1 of the base's tensors, {name}"):
+        paired(save(gpt2(), tmp_path / "base"), tuned)
 
 
 def test_globs_include_and_exclude_whole_names(pair):
