@@ -11,7 +11,7 @@ from torch import Tensor
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
-from flora.extract.delta import Delta, compute_delta, is_finite, same_bits, squared_norm
+from flora.extract.delta import Delta, compute_delta, count_differing, is_finite, same_bits, squared_norm
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pair import TensorPair
@@ -69,12 +69,20 @@ class PairWorker:
         return replace(change, seconds=station.stopwatch.take())
 
     def _work(self, pair: TensorPair, station: Station) -> Change:
+        if pair.buffer_reason is not None:
+            return Change(pair, num_changed=self._count_differing(pair))
         delta = self._delta(pair, station)
         if pair.status == "exact" and (delta.norm_squared > 0 or pair.num_new_rows):
             return self._keep_whole(pair, delta)
         if delta.values is None:
             return Change(pair, delta.norm_squared, delta.noise, num_changed=delta.num_changed)
         return self._factorize(pair, delta, as_matrix(pair.kind, delta.values), station.stopwatch)
+
+    def _count_differing(self, pair: TensorPair) -> int:
+        """Elements of a buffer that differ; none where one side alone stores it."""
+        if pair.base is None or pair.tuned is None:
+            return 0
+        return count_differing(self._base.load(pair.base.name), self._tuned.load(pair.tuned.name))
 
     def _keep_whole(self, pair: TensorPair, delta: Delta) -> Change:
         """A vector as the tuned checkpoint has it; of a table that has grown, its new rows."""

@@ -88,6 +88,14 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return all(torch.equal(left[rows], right[rows]) for rows in _row_chunks(left))
 
 
+def count_differing(base: Tensor, tuned: Tensor) -> int:
+    """Elements that differ of two tensors of one shape and any dtypes, which may be no numbers: by their bits."""
+    if base.dtype == tuned.dtype:
+        integer = _INTEGER[base.element_size()]
+        return int(torch.count_nonzero(base.view(integer) != tuned.view(integer)))
+    return int(torch.count_nonzero(base.double() != tuned.double()))
+
+
 def squared_norm(tensor: Tensor) -> float:
     """Sum of squares, in float64."""
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 if tensor.dim() else float(tensor) ** 2

@@ -5,7 +5,6 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from flora.checkpoint import FLOAT_DTYPES
 from flora.forms import Kind, is_expert
 
 EMBEDDINGS = (
@@ -77,14 +76,12 @@ class Finding:
     reason: str | None = None
 
 
-def classify(name: str, shape: tuple[int, ...], dtypes: Set[str], model_type: str, names: Set[str]) -> Finding:
-    """What a tensor of both sides is.
+def classify(name: str, shape: tuple[int, ...], model_type: str, names: Set[str]) -> Finding:
+    """What a tensor of both sides is that is no buffer.
 
-    dtypes  of both sides, in safetensors' words;  names  of every tensor of the pair
+    names  of every tensor of the pair
     """
     leaf = leaf_of(name)
-    if not dtypes <= set(FLOAT_DTYPES):
-        return Finding(reason="a buffer of whole numbers, not a weight")
     if is_table(name, shape):
         return Finding("embedding")
     if _is_fused(name, shape):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flora.checkpoint import TensorInfo
+from flora.extract.buffers import buffer_reason
 from flora.forms import Form, Kind, matrix_shape
 
 
@@ -32,6 +33,11 @@ class TensorPair:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.sides[0].shape
+
+    @property
+    def buffer_reason(self) -> str | None:
+        """Why this is a buffer, whose difference counts for nothing; None of a weight."""
+        return buffer_reason(self.name, self.shape, {info.dtype for info in self.sides})
 
     @property
     def num_new_rows(self) -> int:

@@ -113,16 +113,16 @@ def _classified(
     pair: TensorPair, names: set[str], num_experts: Mapping[tuple[str, str], int], base: Checkpoint, wish: Wish
 ) -> TensorPair:
     model_type = str(base.config.get("model_type"))
+    apart = _reason_of_buffer(pair)
+    if apart is not None:
+        return replace(pair, status="not_extractable", reason=apart)
     if pair.base is None:
         reason = "new in the tuned checkpoint: there is no base tensor to change"
-        return replace(pair, status="not_extractable", reason=reason)
-    if pair.tuned is None:
-        reason = "a buffer that only the base stores: there is nothing to compare it with"
         return replace(pair, status="not_extractable", reason=reason)
     if pair.num_new_rows:
         reason = f"{pair.num_new_rows} rows of new tokens are carried whole; the others stay as in the base"
         return replace(pair, status="exact", reason=reason)
-    found = classify(pair.name, pair.shape, {info.dtype for info in pair.sides}, model_type, names)
+    found = classify(pair.name, pair.shape, model_type, names)
     if found.kind is None:
         status: Literal["exact", "not_extractable"] = "exact" if found.is_vector and wish.vectors else "not_extractable"
         return replace(pair, status=status, reason=found.reason)
@@ -136,6 +136,13 @@ def _classified(
         parent, _, leaf = split_expert(pair.module)
         return replace(pair, experts=num_experts[parent, leaf])
     return replace(pair, kind=found.kind, tied=tied_heads(pair.name, model_type, dict(base.config), names))
+
+
+def _reason_of_buffer(pair: TensorPair) -> str | None:
+    if pair.buffer_reason is None or len(pair.sides) == 2:
+        return pair.buffer_reason
+    side = "base" if pair.base else "tuned checkpoint"
+    return f"a buffer that only the {side} stores: there is nothing to compare it with"
 
 
 def _count_experts(pairs: Sequence[TensorPair]) -> dict[tuple[str, str], int]:

@@ -51,7 +51,9 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
         if not pair.num_new_rows:
             return _tensor_change(change, "exact", kept=change.norm_squared)
         return _tensor_change(change, "exact", kept=squared_norm(change.whole), reason=pair.reason)
-    if pair.status == "extractable" or (change.norm_squared == 0 and pair.tuned is not None):
+    if pair.buffer_reason is not None and change.num_changed:
+        return _tensor_change(change, "not_extractable", reason=f"{pair.reason}: it differs, and counts for nothing")
+    if pair.status == "extractable" or (change.norm_squared == 0 and len(pair.sides) == 2):
         return _tensor_change(change, "unchanged")
     return _tensor_change(change, pair.status, reason=pair.reason)
 
