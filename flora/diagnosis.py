@@ -6,7 +6,8 @@
     sparse          few elements differ and they form no low rank: what reinforcement learning leaves (arXiv:2505.11711)
     near_full_rank  no direction stands out much: no rank worth storing holds this
 
-Shares are of what is attainable: the change less the storage noise, which no low rank can hold.
+Shares are of what is attainable: the change less the storage noise, which no low rank can hold. The noise is estimated,
+and an upper bound where changes are of one ulp: where it leaves little of the change, shares are of the whole.
 """
 
 import math
@@ -19,6 +20,7 @@ Kind = Literal["unchanged", "low_rank", "cut_short", "sparse", "near_full_rank"]
 
 KEPT = 0.8  # of the attainable energy, by at most half of the terms there are: low rank fits, whatever the spectrum
 SIGNAL = 0.5  # of the attainable energy, in directions that stand out
+REAL = 0.25  # of the change: less of it is no attainable energy to measure by, and any rank keeps as much of noise
 SPARSE = 1 / 3  # of the elements; rounding to bf16 alone leaves well over this share of a full fine-tune changed
 WRONG_TOOL: tuple[Kind, ...] = ("sparse", "near_full_rank")
 
@@ -29,8 +31,9 @@ def diagnose(change: TensorChange) -> Kind | None:
         return "unchanged"
     if change.status != "extracted" or change.changed_share is None:
         return None
-    keeps_most = change.kept >= KEPT * attainable(change)
-    stands_out = change.signal_rank is not None and change.signal_energy >= SIGNAL * attainable(change)
+    whole = _energy_to_keep(change)
+    keeps_most = change.kept >= KEPT * whole
+    stands_out = change.signal_rank is not None and change.signal_energy >= SIGNAL * whole
     if (keeps_most and _is_low(change.rank, change)) or (stands_out and _is_low(change.signal_rank, change)):
         return "low_rank"
     if change.changed_share <= SPARSE:
@@ -47,6 +50,12 @@ def _is_low(rank: int | None, change: TensorChange) -> bool:
 def attainable(change: TensorChange) -> float:
     """Energy of the change that is not storage noise."""
     return max(change.norm_squared - change.noise, 0.0)
+
+
+def _energy_to_keep(change: TensorChange) -> float:
+    """What shares of a tensor's change are of."""
+    energy = attainable(change)
+    return energy if energy >= REAL * change.norm_squared else change.norm_squared
 
 
 def noise_share(report: ChangeReport) -> float:

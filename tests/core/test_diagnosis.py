@@ -99,6 +99,20 @@ def test_storage_noise_is_not_held_against_low_rank():
     assert diagnose(change(delta, rank=16, noise=200.0 * 200)) == "low_rank"
 
 
+def test_where_noise_is_all_of_the_change_it_makes_no_rank_low():
+    dense, sparse = white(200, 200), white(200, 200) * (np.random.default_rng(1).random((200, 200)) < 0.1)
+
+    for share in (0.8, 1.0):
+        assert diagnose(change(dense, rank=16, noise=share * np.square(dense).sum())) == "near_full_rank"
+        assert diagnose(change(sparse, rank=16, noise=share * np.square(sparse).sum())) == "sparse"
+
+
+def test_what_keeps_most_of_the_whole_is_low_rank_whatever_its_noise():
+    delta = white(100, 5) @ white(5, 80, seed=1)
+
+    assert diagnose(change(delta, rank=5, noise=float(np.square(delta).sum()))) == "low_rank"
+
+
 def test_an_import_has_no_spectrum_to_judge_by():
     assert diagnose(TensorChange(name="w", shape=(4, 4), status="extracted", norm_squared=1.0, kept=1.0)) is None
 

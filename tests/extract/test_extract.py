@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from flora.checkpoint import open_checkpoint
 from flora.errors import CheckFailed
 from flora.extract import ExtractConfig, extract
 from flora.identity import base_record
@@ -154,6 +156,25 @@ def test_strict_makes_a_missed_energy_fail(pair):
 
     assert caught.value.exit_code == 3
     assert extract(*pair, ExtractConfig(RankRule(energy=0.9), strict=True)).adapter
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.08, 0.1])
+def test_strict_refuses_few_weights_moved_by_one_ulp_for_they_form_no_low_rank(tmp_path, share):
+    """What reinforcement learning leaves of bf16 weights: the noise that is estimated reaches the change's norm."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(256, 256, generator=generator)).bfloat16()
+    moved = (weight.view(torch.int16) + 1).view(torch.bfloat16)
+    tuned = torch.where(torch.rand(256, 256, generator=generator) < share, moved, weight)
+    sides = []
+    for side, tensor in (("base", weight), ("tuned", tuned)):
+        (tmp_path / side).mkdir()
+        save_file({"model.layers.0.self_attn.q_proj.weight": tensor}, tmp_path / side / "model.safetensors")
+        sides.append(open_checkpoint(tmp_path / side))
+
+    with pytest.raises(CheckFailed, match="is sparse") as caught:
+        extract(*sides, ExtractConfig(RankRule(max_rank=8), strict=True))
+
+    assert caught.value.kind == "sparse"
 
 
 def test_a_budget_is_filled_and_spent_where_it_keeps_most(pair):
