@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+_INDEX_FILES = ("*.safetensors.index.json", "*.safetensors.index.*.json")  # diffusers', and those of variants: fp16
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 FLOAT_DTYPES = ("F64", "F32", "BF16", "F16")
 _MAX_JSON_BYTES = 64 << 20
@@ -108,8 +109,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if path.suffix == ".safetensors":
             fix = f"give the folder that it lies in: {path.parent}"
         raise NotFound(f"{path} is not a folder", fix=fix)
+    index = _find_index(path)
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(path):
+    for file in _indexed_files(index) if index else _weight_files(path):
         for info in read_header(file):
             if info.name in tensors:
                 raise CheckpointError(
@@ -117,7 +119,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
                     fix="shards of two checkpoints are mixed here: fetch the folder again",
                 )
             tensors[info.name] = info
-    _check_index(path, tensors)
+    if index:
+        _check_index(index, tensors)
     return Checkpoint(
         path=path,
         config=_read_json(path / "config.json") if (path / "config.json").exists() else {},
@@ -211,14 +214,36 @@ def read_header(file: Path) -> Iterator[TensorInfo]:
         yield TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, 8 + length + start, 8 + length + end)
 
 
+def _find_index(path: Path) -> Path | None:
+    """The file that says which tensor lies in which shard; None where there is none, or one file has them all.
+
+    Raises CheckpointError where several do and do not say the same, of which none has the name that transformers reads.
+    """
+    if (path / INDEX_FILE).exists():
+        return path / INDEX_FILE
+    if (path / SINGLE_FILE).exists():
+        return None
+    found = sorted({file for pattern in _INDEX_FILES for file in path.glob(pattern)})
+    found = [file for file in found if not file.name.startswith("adapter_")]
+    if any(_weight_map(file) != _weight_map(found[0]) for file in found[1:]):
+        raise CheckpointError(
+            f"{path} holds {len(found)} indices of shards that do not agree: {', '.join(file.name for file in found)}",
+            cause="a model and a variant of it, such as fp16, lie in one folder",
+            fix="give a folder with one of them: link or copy its index, its shards and config.json there",
+        )
+    return found[0] if found else None
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if os.sep in name or name.startswith(".."):
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
+    return [index.parent / name for name in names]
+
+
 def _weight_files(path: Path) -> list[Path]:
-    index = path / INDEX_FILE
-    if index.exists():
-        names = sorted(set(_weight_map(index).values()))
-        for name in names:
-            if os.sep in name or name.startswith(".."):
-                raise CheckpointError(f"{index} names {name!r}, which is not a file of this folder")
-        return [path / name for name in names]
+    """The weights of a folder without an index."""
     if (path / SINGLE_FILE).exists():
         return [path / SINGLE_FILE]
     loose = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("adapter_"))
@@ -249,10 +274,7 @@ def _weight_files(path: Path) -> list[Path]:
     )
 
 
-def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    index = path / INDEX_FILE
-    if not index.exists():
-        return
+def _check_index(index: Path, tensors: Mapping[str, TensorInfo]) -> None:
     missing = sorted(set(_weight_map(index)) - set(tensors))
     if missing:
         raise CheckpointError(

@@ -131,6 +131,48 @@ def test_a_missing_shard_is_named(tmp_path):
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        "diffusion_pytorch_model.safetensors.index.json",
+        "diffusion_pytorch_model.fp16.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.fp16.json",
+    ],
+)
+def test_a_missing_shard_is_named_by_an_index_of_any_name(tmp_path, index):
+    """A diffusers component without one of its shards was read as a smaller model."""
+    folder = write_sharded(tmp_path / "transformer")
+    (folder / "model.safetensors.index.json").rename(folder / index)
+    assert list(open_checkpoint(folder).tensors) == sorted(TENSORS)
+
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match="model-00002-of-00003"):
+        open_checkpoint(folder)
+
+
+def test_two_indices_that_do_not_agree_are_refused_and_two_that_do_are_one(tmp_path):
+    folder = write_sharded(tmp_path / "transformer")
+    text = (folder / "model.safetensors.index.json").read_text()
+    (folder / "model.safetensors.index.json").unlink()
+    for name in ("a.safetensors.index.json", "a.fp16.safetensors.index.json"):
+        (folder / name).write_text(text)
+    assert list(open_checkpoint(folder).tensors) == sorted(TENSORS)
+
+    (folder / "a.fp16.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+
+    with pytest.raises(CheckpointError, match=r"do not agree: a\.fp16.*, a\.safetensors") as caught:
+        open_checkpoint(folder)
+    assert "give a folder with one of them" in caught.value.fix
+
+
+def test_the_index_that_transformers_reads_comes_before_any_other(tmp_path):
+    folder = write_sharded(tmp_path / "model")
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "consolidated-1"}}))
+
+    assert list(open_checkpoint(folder).tensors) == sorted(TENSORS)
+
+
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "..", "sub/model.safetensors", "x\0y"])
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, file):
     folder = write_sharded(tmp_path / "model")
