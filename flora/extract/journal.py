@@ -1,8 +1,8 @@
 """What is done of an extraction, on disk: an interrupted run goes on from there and loses only the pairs in work.
 
 Each finished pair is one safetensors file, written beside and then renamed, so a file is whole or absent whenever the
-process is killed; tensors are checked by sha256 before they are believed. A journal belongs to the very files and
-options of its run: any other run has another.
+process is killed; tensors are checked by sha256 before they are believed. A journal belongs to the very files, configs
+and options of its run: any other run has another.
 """
 
 import fcntl
@@ -27,6 +27,7 @@ from flora.checkpoint import Checkpoint
 from flora.extract.change import Change
 from flora.extract.config import ExtractConfig
 from flora.extract.fit import Fit
+from flora.extract.pair import TensorPair
 from flora.extract.plan import ExtractionPlan
 from flora.lowrank import LowRank
 
@@ -75,7 +76,7 @@ class Journal:
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        if record["name"] != change.pair.name or any(
+        if record.get("pair") != _describe(change.pair) or any(
             record["sha256"].get(name) != tensor_sha256(tensor) for name, tensor in tensors.items()
         ):
             return None
@@ -97,7 +98,7 @@ class Journal:
 
         tensors = {name: tensor.clone() for name, tensor in _tensors(change).items()}
         record = {name: getattr(change, name) for name in _PLAIN} | {
-            "name": change.pair.name,
+            "pair": _describe(change.pair),
             "scale": change.fit.factors.scale if change.fit else 1.0,
             "seconds": dict(change.seconds),
             "sha256": {name: tensor_sha256(tensor) for name, tensor in tensors.items()},
@@ -128,6 +129,11 @@ def _tensors(change: Change) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in found.items() if tensor is not None} or {"none": torch.zeros(1)}
 
 
+def _describe(pair: TensorPair) -> dict[str, Any]:
+    """What the pair was taken for. Libraries are asked too, which may know more at the next run."""
+    return {"name": pair.name, "status": pair.status, "kind": pair.kind, "shape": list(pair.shape)}
+
+
 def _fit(tensors: Mapping[str, Tensor], scale: float) -> Fit | None:
     if "A" not in tensors:
         return None
@@ -135,14 +141,15 @@ def _fit(tensors: Mapping[str, Tensor], scale: float) -> Fit | None:
 
 
 def _key(base: Checkpoint, tuned: Checkpoint, config: ExtractConfig) -> str:
-    """What one run is: the files by path, size and time of change, the options, and the code that reads them."""
+    """What one run is: files by path, size and time of change, configs by content, the options, and the code."""
     options = replace(config, cache_dir=None, journal_dir=None, resume=False, strict=False)
     marks: list[Any] = [flora.__version__, torch.__version__, repr(options)]
     for side in (base, tuned):
+        marks.append(dict(side.config))  # by which tensors are read: gpt2's lie as [in, out]
         for file in sorted({info.file.resolve() for info in side.tensors.values()}):
             status = file.stat()
             marks.append((str(file), status.st_size, status.st_mtime_ns))
-    return sha256(json.dumps(marks).encode()).hexdigest()[:32]
+    return sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _sweep(root: Path, but: Path) -> None:

@@ -5,15 +5,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from flora.checkpoint import Checkpoint
+from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import CheckFailed, NotFinite
-from flora.extract import ExtractConfig, Wish, extract, extract_many
-from flora.extract.change import PairWorker
+from flora.extract import ExtractConfig, Wish, extract, extract_many, plan_extraction
+from flora.extract.change import Change, PairWorker
+from flora.extract.journal import Journal
 from flora.rank import RankRule
 from tests.extract.models import build, rewrite, save, tune
 
@@ -122,6 +124,31 @@ def test_a_run_on_changed_files_takes_nothing_over(tmp_path):
     changed = rewrite(tuned, lambda tensors: tensors["model.norm.weight"].add_(1))
 
     assert extract(base, changed, config_with(tmp_path / "journal", resume=True)).journal.num_resumed == 0
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_a_run_with_another_config_beside_the_files_takes_nothing_over(tmp_path, side):
+    """By `model_type` a weight is a linear layer's or a Conv1D's: half of an adapter was of each reading."""
+    model = build("llama")
+    sides = {"base": save(model, tmp_path / "base"), "tuned": save(tune(model), tmp_path / "tuned")}
+    (tmp_path / side / "config.json").rename(tmp_path / "config.json")
+    early = {name: open_checkpoint(one.path) for name, one in sides.items()}
+    extract(*early.values(), config_with(tmp_path / "journal")).journal.release()
+
+    assert extract(*early.values(), config_with(tmp_path / "journal", resume=True)).journal.num_resumed > 0
+    assert extract(*sides.values(), config_with(tmp_path / "journal", resume=True)).journal.num_resumed == 0
+
+
+@pytest.mark.parametrize("other", [{"kind": "conv1d"}, {"status": "exact"}])
+def test_a_record_of_a_pair_that_was_taken_for_another_kind_is_worked_out_again(pair, journal, other):
+    plan = plan_extraction(*pair, config_with(journal))
+    one = plan.extractable[0]
+    kept = Journal.open(*pair, config_with(journal, resume=True), plan)
+    kept.save(Change(one))
+
+    assert kept.load(Change(one)) is not None
+    assert kept.load(Change(replace(one, **other))) is None
+    kept.release()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "swap"])
