@@ -8,6 +8,7 @@ where a certificate takes it from three products as thin as the rank (`extract/c
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from flora.adapter import Adapter, Module, TensorChange
 from flora.algebra.places import as_matrix, tensor_name
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import BaseMismatch, CheckpointError, ShapeMismatch
+from flora.extract.delta import count_differing
 from flora.extract.experts import stored_names
 from flora.extract.pair import TensorPair
 from flora.extract.pairs import match_names
@@ -175,6 +177,8 @@ def _untouched(before: Tensor, after: Tensor, whole: Tensor | None) -> tuple[flo
     old_rows = before.shape[0] if before.dim() else 0
     if before.shape == after.shape:
         norm, residual = _norms(before, after, None)
+        if not math.isfinite(norm) and count_differing(before, after) == 0:
+            return 0.0, 0.0  # infinite on both sides, as masks are
         return norm, residual if whole is None else _norms(whole, after, None)[0]
     norm, residual = _norms(before, after[:old_rows], None)
     added, _ = _norms(torch.zeros_like(after[old_rows:]), after[old_rows:], None)

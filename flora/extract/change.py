@@ -32,7 +32,8 @@ class Change:
     noise: float = 0.0
     fit: Fit | None = None  # of an extractable pair that changed
     energies: Tensor | None = None  # squared singular values of the fitted terms, float64 [rank]
-    whole: Tensor | None = None  # the tuned tensor, of an exact pair that changed
+    whole: Tensor | None = None  # the tuned tensor, of an exact pair that changed; in float32 where it is float64
+    lost: float = 0.0  # squared norm of what that rounding takes from it
     num_changed: int = 0  # elements that differ
     signal_rank: int | None = None  # of an extractable pair that changed: `flora.rank.signal_rank`
     signal_energy: float = 0.0
@@ -85,14 +86,16 @@ class PairWorker:
         return count_differing(self._base.load(pair.base.name), self._tuned.load(pair.tuned.name))
 
     def _keep_whole(self, pair: TensorPair, delta: Delta) -> Change:
-        """A vector as the tuned checkpoint has it; of a table that has grown, its new rows."""
+        """A vector as the tuned checkpoint has it; of a grown table, its new rows. Adapters hold no float64."""
         assert pair.tuned is not None
         old_rows = pair.shape[0] if pair.num_new_rows else 0
-        whole = self._tuned.load(pair.tuned.name)[old_rows:].clone()
+        tuned = self._tuned.load(pair.tuned.name)[old_rows:]
+        whole = tuned.float() if tuned.dtype == torch.float64 else tuned.clone()
         if not is_finite(whole):
             raise _not_finite(pair.tuned)
-        norm = delta.norm_squared + (squared_norm(whole) if pair.num_new_rows else 0.0)
-        return Change(pair, norm, delta.noise, whole=whole, num_changed=delta.num_changed)
+        norm = delta.norm_squared + (squared_norm(tuned) if pair.num_new_rows else 0.0)
+        lost = squared_norm(tuned - whole) if whole.dtype != tuned.dtype else 0.0
+        return Change(pair, norm, delta.noise, whole=whole, lost=lost, num_changed=delta.num_changed)
 
     def _is_tied(self, pair: TensorPair) -> bool:
         """Whether an output head is the token embedding on both sides, stored twice or left out."""
@@ -110,6 +113,8 @@ class PairWorker:
         with station.stopwatch.on_device("delta"):
             delta = compute_delta(base, tuned, station.workspace if pair.status == "extractable" else None)
         if not math.isfinite(delta.norm_squared):
+            if pair.status not in ("extractable", "exact") and count_differing(base, tuned) == 0:
+                return Delta(None, 0.0, 0.0)  # a mask, perhaps: what no adapter carries may be infinite on both sides
             raise _not_finite(pair.tuned if is_finite(base) or pair.base is None else pair.base)
         return delta
 

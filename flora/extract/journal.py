@@ -32,7 +32,7 @@ from flora.extract.plan import ExtractionPlan
 from flora.lowrank import LowRank
 
 _STALE_S = 7 * 86400.0  # after which a journal that nobody went on with is taken away
-_PLAIN = ("norm_squared", "noise", "num_changed", "signal_rank", "signal_energy", "tied")
+_PLAIN = ("norm_squared", "noise", "num_changed", "signal_rank", "signal_energy", "tied", "lost")
 
 
 class Journal:

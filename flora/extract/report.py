@@ -48,9 +48,8 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
         assert pair.twin is not None
         return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")
     if change.whole is not None:
-        if not pair.num_new_rows:
-            return _tensor_change(change, "exact", kept=change.norm_squared)
-        return _tensor_change(change, "exact", kept=squared_norm(change.whole), reason=pair.reason)
+        carried = squared_norm(change.whole) if pair.num_new_rows else change.norm_squared - change.lost
+        return _tensor_change(change, "exact", kept=carried, reason=pair.reason if pair.num_new_rows else None)
     if pair.buffer_reason is not None and change.num_changed:
         return _tensor_change(change, "not_extractable", reason=f"{pair.reason}: it differs, and counts for nothing")
     if pair.status == "extractable" or (change.norm_squared == 0 and len(pair.sides) == 2):
@@ -66,6 +65,7 @@ def _tensor_change(
     rank: int | None = None,
     reason: str | None = None,
 ) -> TensorChange:
+    changed_share = change.num_changed / max(1, math.prod(change.pair.shape))  # a tensor may have no elements
     return TensorChange(
         name=change.pair.name,
         shape=change.pair.shape,
@@ -75,7 +75,7 @@ def _tensor_change(
         rank=rank,
         noise=change.noise,
         reason=reason,
-        changed_share=change.num_changed / math.prod(change.pair.shape) if change.pair.tuned is not None else None,
+        changed_share=changed_share if change.pair.tuned is not None else None,
         signal_rank=change.signal_rank,
         signal_energy=change.signal_energy,
     )
