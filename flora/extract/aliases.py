@@ -13,12 +13,18 @@ RENAMED = (  # how transformers 5 names the parts of models that see and read, a
 
 
 def named_as(names: Collection[str], others: Collection[str]) -> dict[str, str]:
-    """Each of `names` as `others` have it: with a prefix that it lacks, or by a newer library's name; else as it is."""
+    """Each of `names` as `others` have it: with a prefix that it lacks, or by a newer library's name; else as it is.
+
+    No two get one name: a tensor is what is called so, and not also what might be, such as the weights beside their
+    moving average `ema.…`.
+    """
     prefixes = _common_prefixes([name for name in names if name not in others], others)
-    found = {}
+    found, taken = {}, set(names)
     for name in names:
-        candidates = (name, *(prefix + name for prefix in prefixes), *(re.sub(old, new, name) for old, new in RENAMED))
-        found[name] = next((candidate for candidate in candidates if candidate in others), name)
+        candidates = (*(prefix + name for prefix in prefixes), *(re.sub(old, new, name) for old, new in RENAMED))
+        free = (candidate for candidate in candidates if candidate in others and candidate not in taken)
+        found[name] = name if name in others else next(free, name)
+        taken.add(found[name])
     return found
 
 

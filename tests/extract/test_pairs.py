@@ -20,9 +20,10 @@ from flora.algebra.verify import verify
 from flora.checkpoint import Checkpoint, open_checkpoint
 from flora.errors import CheckpointError, UsageError
 from flora.extract import ExtractConfig, extract
+from flora.extract.aliases import named_as
 from flora.extract.kinds import Wish
 from flora.extract.pair import TensorPair
-from flora.extract.pairs import pair_tensors
+from flora.extract.pairs import match_names, pair_tensors
 from flora.rank import RankRule
 from flora.registry import Registry
 from flora.registry.formats.paths import tree_paths
@@ -222,6 +223,41 @@ def test_any_prefix_that_most_names_lack_is_found(tmp_path):
     assert query.status == "extractable"
     assert all(pair.base and pair.tuned for pair in pairs.values())
     belongs_to(base, tuned, tmp_path / "registry")
+
+
+def test_a_moving_average_is_not_taken_for_the_weights_beside_it(tmp_path):
+    """From a tuned `ema.…` that stands alone the base's weights were subtracted, and its own `ema.…` was forgotten."""
+    model = build()
+
+    def averaged(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"ema.{name}"] = tensors[name] / 2
+
+    def alone(tensors: dict[str, torch.Tensor]) -> None:
+        averaged(tensors)
+        for name in list(tensors):
+            if not name.startswith("ema."):
+                del tensors[name]
+
+    base = rewrite(save(model, tmp_path / "base"), averaged)
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), alone)
+
+    pairs, _ = match_names(base.tensors, tuned.tensors)
+
+    assert [pair.name for pair in pairs] == sorted(base.tensors)
+    assert {pair.name for pair in pairs if pair.tuned} == set(tuned.tensors)
+    with pytest.raises(CheckpointError, match=f"lacks {len(model.state_dict()) - 1} of the base's tensors"):
+        pair_tensors(base, tuned)
+
+
+def test_no_two_tensors_get_one_name():
+    """Both would be `model.language_model.visual.x`, one by its prefix and one as older versions named it."""
+    names = ["visual.x", "language_model.model.visual.x"]
+
+    found = named_as(names, ["model.language_model.visual.x", "model.language_model.y"])
+
+    assert sorted(found) == sorted(names)
+    assert len(set(found.values())) == 2
 
 
 @pytest.mark.parametrize("older", ["base", "tuned"])
