@@ -11,12 +11,21 @@ from torch import Tensor
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.errors import CheckpointError, NotFinite
 from flora.extract.config import ExtractConfig
-from flora.extract.delta import Delta, compute_delta, count_differing, is_finite, same_bits, squared_norm
+from flora.extract.delta import (
+    Delta,
+    compute_delta,
+    count_differing,
+    is_finite,
+    same_bits,
+    squared_norm,
+    storage_noise,
+)
+from flora.extract.dequantize import FP8
 from flora.extract.factorize import Basis, factorize, wide
 from flora.extract.fit import Fit, fit
 from flora.extract.pair import TensorPair
 from flora.extract.rank import smallest_rank, terms_to_fit
-from flora.extract.regroup import readable_pair
+from flora.extract.regroup import readable_pair, ulps_of_pair
 from flora.extract.station import Station
 from flora.extract.stopwatch import Stopwatch
 from flora.forms import as_matrix
@@ -54,6 +63,7 @@ class PairWorker:
     ) -> None:
         """`threads`, their stations, may be shared by the workers of several tuned checkpoints, which take turns."""
         self._base, self._tuned = readable_pair(base, tuned)
+        self._ulps = ulps_of_pair(base, tuned)
         self._ranks = ranks
         self._config = config
         self._threads = threads or local()
@@ -116,7 +126,11 @@ class PairWorker:
             if pair.status not in ("extractable", "exact") and count_differing(base, tuned) == 0:
                 return Delta(None, 0.0, 0.0)  # a mask, perhaps: what no adapter carries may be infinite on both sides
             raise _not_finite(pair.tuned if is_finite(base) or pair.base is None else pair.base)
-        return delta
+        info = self._ulps.tensors.get(pair.tuned.name) if self._ulps and delta.norm_squared else None
+        if self._ulps is None or info is None or info.dtype != FP8:
+            return delta
+        ulps = self._ulps.load(info.name)[: len(tuned)]  # of which a sample goes to the device
+        return replace(delta, noise=storage_noise(base, tuned, delta.norm_squared, ulps))
 
     def _factorize(self, pair: TensorPair, delta: Delta, values: Tensor, stopwatch: Stopwatch) -> Change:
         with stopwatch.on_device("factorize"):

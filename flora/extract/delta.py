@@ -60,23 +60,31 @@ def compute_delta(base: Tensor, tuned: Tensor, workspace: Workspace | None = Non
     return Delta(values, norm_squared, storage_noise(base, tuned, norm_squared), num_changed)
 
 
-def storage_noise(base: Tensor, tuned: Tensor, norm_squared: float) -> float:
+def storage_noise(base: Tensor, tuned: Tensor, norm_squared: float, ulps: Tensor | None = None) -> float:
     """Expected squared norm of the error that storing `tuned` in its dtype put into the delta: ulp²/12 an element.
 
     A rounding error is uniform within half an ulp either way, as long as changes are not much smaller than an ulp;
     where they are, this is an upper bound, and never more than `norm_squared`. Rows without any change were not tuned
     and have no error. Neither has the base: its stored values are what the adapter is added to.
+
+    ulps  of each number as it is stored, where it is read in another dtype: fp8 with a scale
     """
-    if tuned.dtype not in _EXPONENT or tuned.numel() == 0:
+    if (ulps is None and tuned.dtype not in _EXPONENT) or tuned.numel() == 0:
         return 0.0
     numel = tuned.numel()
     step = max(1, numel // _SAMPLE)
     base, tuned = base[::step], tuned[::step]
-    bits = tuned.view(_INTEGER[tuned.element_size()]) & _EXPONENT[tuned.dtype]
-    power_of_two = bits.view(tuned.dtype).clamp_min(torch.finfo(tuned.dtype).tiny).double()  # the one below |w|
+    ulps = _ulps(tuned) if ulps is None else ulps[::step].to(tuned.device).double()
     changed_rows = (base != tuned).any(-1, keepdim=True) if tuned.dim() > 1 else True
-    squares = (power_of_two * changed_rows).square().sum() * numel / tuned.numel()
-    return min(float(squares) * 4.0 ** -_MANTISSA_BITS[tuned.dtype] / 12, norm_squared)
+    squares = (ulps * changed_rows).square().sum() * numel / tuned.numel()
+    return min(float(squares) / 12, norm_squared)
+
+
+def _ulps(tensor: Tensor) -> Tensor:
+    """From each number to the next of its dtype, in float64."""
+    bits = tensor.view(_INTEGER[tensor.element_size()]) & _EXPONENT[tensor.dtype]
+    power_of_two = bits.view(tensor.dtype).clamp_min(torch.finfo(tensor.dtype).tiny).double()  # the one below |w|
+    return power_of_two * 2.0 ** -_MANTISSA_BITS[tensor.dtype]
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

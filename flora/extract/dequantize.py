@@ -8,7 +8,7 @@
 The numbers are exact in float32: four bits of an fp8 times a float32 or bf16 scale, rounded once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SCALES = ("_scale_inv", "_scale")
 _BLOCK = (128, 128)
+FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +30,14 @@ class DequantizedCheckpoint(Checkpoint):
 
     source: Checkpoint = field(kw_only=True)  # as stored
     scales: Mapping[str, str] = field(kw_only=True)  # of each fp8 weight, by its name
+    read: "Callable[[Tensor], Tensor]" = field(kw_only=True)  # what is scaled, of an fp8 tensor: its numbers
 
     def load(self, name: str) -> "Tensor":
         tensor = self.source.load(name)
         if name not in self.scales:
             return tensor
         scale = self.source.load(self.scales[name]).float()
-        return tensor.float() * _spread(scale, tensor.shape, self.scales[name], _block_of(self))
+        return self.read(tensor) * _spread(scale, tensor.shape, self.scales[name], _block_of(self))
 
     def load_row(self, name: str, index: int) -> "Tensor":
         shape = self.tensors[name].shape
@@ -46,7 +48,7 @@ class DequantizedCheckpoint(Checkpoint):
         row, scale = self.source.load_row(name, index), self.source.load(self.scales[name])
         if scale.numel() > 1 and len(scale) == shape[0]:
             scale = scale[index]
-        return row.float() * _spread(scale.float(), row.shape, self.scales[name], _block_of(self))
+        return self.read(row) * _spread(scale.float(), row.shape, self.scales[name], _block_of(self))
 
 
 def dequantized(checkpoint: Checkpoint) -> Checkpoint:
@@ -57,7 +59,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         name: name + suffix
         for name, info in checkpoint.tensors.items()
         for suffix in _SCALES
-        if info.dtype == "F8_E4M3" and name + suffix in checkpoint.tensors
+        if info.dtype == FP8 and name + suffix in checkpoint.tensors
     }
     if not scales:
         return checkpoint
@@ -67,7 +69,36 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         for name, info in checkpoint.tensors.items()
         if name not in hidden
     }
-    return DequantizedCheckpoint(checkpoint.path, checkpoint.config, tensors, source=checkpoint, scales=scales)
+    return DequantizedCheckpoint(
+        checkpoint.path, checkpoint.config, tensors, source=checkpoint, scales=scales, read=_numbers
+    )
+
+
+def fp8_ulps(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The same checkpoint with the ulp of each fp8 weight in its place, scaled as it is; None if no weight is fp8.
+
+    checkpoint  as `dequantized` gives it. Weights that are ulps here say that they are of dtype FP8.
+    """
+    if not isinstance(checkpoint, DequantizedCheckpoint):
+        return None
+    tensors = {
+        name: replace(info, dtype=FP8) if name in checkpoint.scales else info
+        for name, info in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors, read=_ulps)
+
+
+def _numbers(stored: "Tensor") -> "Tensor":
+    return stored.float()
+
+
+def _ulps(stored: "Tensor") -> "Tensor":
+    """From each number to the next of its format, which has three bits after the leading one."""
+    import torch
+
+    smallest = 2.0**-6  # that has a leading one: below it numbers lie as far apart as just above
+    exponents = torch.frexp(stored.float().abs().clamp_min(smallest)).exponent - 1  # of the power of two below
+    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents - 3)
 
 
 def _block_of(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from itertools import chain
 
 from flora.checkpoint import Checkpoint, TensorInfo
 from flora.extract import turns
-from flora.extract.experts import readable
+from flora.extract.dequantize import dequantized, fp8_ulps
+from flora.extract.experts import readable, unfused
 from flora.extract.pieces import Piece, in_pieces
 
 Leaves = tuple[str, ...]
@@ -29,6 +30,12 @@ def readable_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Chec
     """Both as extraction reads them: quantized weights as their numbers, experts one by one and grouped alike."""
     base = readable(base)
     return base, grouped_as(base, readable(tuned))
+
+
+def ulps_of_pair(base: Checkpoint, tuned: Checkpoint) -> Checkpoint | None:
+    """The tuned side of `readable_pair` with the ulp of each fp8 weight in its place; None if it has no such weight."""
+    ulps = fp8_ulps(dequantized(tuned))
+    return None if ulps is None else grouped_as(readable(base), unfused(ulps))
 
 
 def grouped_as(base: Checkpoint, tuned: Checkpoint) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Pairs of which one side keeps the experts of a layer in one tensor, and the other each by itself."""
 
 import pytest
+import torch
 from torch import Tensor
 
 from flora.algebra.verify import verify
@@ -65,6 +66,27 @@ def test_experts_of_llama_4_may_be_apart_as_those_have_them_who_quantize_it(tmp_
 
     assert adapter.header.serving_digest == extract(base, alike, RANK_6).adapter.header.serving_digest
     assert verify(adapter, base, tuned).holds
+
+
+def as_fp8(tensors: dict[str, Tensor]) -> None:
+    """Each expert's matrices with a scale for each row."""
+    for name in [name for name in tensors if ".experts." in name]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 448
+        tensors |= {name: (tensors[name] / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+
+
+def test_storage_noise_of_fp8_experts_apart_is_that_of_their_rounding(tmp_path):
+    """An untuned model in fp8, against its base with the experts fused: nothing but rounding is in the change."""
+    model = built("llama4")
+    base = save(model, tmp_path / "base")
+    tuned = rewrite(rewrite(save(model, tmp_path / "tuned"), taken_apart), as_fp8)
+
+    changes = [change for change in extract(base, tuned, RANK_6).adapter.report.tensors if change.norm_squared]
+
+    assert changes
+    for change in changes:
+        assert ".experts." in change.name
+        assert change.noise == pytest.approx(change.norm_squared, rel=0.15), change.name
 
 
 def as_unsloth(tensors: dict[str, Tensor]) -> None:

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from flora.checkpoint import Checkpoint, open_checkpoint
+from flora.diagnosis import noise_share
 from flora.errors import CheckpointError, PickleRefused
 from flora.extract import ExtractConfig, extract, plan_extraction
-from flora.extract.dequantize import dequantized
+from flora.extract.dequantize import dequantized, fp8_ulps
 from flora.extract.gguf import NAMES, open_gguf
 from flora.identity import base_record
 from flora.rank import RankRule
@@ -74,6 +75,36 @@ def test_an_fp8_base_gives_the_adapter_of_the_numbers_it_stands_for(tmp_path):
         assert torch.equal(factors.A, from_plain.factors[name].A)
     assert from_fp8.header.base.base_id == str(base_record(base).base_id)  # of the files as they are
     assert NAME in from_fp8.header.base.touched
+
+
+def test_the_ulp_of_an_fp8_number_reaches_to_the_next(tmp_path):
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)  # from 0 to 448, the largest
+    (tmp_path / "fp8").mkdir()
+    tensors = {"x.weight": numbers[None], "x.weight_scale": torch.tensor([[0.5]])}
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors")
+
+    checkpoint = dequantized(open_checkpoint(tmp_path / "fp8"))
+
+    values, ulps = checkpoint.load("x.weight")[0], fp8_ulps(checkpoint).load("x.weight")[0]
+    assert torch.equal(ulps[:-1], values[1:] - values[:-1])
+
+
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_storage_noise_of_an_fp8_fine_tune_is_what_rounding_to_fp8_put_into_the_delta(tmp_path, is_tuned):
+    """It was taken for that of float32, next to nothing: a mere quantization looked like a change of full rank."""
+    model = build()
+    true = tune(model) if is_tuned else model
+    base, tuned = save(model, tmp_path / "base"), quantize(save(true, tmp_path / "tuned"))
+
+    report = extract(base, tuned, RANK_8).adapter.report
+
+    read, exact = dequantized(tuned), true.state_dict()
+    changes = [change for change in report.tensors if change.status == "extracted"]
+    assert len(changes) == 14
+    for change in changes:
+        actual = float((read.load(change.name).double() - exact[change.name].double()).square().sum())
+        assert change.noise == pytest.approx(actual, rel=0.15), change.name
+    assert noise_share(report) == pytest.approx(1.0, abs=0.05) or is_tuned
 
 
 class Largest(TorchDispatchMode):
