@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from flora.bench.trace import Trace, Workload, draw_trace
 from flora.serve.engine.schedule.policy import Policy
 from flora.serve.engine.schedule.sequence import State
-from tests.serve.engine.desk import Desk
+from tests.serve.engine.desk import Desk, names
 from tests.serve.engine.replay import STEP_S, Replay, replay, trace_of
 from tests.serve.engine.worlds import ask, run_to_end
 
@@ -146,6 +147,67 @@ def test_who_has_had_a_token_is_never_aborted():
 
     assert young.state is State.WAITING
     assert desk.scheduler.late(now_s=100.0) == []
+
+
+def serve(desk: Desk, now_s: float) -> list[str]:
+    """A step as the engine makes it; the names of those that it refuses."""
+    late = desk.scheduler.late(now_s)
+    for sequence in late:
+        desk.scheduler.finish(sequence)
+    desk.step(now_s)
+    return names(late)
+
+
+def after_a_prefill_of_21_s(**settings: Any) -> Desk:
+    """At second 21 an empty desk, where nobody has a first token later than two seconds after his arrival."""
+    desk = Desk(slo_ttft_s=2.0, **settings)
+    desk.submit("slow", 4, max_tokens=1)
+    for now_s in (0.0, 21.0):
+        assert serve(desk, now_s) == []
+    assert desk.scheduler.is_empty
+    return desk
+
+
+def test_an_idle_engine_refuses_nobody_however_long_the_last_prefill_took():
+    desk = after_a_prefill_of_21_s()
+
+    assert serve(desk, now_s=21.05) == []
+    at_s = 21.1
+    desk.submit("next", 4, max_tokens=1, at_s=at_s)
+    assert serve(desk, at_s) == []
+    assert desk.scheduler.is_empty
+
+
+def test_one_slow_prefill_refuses_others_for_seconds_and_not_for_as_long_as_a_stream_runs():
+    """6.3 s are estimated for a prefill, 0.7 times that after each second without one, and 2 s are promised."""
+    desk = after_a_prefill_of_21_s(num_pages=1000)
+    desk.submit("stream", 4, max_tokens=1000, at_s=21.0)
+    refused = {}
+    for step in range(1, 200):
+        now_s = 21.0 + step * STEP_S
+        desk.submit(f"at {now_s}", 4, max_tokens=1, at_s=now_s)
+        refused[now_s] = bool(serve(desk, now_s))
+
+    assert any(refused.values())
+    assert max(now_s for now_s, is_refused in refused.items() if is_refused) < 21.0 + 5.0
+    assert desk.scheduler.get((b"", "stream"))
+
+
+def test_what_a_preempted_request_waits_for_its_return_is_no_part_of_its_prefill():
+    desk = Desk(num_pages=8, max_batch_tokens=2, slo_ttft_s=10.0)
+    desk.submit("old", (0,) * 4, max_tokens=20)
+    young = desk.submit("young", (1,) * 18, max_tokens=12)
+    while not desk.scheduler.num_preemptions:
+        serve(desk, now_s=0.0)
+    assert (young.num_generated, young.state) == (0, State.WAITING)
+
+    now_s = 100.0  # old was slow
+    while not young.num_generated:
+        serve(desk, now_s)
+        now_s += STEP_S
+    assert young.state is State.RUNNING
+    desk.submit("next", 4, max_tokens=1, at_s=now_s)
+    assert [serve(desk, now_s + step * STEP_S) for step in range(4)] == [[]] * 4
 
 
 # --- clustering ---

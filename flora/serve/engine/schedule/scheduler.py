@@ -181,7 +181,8 @@ class Scheduler:
 
     def late(self, now_s: float) -> list[Sequence]:
         """Waiting sequences that can no longer have their first token in time: to be refused."""
-        return self._admission.early_abort.late(now_s) if self._admission.early_abort else []
+        early_abort = self._admission.early_abort
+        return early_abort.late(now_s, is_idle=not self.running) if early_abort else []
 
     def adapter_arrived(self, digest: str) -> None:
         """The adapter is packed in host memory now."""
