@@ -47,8 +47,16 @@ class AdapterTables:
         """Which groups of modules any of these slots' adapters touches."""
         return frozenset[Group]().union(*(self._groups[slot] for slot in slots))
 
+    def has_room(self, num_cells: int) -> bool:
+        """Whether an adapter of so many cells is entered without the cell table becoming wider."""
+        return num_cells <= self._cells.shape[1]
+
     def make_room(self, num_cells: int) -> None:
-        """Widens the cell table where it must be: no bound on an adapter's size is known when the server starts."""
+        """Widens the cell table where it must be: no bound on an adapter's size is known when the server starts.
+
+        It copies what is in the narrower table when this runs on the device: entries that another stream is still to
+        make are lost, unless this stream waits for them first.
+        """
         width = self._cells.shape[1]
         while width < num_cells:
             width *= 2

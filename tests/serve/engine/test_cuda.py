@@ -149,6 +149,28 @@ def test_pages_of_an_adapter_that_leaves_while_it_arrives_are_not_written_to_any
     engine.close()
 
 
+def test_an_adapter_that_still_arrives_when_the_table_of_cells_is_widened_answers_as_ever(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr("flora.serve.engine.build._MAX_CELLS", 32)
+    world = World(bases("llama"), tmp_path)
+    adapters = {rank: random_adapter(world.config, rank, ranks=[rank], absent=0.0) for rank in (4, 64)}
+    targets = {rank: world.add(adapter, f"rank{rank}") for rank, adapter in adapters.items()}
+    engine = world.engine(**GPU)
+    hold_up_the_bus(engine, num_cycles=1_000_000_000)
+
+    for target in targets.values():
+        load(engine, target)
+    sizes = [len(engine.host.get(target.serving_digest).cells) for target in targets.values()]
+    assert sizes[0] <= 32 < sizes[1]
+
+    prompt = prompt_of(20, seed=0)
+    for rank, target in targets.items():
+        ask(engine, str(rank), prompt, target, SamplingParams(max_tokens=8, temperature=0.0))
+    answers = run_to_end(engine)
+    for rank, adapter in adapters.items():
+        assert answers[str(rank)].tokens == judged_answer(world, adapter, prompt, 8), rank
+    engine.close()
+
+
 def hold_up_the_bus(engine: Engine, num_cycles: int) -> torch.cuda.Event:
     """For so long no adapter comes over it; the event says when it is free again."""
     bus, passed = engine.runner._copies._over_bus, torch.cuda.Event()

@@ -74,3 +74,7 @@ class AdapterCopies:
         """What is launched after this finds these slots' adapters in their pages."""
         for slot in self._arriving.keys() & set(slots):
             torch.cuda.current_stream(self._device).wait_event(self._arriving.pop(slot))
+
+    def wait_for_all(self) -> None:
+        """What is launched after this finds every adapter in its pages, and in the tables."""
+        self.wait(list(self._arriving))

@@ -88,6 +88,8 @@ class CudaRunner:
         """See Runner.write_adapter."""
         cells = self.pool.geometry.cell_ids(resident.pages, len(packed.cells))
         host = packed.cells if packed.cells.is_pinned() else packed.cells.pin_memory()
+        if not self.tables.has_room(len(cells)):
+            self._copies.wait_for_all()  # what is still to be entered would go to the table that is given up
         self.tables.make_room(len(cells))  # in stream order: what is left of the narrower table may still be read
         self._copied[packed.digest] = self._copies.write(
             resident.slot, host, cells, lambda: self.tables.publish(resident.slot, packed.table, cells)
