@@ -236,12 +236,8 @@ class Engine:
 
     def _launch(self, plan: Plan) -> LaunchedStep | None:
         """Brings the device to the planned state and starts the rows. A failure ends the plan's requests, no others."""
-        unwritten = [resident.digest for resident in plan.placed]
         try:
-            self.supply.sync()
-            for resident in plan.placed:
-                self.supply.write(resident)
-                unwritten.remove(resident.digest)
+            self.supply.write(plan.placed)
             if not plan.chunks:
                 return None
             launched = self.runner.launch(plan.chunks, [chunk.sequence.slot for chunk in plan.chunks])
@@ -251,8 +247,6 @@ class Engine:
             logger.exception("step failed requests=%d", len(plan.chunks))
             for chunk in plan.chunks:
                 self._answers.end(chunk.sequence, "error", error=f"the engine failed in this request's step: {error!r}")
-            for digest in unwritten:
-                self.residency.remove(digest)
             return None
         self._steps += 1
         self._prompt_tokens += sum(

@@ -1,10 +1,11 @@
 """How an adapter comes to the device: registry ─ loader ─► host cache ─ copy ─► pages; for requests, and on demand."""
 
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flora.errors import FloraError
+from flora.errors import EngineDead, FloraError, ServeError
 from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.loader import Loader, LoadFailed
 from flora.serve.engine.loading.packing import PackedAdapter
@@ -96,14 +97,16 @@ class AdapterSupply:
         return refused
 
     def fill_orders(self) -> None:
-        """Answers every LoadAdapter whose adapter is resident, or can be made so now."""
+        """Answers every LoadAdapter whose adapter is resident, or can be made so now. Raises EngineDead."""
         for order in list(self._orders):
             try:
-                filled = self._fill(order)
-            except FloraError as error:
-                filled = True
-                self._outbox.reject((order.client, order.message.request_id), error)
-            if filled:
+                is_answered = self._fill(order)
+            except EngineDead:
+                raise
+            except Exception as error:
+                is_answered = True
+                self._outbox.reject((order.client, order.message.request_id), _not_filled(order, error))
+            if is_answered:
                 self._orders.remove(order)
 
     def start_loads(self) -> None:
@@ -123,11 +126,33 @@ class AdapterSupply:
                 self._loading.add(digest)
                 self._loader.start(target)
 
-    def write(self, resident: Resident) -> None:
-        """Copies a newly placed adapter into its pages."""
+    def write(self, placed: Iterable[Resident]) -> None:
+        """Copies newly placed adapters into their pages, once what has left is cleared.
+
+        Whatever it raises: those that are not written are no longer resident once no sequence needs them.
+        """
+        unwritten = deque(placed)
+        try:
+            self.sync()
+            while unwritten:
+                self._write(unwritten[0])
+                unwritten.popleft()
+        except Exception:
+            for resident in unwritten:
+                self._residency.retire(resident.digest)
+            raise
+
+    def sync(self) -> None:
+        """Clears evicted slots and poisons freed pages: always before anything new is written to them."""
+        for resident in self._residency.take_evicted():
+            self._runner.remove_adapter(resident.slot)
+            self._scheduler.adapter_left(resident.digest)
+            logger.info("adapter evicted label=%s digest=%s", resident.label, resident.digest)
+        self._runner.pool.poison(self._pages.take_freed())
+
+    def _write(self, resident: Resident) -> None:
         packed = self._host.get(resident.digest)
         assert packed is not None, "an adapter is placed from host memory"
-        self.sync()
         self._runner.write_adapter(resident, packed)
         resident.rank = packed.table.max_rank
         logger.info(
@@ -138,14 +163,6 @@ class AdapterSupply:
             len(resident.pages),
             packed.load_s * 1000,
         )
-
-    def sync(self) -> None:
-        """Clears evicted slots and poisons freed pages: always before anything new is written to them."""
-        for resident in self._residency.take_evicted():
-            self._runner.remove_adapter(resident.slot)
-            self._scheduler.adapter_left(resident.digest)
-            logger.info("adapter evicted label=%s digest=%s", resident.label, resident.digest)
-        self._runner.pool.poison(self._pages.take_freed())
 
     def _is_wanted(self, digest: str) -> bool:
         return self._scheduler.is_awaited(digest) or any(order.digest == digest for order in self._orders)
@@ -171,7 +188,7 @@ class AdapterSupply:
         return [(sequence, failed.error) for sequence in self._scheduler.waiting_for(failed.digest)]
 
     def _fill(self, order: _Order) -> bool:
-        """Whether the order is answered. Raises OutOfPages."""
+        """Whether the order is answered. Raises OutOfPages, and what the device does."""
         message, digest = order.message, order.digest
         room = self._scheduler.room
         num_pages = room.for_adapter(digest)
@@ -183,10 +200,23 @@ class AdapterSupply:
         if self._residency.get(digest) is None:
             if not self._residency.can_place(num_pages):
                 return False
-            self.write(self._residency.place(message.adapter, num_pages))
+            self.write([self._residency.place(message.adapter, num_pages)])
         if message.pinned:
             self._residency.pin(digest)
         load_ms = (self._clock() - order.asked_s) * 1000
         loaded = AdapterLoaded(request_id=message.request_id, serving_digest=digest, load_ms=load_ms)
         self._outbox.send(order.client, loaded)
         return True
+
+
+def _not_filled(order: _Order, error: Exception) -> FloraError:
+    """What whoever ordered is told; logged if unforeseen."""
+    if isinstance(error, FloraError):
+        return error
+    label = order.message.adapter.label
+    logger.exception("adapter write failed label=%s digest=%s", label, order.digest)
+    return ServeError(
+        f"adapter {label} could not be copied to the device",
+        cause=repr(error),
+        fix="load it again; if that fails too, the server's log says where",
+    )

@@ -7,8 +7,13 @@ import pytest
 import torch
 
 from flora.adapter import AdapterHeader, ChangeReport, TensorChange, make_adapter
+from flora.errors import EngineDead
 from flora.lowrank import LowRank
+from flora.serve.engine import Engine
+from flora.serve.engine.loading.packing import PackedAdapter
+from flora.serve.engine.schedule.residency import Resident
 from flora.serve.messages import AdapterLoaded, AdapterUnloaded, LoadAdapter, Rejected, UnloadAdapter
+from flora.serve.request import SamplingParams
 from tests.serve.engine.adapters import module_name, random_adapter
 from tests.serve.engine.bases import VOCAB
 from tests.serve.engine.worlds import PAGE_BYTES, World, ask, collect, run_to_end
@@ -152,6 +157,76 @@ def test_a_load_that_fails_refuses_only_the_requests_that_wait_for_it(world):
     for name in ("broken1", "broken2", "order"):
         assert answers[name].rejected.code == "FL-STORE"
     assert answers["sound"].finish_reason == answers["base"].finish_reason == "length"
+
+
+def break_copies(engine: Engine, *errors: Exception) -> None:
+    """The next adapters do not get to the device, each for its reason; those after them do."""
+    write, coming = engine.runner.write_adapter, list(errors)
+
+    def write_adapter(resident: Resident, packed: PackedAdapter) -> None:
+        if coming:
+            raise coming.pop(0)
+        write(resident, packed)
+
+    engine.runner.write_adapter = write_adapter
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_ordered_adapter_that_cannot_be_copied_to_the_device_fails_its_order_alone(world, caplog, pinned):
+    target = world.add(random_adapter(world.config, seed=1), "a")
+    engine, sound = world.engine(), world.engine()
+    ask(sound, "r", [1, 2, 3], target)
+    expected = run_to_end(sound)["r"].tokens
+    sound.close()
+    break_copies(engine, RuntimeError("out of memory"))
+    ask(engine, "bystander", [1, 2], sampling=SamplingParams(max_tokens=200, temperature=0.0))
+
+    engine.load_adapter(LoadAdapter(request_id="order", adapter=target, pinned=pinned))
+    answers = run_to_end(engine)
+
+    refused = answers["order"].rejected
+    assert (refused.code, refused.message) == ("FL-SERVE", "adapter a could not be copied to the device")
+    assert "out of memory" in refused.cause
+    assert refused.fix
+    assert "adapter write failed label=a" in caplog.text
+    assert answers["bystander"].finish_reason == "length"
+    engine.step()
+    assert engine.pages.num_free == engine.pages.num_usable
+    ask(engine, "again", [1, 2, 3], target)
+    assert run_to_end(engine)["again"].tokens == expected
+    engine.close()
+
+
+def test_adapters_that_cannot_be_copied_to_the_device_are_gone_with_the_requests_of_their_step(world):
+    targets = [world.add(random_adapter(world.config, seed), f"a{seed}") for seed in range(3)]
+    engine = world.engine()
+    for target in targets:
+        ask(engine, target.label, [1, 2, 3], target)
+    while any(engine.host.num_pages(target.serving_digest) is None for target in targets):
+        engine.supply.start_loads()
+        assert not engine.supply.receive(wait_s=10.0)
+    break_copies(engine, RuntimeError("out of memory"))
+
+    failed = run_to_end(engine)
+
+    assert all("out of memory" in failed[target.label].events[-1].error for target in targets)
+    engine.step()
+    assert engine.pages.num_free == engine.pages.num_usable
+    for target in targets:
+        ask(engine, target.label, [1, 2, 3], target)
+    assert {answer.finish_reason for answer in run_to_end(engine).values()} == {"length"}
+    engine.close()
+
+
+def test_a_device_that_is_lost_while_an_order_is_filled_ends_the_engine(world):
+    target = world.add(random_adapter(world.config, seed=1), "a")
+    engine = world.engine()
+    break_copies(engine, EngineDead("the device is lost"))
+    engine.load_adapter(LoadAdapter(request_id="order", adapter=target))
+
+    with pytest.raises(EngineDead):
+        run_to_end(engine)
+    engine.close()
 
 
 def newest_blob(world: World) -> int:

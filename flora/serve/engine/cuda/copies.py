@@ -42,6 +42,23 @@ class AdapterCopies:
         The event says when `host` may be overwritten. Before the slot is used or given up, and its pages with it: wait.
         """
         assert slot not in self._arriving, "a slot is cleared before it is given again"
+        arrived = self._arriving[slot] = torch.cuda.Event()
+        try:
+            return self._launch(host, cell_ids, publish)
+        finally:  # if it fails, too: a part of it may be on its way into pages that are given up then
+            arrived.record(self._into_pages)
+
+    def wait(self, slots: Iterable[int]) -> None:
+        """What is launched after this finds these slots' adapters in their pages."""
+        for slot in self._arriving.keys() & set(slots):
+            torch.cuda.current_stream(self._device).wait_event(self._arriving.pop(slot))
+
+    def wait_for_all(self) -> None:
+        """What is launched after this finds every adapter in its pages, and in the tables."""
+        self.wait(list(self._arriving))
+
+    def _launch(self, host: Tensor, cell_ids: NDArray[np.int64], publish: Callable[[], None]) -> torch.cuda.Event:
+        """See write. The event says that `host` is read."""
         free = torch.cuda.Event()
         free.record(torch.cuda.current_stream(self._device))
         rows = len(self._staging[0])
@@ -63,18 +80,6 @@ class AdapterCopies:
                 read.record(self._into_pages)
         copied = torch.cuda.Event()
         copied.record(self._over_bus)
-        arrived = torch.cuda.Event()
         with torch.cuda.stream(self._into_pages):
             publish()
-            arrived.record(self._into_pages)
-        self._arriving[slot] = arrived
         return copied
-
-    def wait(self, slots: Iterable[int]) -> None:
-        """What is launched after this finds these slots' adapters in their pages."""
-        for slot in self._arriving.keys() & set(slots):
-            torch.cuda.current_stream(self._device).wait_event(self._arriving.pop(slot))
-
-    def wait_for_all(self) -> None:
-        """What is launched after this finds every adapter in its pages, and in the tables."""
-        self.wait(list(self._arriving))

@@ -20,7 +20,7 @@ class Resident:
         self.pages = pages
         self.running = 0  # sequences that need it now
         self.pinned = False  # by request: stays when nobody needs it
-        self.retiring = False  # by request: goes as soon as nobody needs it
+        self.retiring = False  # goes as soon as nobody needs it
         self.rank = 0  # highest of its modules
         self.due = 0  # its place in the order of leaving, once nothing needs it
 
@@ -97,7 +97,7 @@ class Residency:
         self._rouse(resident)
 
     def retire(self, digest: str) -> None:
-        """By request: it goes now, or when the last running sequence that needs it ends."""
+        """By request, or since it was not written: it goes now, or when the last sequence that needs it ends."""
         resident = self._residents[digest]
         self._set_pinned(resident, False)
         resident.retiring = True
