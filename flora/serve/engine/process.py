@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from flora.errors import FloraError, ServeError
@@ -23,9 +24,12 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 0.25  # how often a stalled or idle engine looks around unasked
 
 
-def run(config_file: Path, endpoint: str) -> int:
-    """The exit code. Raises what build_engine raises."""
-    parent = os.getppid()
+def run(config_file: Path, endpoint: str, parent: int) -> int:
+    """The exit code. Raises what build_engine raises.
+
+    parent  the id of the process that started this one, as it said itself: it may be gone already
+    """
+    end_without(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the parent decides
     Shell(decode_engine_config(config_file.read_bytes()), endpoint, parent).run()
     return 0
@@ -35,10 +39,11 @@ class Shell:
     """Brings mail to the engine and its words back."""
 
     def __init__(self, config: EngineConfig, endpoint: str, parent: int) -> None:
-        self._parent = parent
         self._mailroom: Mailroom | None = None
         self._engine = build_engine(config, on_loaded=self._wake)
-        self._mailroom = Mailroom(endpoint, self._engine.ready, self._engine.heartbeat(), self._end_with_parent)
+        self._mailroom = Mailroom(
+            endpoint, self._engine.ready, self._engine.heartbeat(), on_tick=partial(end_without, parent)
+        )
         self._drain_asked = False
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
@@ -74,10 +79,12 @@ class Shell:
         self._drain_asked = True
         self._wake()
 
-    def _end_with_parent(self) -> None:
-        if os.getppid() != self._parent:
-            logger.critical("engine ends: its parent is gone parent=%d", self._parent)
-            os._exit(1)  # from the mailroom's thread: a step may be running, and nobody waits for its result
+
+def end_without(parent: int) -> None:
+    """Ends this process at once if the one that started it is gone: nobody waits for the result of a running step."""
+    if os.getppid() != parent:
+        logger.critical("engine ends: its parent is gone parent=%d", parent)
+        os._exit(1)
 
 
 def handle(engine: Engine, mail: Mail) -> None:

@@ -85,6 +85,7 @@ async def started_engine(config: EngineConfig, folder: Path) -> AsyncIterator[En
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "flora.serve.engine", "--config", str(config_file), "--endpoint", endpoint),
+            *("--parent", str(os.getpid())),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=log_fd,

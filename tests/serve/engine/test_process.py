@@ -44,10 +44,10 @@ PATIENCE_S = 120.0
 ENDLESS = SamplingParams(max_tokens=400, temperature=0.0)
 BRIEF = SamplingParams(max_tokens=3, temperature=0.0)
 PARENT = """
-import subprocess, sys
-engine = subprocess.Popen([sys.executable, *sys.argv[1:]])
+import os, subprocess, sys
+engine = subprocess.Popen([sys.executable, *sys.argv[1:], "--parent", str(os.getpid())])
 print(engine.pid, flush=True)
-engine.wait()
+{then}
 """
 
 Message = TypeVar("Message")
@@ -99,7 +99,8 @@ def running_engine(world: World) -> Iterator[tuple[str, subprocess.Popen]]:
     """The endpoint of an engine process, and the process."""
     with tempfile.TemporaryDirectory(prefix="flora-") as folder:  # short: an ipc path has at most 107 bytes
         endpoint = f"ipc://{folder}/engine"
-        process = subprocess.Popen([sys.executable, *engine_arguments(world, Path(folder), endpoint)])
+        arguments = [*engine_arguments(world, Path(folder), endpoint), "--parent", str(os.getpid())]
+        process = subprocess.Popen([sys.executable, *arguments])
         try:
             yield endpoint, process
         finally:
@@ -108,6 +109,7 @@ def running_engine(world: World) -> Iterator[tuple[str, subprocess.Popen]]:
 
 
 def engine_arguments(world: World, folder: Path, endpoint: str) -> list[str]:
+    """All but whose child it is."""
     config = EngineConfig(
         base=world.base,
         registry=str(world.home / "registry"),
@@ -276,7 +278,8 @@ def test_an_engine_dies_with_its_parent(world):
     with tempfile.TemporaryDirectory(prefix="flora-") as folder:
         endpoint = f"ipc://{folder}/engine"
         arguments = engine_arguments(world, Path(folder), endpoint)
-        parent = subprocess.Popen([sys.executable, "-c", PARENT, *arguments], stdout=subprocess.PIPE, text=True)
+        program = PARENT.format(then="engine.wait()")
+        parent = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
         assert parent.stdout is not None
         engine = os.pidfd_open(int(parent.stdout.readline()))
         front_end = FrontEnd(endpoint)
@@ -293,10 +296,28 @@ def test_an_engine_dies_with_its_parent(world):
         front_end.close()
 
 
+def test_an_engine_whose_parent_dies_before_it_can_look_ends_all_the_same(world):
+    """It is another's child by then, and would stay that for good."""
+    with tempfile.TemporaryDirectory(prefix="flora-") as folder:
+        arguments = engine_arguments(world, Path(folder), f"ipc://{folder}/engine")
+        program = PARENT.format(then="os._exit(0)")  # the engine is still starting Python
+        parent = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        engine = int(parent.stdout.readline())
+        assert parent.wait(PATIENCE_S) == 0
+
+        ended, _, _ = select.select([parent.stdout], [], [], PATIENCE_S)  # which it has inherited: there is no more
+        if not ended:
+            os.kill(engine, signal.SIGKILL)
+        parent.stdout.close()
+        assert ended
+
+
 def test_a_base_that_cannot_be_read_ends_the_process_with_a_clear_error(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     arguments = engine_arguments(World(empty, tmp_path), tmp_path, f"ipc://{tmp_path}/engine")
+    arguments += ["--parent", str(os.getpid())]
 
     ended = subprocess.run([sys.executable, *arguments], stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S)
 
