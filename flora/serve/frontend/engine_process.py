@@ -5,12 +5,12 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from flora.child_process import how_it_ended
 from flora.errors import EngineDead, FloraError, ServeError
 from flora.serve.config import EngineConfig, encode_engine_config
 from flora.serve.frontend.refusals import error_of_code
@@ -35,9 +35,9 @@ class EngineProcess:
         """Waits for its end; what it died of, as far as it said so."""
         code = await self._process.wait()
         await asyncio.wait({self._relay}, timeout=_LAST_WORDS_S)
-        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        return _last_error(list(self._last_lines)) or EngineDead(
-            f"the engine process ended: {how}", cause=_last_words(list(self._last_lines)), fix="restart the server"
+        how, lines = how_it_ended(code), list(self._last_lines)
+        return _last_error(lines) or EngineDead(
+            f"the engine process ended: {how}", cause=_last_words(lines), fix="restart the server"
         )
 
     async def end(self, patience_s: float = 0.0) -> None:

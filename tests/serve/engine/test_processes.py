@@ -1,6 +1,7 @@
 """Loader processes go from load to load by themselves; the engine's thread makes room, and takes what is done."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from flora.serve.engine.loading.host_cache import HostCache
 from flora.serve.engine.loading.loader import Finished, LoadFailed
 from flora.serve.engine.loading.packing import PackedAdapter
 from flora.serve.engine.loading.processes import ProcessLoader
+from flora.serve.engine.loading.seat import MAX_USELESS
 from flora.serve.messages import LoadAdapter
 from flora.serve.request import AdapterTarget
 from tests.serve.engine.adapters import random_adapter
@@ -293,7 +295,7 @@ def blobs(world: World) -> list[Path]:
     return [path for path in (world.home / "registry" / "blobs").rglob("*") if path.is_file()]
 
 
-def test_a_process_that_dies_fails_its_load_and_gets_no_more(bases, tmp_path):
+def test_a_process_that_dies_fails_its_load_alone_and_another_one_follows_it(bases, tmp_path):
     with open_shop(bases("llama"), tmp_path) as shop:
         first, second = loader_processes()
         held = shop.arena.allocate(shop.arena.num_bytes)
@@ -305,15 +307,47 @@ def test_a_process_that_dies_fails_its_load_and_gets_no_more(bases, tmp_path):
         failed, sound = sorted(shop.take(2), key=lambda each: isinstance(each, PackedAdapter))
         assert isinstance(failed, LoadFailed)
         assert isinstance(failed.error, ServeError)
+        assert "killed by SIGKILL" in failed.error.what
+        assert "ask again" in failed.error.fix
         assert shop.is_right(sound)
         assert shop.arena.num_free == 5 * shop.adapter_bytes  # the dead one's range is free again
 
         shop.start(shop.targets[2:])
         assert all(shop.is_right(each) for each in shop.take(4))
 
-        kill(second)
-        shop.start(shop.targets[:3])  # nobody is left, and nobody waits in vain
-        assert [type(each) for each in shop.take(3)] == [LoadFailed] * 3
+        kill(second)  # none of the first is left
+        assert shop.arena.num_free == shop.adapter_bytes
+        shop.start(shop.targets[:1])
+        assert all(shop.is_right(each) for each in shop.take(1))
+
+
+def test_processes_that_cannot_even_start_are_not_started_for_ever(bases, tmp_path, monkeypatch):
+    base, started = tmp_path / "base", []
+    shutil.copytree(bases("llama"), base)
+    start = Child.__init__
+
+    def count(child: Child, *arguments: object) -> None:
+        started.append(child)
+        start(child, *arguments)
+
+    with open_shop(base, tmp_path) as shop:
+        shop.start(shop.targets)
+        for each in shop.take(NUM_ADAPTERS):
+            each.release()
+        monkeypatch.setattr(Child, "__init__", count)
+        (base / "config.json").unlink()
+        for process in loader_processes():
+            kill(process)
+
+        errors = []
+        for _ in range(2 * NUM_WORKERS * MAX_USELESS):  # nobody waits in vain
+            shop.start(shop.targets[:1])
+            errors += [each.error for each in shop.take(1)]
+
+        assert len(started) <= NUM_WORKERS * MAX_USELESS
+        assert errors[-1].what == "no loader process is left"
+        assert "restart the server" in errors[-1].fix
+        assert shop.arena.num_free == shop.arena.num_bytes
 
 
 def test_a_process_that_dies_idle_fails_no_load(bases, tmp_path):

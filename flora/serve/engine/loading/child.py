@@ -9,16 +9,18 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from flora import errors
+from flora.child_process import end_child, how_it_ended
 from flora.errors import FloraError, ServeError
 from flora.serve.engine.loading.arena import Arena
 from flora.serve.engine.loading.messages import Failed, Found, FromLoader, Pack, Packed, Read, ToLoader
 from flora.serve.request import AdapterTarget
 
+_LAST_MOMENT_S = 2.0  # between the end of a process's socket and its own
 _ERRORS = {kind.code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FloraError)}
 
 
 class Child:
-    """One process of loading/worker.py. One thread asks it; `end` is any thread's."""
+    """One process of loading/worker.py. One thread asks it and buries it; `end` is any thread's."""
 
     def __init__(self, config: bytes, arena: Arena) -> None:
         """config  an encoded EngineConfig"""
@@ -30,8 +32,13 @@ class Child:
         self._connection = Connection(ours.detach())
         self._connection.send_bytes(config)
         self._has_hung_up = False
+        self.has_answered = False  # anything, a refusal too: it can start, and read what it is told
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromLoader)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def is_alive(self) -> bool:
@@ -57,6 +64,11 @@ class Child:
         self._process.terminate()
         self._process.wait()
 
+    def bury(self) -> str:
+        """Of a process that is not alive any more: how it ended. Nothing of it is left."""
+        self._connection.close()
+        return how_it_ended(self._wait())
+
     def close(self) -> None:
         """Once nobody asks any more."""
         self._connection.close()
@@ -67,10 +79,22 @@ class Child:
             said: FromLoader = self._decoder.decode(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             self._has_hung_up = True
-            raise ServeError("a loader process ended", fix="see the server's log") from error
+            raise ServeError(
+                f"the loader process ended while it loaded this adapter: {how_it_ended(self._wait())}",
+                fix="ask again: another process takes its place. If that ends too, see the server's log; if the system "
+                "killed it for want of memory, start the server with a smaller --host-cache, or fewer --loaders",
+            ) from error
+        self.has_answered = True
         if isinstance(said, Failed):
             raise _ERRORS.get(said.code, ServeError)(said.what, cause=said.cause, fix=said.fix)
         return said
+
+    def _wait(self) -> int:
+        """The exit code of a process that has hung up: it ends by itself in a moment, or is made to."""
+        try:
+            return self._process.wait(_LAST_MOMENT_S)
+        except subprocess.TimeoutExpired:
+            return end_child(self._process, _LAST_MOMENT_S)
 
 
 def _environment() -> dict[str, str]:

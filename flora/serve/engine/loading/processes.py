@@ -1,7 +1,8 @@
 """Loads in processes of their own: reading, hashing and packing take no time from the engine's interpreter.
 
 A thread leads each process from load to load, during the engine's step too. The engine's own thread alone makes room in
-the host cache: when it asks for loads, for the next few of each process. A load that finds no gap waits for it.
+the host cache: when it asks for loads, for the next few of each process. A load that finds no gap waits for it. Where a
+process ends, its load fails, and another process follows it.
 """
 
 import math
@@ -20,6 +21,7 @@ from flora.serve.engine.loading.child import Child
 from flora.serve.engine.loading.claims import Claims
 from flora.serve.engine.loading.loader import Finished, load_failed
 from flora.serve.engine.loading.packing import PackedAdapter
+from flora.serve.engine.loading.seat import Seat
 from flora.serve.request import AdapterTarget
 
 _STEP_S = 0.07  # of a GPU, with prompts: the engine asks for more only between steps
@@ -53,9 +55,9 @@ class ProcessLoader:
         self._num_serving = num_workers
         self._is_closing = False
         first = encode_engine_config(config)
-        self._children = [Child(first, arena) for _ in range(num_workers)]
+        self._seats = [Seat(partial(Child, first, arena)) for _ in range(num_workers)]
         self._threads = [
-            Thread(target=self._lead, args=(child,), name="adapter-loader", daemon=True) for child in self._children
+            Thread(target=self._lead, args=(seat,), name="adapter-loader", daemon=True) for seat in self._seats
         ]
         for thread in self._threads:
             thread.start()
@@ -66,7 +68,7 @@ class ProcessLoader:
 
         By the time that the last one took: eight behind each of the smallest, one where a load takes as long as a step.
         """
-        return len(self._children) * (1 + math.ceil(_STEP_S / max(self._last_s, _QUICKEST_S)))
+        return len(self._seats) * (1 + math.ceil(_STEP_S / max(self._last_s, _QUICKEST_S)))
 
     def use_cache(self, make_room: Callable[[int], bool]) -> None:
         """See Loader.use_cache; here it frees ranges of the arena."""
@@ -99,38 +101,43 @@ class ProcessLoader:
             self._is_closing = True
             self._changed.notify_all()
         self._claims.close()
-        for child in self._children:
-            child.end()
+        for seat in self._seats:
+            seat.end()
         for thread in self._threads:
             thread.join()
-        for child in self._children:
-            child.close()
+        for seat in self._seats:
+            seat.close()
         self._arena.close()
 
     # --- a thread for each process ---
 
-    def _lead(self, child: Child) -> None:
-        while (target := self._next(child)) is not None:
-            self._tell(self._load(child, target))
+    def _lead(self, seat: Seat) -> None:
+        while (target := self._next(seat)) is not None:
+            self._tell(self._load(seat, target))
 
-    def _next(self, child: Child) -> AdapterTarget | None:
-        """What was asked for first, once there is something; None: this process gets no more.
+    def _next(self, seat: Seat) -> AdapterTarget | None:
+        """What was asked for first, once there is something and a process to load it; None: this seat gets no more.
 
-        Of processes that ended the last one stays, so that what is asked for fails and nobody waits for it.
+        Of seats that are given up the last one stays, so that what is asked for fails and nobody waits for it.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self._asked or self._is_closing)
-            if self._is_closing:
-                return None
-            if not child.is_alive and self._num_serving > 1:
-                self._num_serving -= 1
-                self._changed.notify()  # another one's turn
-                return None
-            return self._asked.popleft()
+        while True:
+            seat.fill()  # without the lock: it takes a while
+            with self._changed:
+                if seat.is_given_up and self._num_serving > 1:
+                    self._num_serving -= 1
+                    self._changed.notify()  # another one's turn
+                    return None
+                self._changed.wait_for(lambda: self._asked or self._is_closing)
+                if self._is_closing:
+                    return None
+                if seat.is_filled or seat.is_given_up:
+                    return self._asked.popleft()
+                self._changed.notify()  # another one's turn, while this seat is filled again
 
-    def _load(self, child: Child, target: AdapterTarget) -> Finished:
+    def _load(self, seat: Seat, target: AdapterTarget) -> Finished:
         start = None
         try:
+            child = seat.child
             found = child.find(target)
             num_bytes = found.num_cells * self._geometry.cell_elements * self._dtype.itemsize
             start = self._claims.take(num_bytes)
