@@ -203,6 +203,8 @@ class AdapterSupply:
             self.write([self._residency.place(message.adapter, num_pages)])
         if message.pinned:
             self._residency.pin(digest)
+        else:
+            self._residency.keep(digest)
         load_ms = (self._clock() - order.asked_s) * 1000
         loaded = AdapterLoaded(request_id=message.request_id, serving_digest=digest, load_ms=load_ms)
         self._outbox.send(order.client, loaded)

@@ -122,6 +122,28 @@ def test_unloading_lets_running_requests_finish(world):
     engine.close()
 
 
+@pytest.mark.parametrize("pinned", [False, True])
+def test_what_is_loaded_again_while_it_is_on_its_way_out_stays(world, pinned):
+    """A stream still runs: the adapter is here, and told to go when that ends."""
+    target = world.add(random_adapter(world.config, seed=1), "a")
+    engine = world.engine()
+    ask(engine, "r", [1, 2, 3], target)
+    answers = {}
+    while "r" not in answers:
+        collect(engine.step(wait_s=10.0), answers)
+
+    engine.unload_adapter(UnloadAdapter(request_id="u", serving_digest=target.serving_digest))
+    engine.load_adapter(LoadAdapter(request_id="l", adapter=target, pinned=pinned))
+    told = engine.step()
+    assert [type(message) for _, message in told[:2]] == [AdapterUnloaded, AdapterLoaded]
+    run_to_end(engine)
+
+    assert [resident.label for resident in engine.residency] == ["a"]
+    engine.unload_adapter(UnloadAdapter(request_id="u", serving_digest=target.serving_digest))
+    assert len(engine.residency) == 0
+    engine.close()
+
+
 def test_a_load_without_room_for_good_is_refused(world):
     small = world.add(random_adapter(world.config, seed=1, ranks=[8], absent=0.0), "small")
     large = world.add(random_adapter(world.config, seed=2, ranks=[16], absent=0.0), "large")

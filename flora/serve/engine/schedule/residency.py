@@ -93,8 +93,12 @@ class Residency:
         """By request: it stays until it is retired."""
         resident = self._residents[digest]
         self._set_pinned(resident, True)
-        resident.retiring = False
+        self.keep(digest)
         self._rouse(resident)
+
+    def keep(self, digest: str) -> None:
+        """By request: it stays until its pages are wanted, though it may have been told to go when it is not needed."""
+        self._residents[digest].retiring = False
 
     def retire(self, digest: str) -> None:
         """By request, or since it was not written: it goes now, or when the last sequence that needs it ends."""
