@@ -266,7 +266,8 @@ def report_of_factors(factors: Mapping[str, LowRank]) -> ChangeReport:
     """The report of an adapter that has no known delta behind it, an import: the factors themselves are the change."""
     from flora.lowrank import norm_squared
 
-    norms = {name: norm_squared(factors[name]) for name in sorted(factors)}
+    # a sum whose terms cancel out may come out of float64 just below 0
+    norms = {name: max(norm_squared(factors[name]), 0.0) for name in sorted(factors)}
     return ChangeReport(
         tensors=tuple(
             TensorChange(

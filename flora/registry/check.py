@@ -117,9 +117,14 @@ def _check_content(store: BlobStore, version: Version, manifest: Manifest) -> It
     """What a version whose blobs are all sound says of itself: in its row, its header and its weights."""
     if manifest.serving_digest != str(manifest.header.serving_digest):
         yield Problem("damaged", version.ref, "its serving digest is not that of its header", _AGAIN)
+    try:
+        report = get_report(store, manifest)
+    except StoreError as error:
+        yield Problem("damaged", version.ref, error.what, _AGAIN)
+        return
     described = describe_version(
         manifest,
-        get_report(store, manifest),
+        report,
         name=version.name,
         number=version.number,
         digest=version.digest,

@@ -7,9 +7,10 @@ import msgspec
 
 from flora.adapter import AdapterHeader
 from flora.canonical import canonical_json
-from flora.errors import StoreError
+from flora.errors import AdapterInvalid, StoreError
 from flora.names import Digest
 from flora.registry.store import Blob
+from flora.soundness import check_header
 
 KIND = "flora.adapter"
 SCHEMA_VERSION = 1
@@ -47,4 +48,8 @@ def parse_manifest(data: bytes, digest: Digest) -> Manifest:
             cause=f"this Flora reads {KIND!r} up to schema {SCHEMA_VERSION}: a newer one wrote it",
             fix="upgrade Flora: pip install -U flora-adapters",
         )
+    try:
+        check_header(manifest.header, f"manifest {digest}")
+    except AdapterInvalid as error:
+        raise StoreError(error.what, cause=error.cause, fix="run `flora fsck`", **error.values) from error
     return manifest

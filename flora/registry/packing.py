@@ -9,7 +9,7 @@ import msgspec
 
 from flora.adapter import ChangeReport, to_json
 from flora.canonical import canonical_json
-from flora.errors import FloraError
+from flora.errors import AdapterInvalid, FloraError, StoreError
 from flora.names import Digest
 from flora.registry.cutting import large_tensors, put_cut
 from flora.registry.formats.tensors import as_bytes, encode, load_blob, stored_pieces, to_exact, to_factors, to_tensors
@@ -17,6 +17,7 @@ from flora.registry.manifest import Manifest
 from flora.registry.parts import Part
 from flora.registry.records import Version
 from flora.registry.store import BlobStore
+from flora.soundness import check_header, check_report
 
 if TYPE_CHECKING:
     from blake3 import blake3
@@ -37,12 +38,16 @@ class Packed:
 
 
 def put_adapter(store: BlobStore, adapter: "Adapter", *, is_whole: bool = False) -> Packed:
-    """Stores every blob of the adapter, the manifest last. Raises StoreError.
+    """Stores every blob of the adapter, the manifest last. Raises AdapterInvalid, before anything is written: what
+    could not be read again is not stored; StoreError.
 
     Tensors that others have too are not written again, unless the weights are to be a file, with `is_whole`.
     """
     from blake3 import blake3
 
+    check_header(adapter.header, "the adapter")
+    if adapter.report is not None:
+        check_report(adapter.report, adapter.header.recipe.operation, "the adapter")
     tensors = to_tensors(adapter)
     shareable = large_tensors(adapter.header, ((name, as_bytes(tensor)) for name, tensor in tensors.items()))
     known = set() if is_whole else {digest for digest in shareable if store.size(Digest(digest)) is not None}
@@ -102,9 +107,18 @@ def shareable_tensors(store: BlobStore, manifest: Manifest) -> dict[str, int]:
 
 
 def get_report(store: BlobStore, manifest: Manifest) -> ChangeReport | None:
+    """The report that `manifest` names, if any. Raises StoreError if it is none, or cannot be true."""
     if manifest.report is None:
         return None
-    return msgspec.json.decode(store.read(Digest(manifest.report.digest)), type=ChangeReport)
+    where = f"report {manifest.report.digest}"
+    try:
+        report = msgspec.json.decode(store.read(Digest(manifest.report.digest)), type=ChangeReport)
+        check_report(report, manifest.header.recipe.operation, where)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise StoreError(f"{where} cannot be read", cause=str(error), fix="run `flora fsck`") from error
+    except AdapterInvalid as error:
+        raise StoreError(error.what, cause=error.cause, fix="run `flora fsck`", **error.values) from error
+    return report
 
 
 def describe_version(

@@ -11,7 +11,10 @@ from tests.registry.adapters import Q_PROJ, SHAPES, random_adapter
 
 CLAIMED = BaseBinding(name="org/claimed", base_id=None)
 RECORD = BaseRecord(
-    tuple(TensorRecord(f"{name}.weight", "BF16", shape, name[-1] * 64) for name, shape in SHAPES.items())
+    tuple(
+        TensorRecord(f"{name}.weight", "BF16", shape, f"{index:064x}")
+        for index, (name, shape) in enumerate(SHAPES.items())
+    )
 )
 
 

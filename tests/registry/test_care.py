@@ -3,18 +3,21 @@
 import os
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
-from flora.adapter import CHAT_TEMPLATE, BaseBinding, make_adapter
+from flora.adapter import CHAT_TEMPLATE, BaseBinding, ChangeReport, make_adapter
+from flora.errors import AdapterInvalid, StoreError
 from flora.forms import Form
 from flora.identity import BaseRecord, TensorRecord
 from flora.lowrank import LowRank
 from flora.names import Digest
 from flora.registry import Registry
+from flora.registry.packing import get_report
 from tests.registry.adapters import BASE, HIDDEN, MLP, Q_PROJ, UP_PROJ, random_adapter
 
 DOWN_PROJ = "model.layers.0.mlp.down_proj"
@@ -342,3 +345,81 @@ def test_a_torn_line_of_the_journal_costs_nothing(lived_in):
     lived_in.reindex()
 
     assert everything(lived_in) == before
+
+
+# Records that cannot be true: in a registry that another program wrote, under digests that are right
+
+
+@pytest.fixture
+def unsound(registry, monkeypatch):
+    """A registry with sql@v1, whose header names no dtype, and chat@v1, whose report keeps more than there was."""
+    sound = random_adapter()
+    assert sound.report is not None
+    first = msgspec.structs.replace(sound.header.modules[0], dtype="int3")
+    header = msgspec.structs.replace(sound.header, modules=(first, *sound.header.modules[1:]))
+    tensor = msgspec.structs.replace(sound.report.tensors[0], norm_squared=1.0, kept=99.0)
+    with monkeypatch.context() as patched:
+        patched.setattr("flora.registry.packing.check_header", lambda *_: None)
+        patched.setattr("flora.registry.packing.check_report", lambda *_: None)
+        patched.setattr("flora.registry.cutting._ITEM_BYTES", {"bfloat16": 2, "int3": 1})
+        registry.add(replace(sound, header=header), "sql")
+        registry.add(replace(sound, report=ChangeReport(tensors=(tensor,))), "chat")
+    return registry
+
+
+def test_a_record_that_cannot_be_true_is_refused_by_its_field_wherever_it_is_read(unsound):
+    for read in (unsound.header, unsound.load, unsound.report):
+        with pytest.raises(StoreError, match=r"header\.modules\[0\]\.dtype = 'int3'") as refused:
+            read(unsound.resolve("sql"))
+        assert refused.value.field == "header.modules[0].dtype"
+    for read in (unsound.load, unsound.report):
+        with pytest.raises(StoreError, match=r"report\.tensors\[0\]\.kept = 99\.0"):
+            read(unsound.resolve("chat"))
+
+
+def test_fsck_names_records_that_cannot_be_true(unsound):
+    found = {problem.subject: problem for problem in unsound.fsck()}
+
+    assert {subject: problem.kind for subject, problem in found.items()} == {"sql@v1": "damaged", "chat@v1": "damaged"}
+    assert "header.modules[0].dtype" in found["sql@v1"].what
+    assert "report.tensors[0].kept" in found["chat@v1"].what
+
+
+def test_a_rebuild_passes_over_records_that_cannot_be_true(unsound):
+    unsound.add(random_adapter(1), "sound")
+
+    assert unsound.reindex().skipped == ("sql@v1", "chat@v1")
+    assert [entry.name for entry in unsound.names()] == ["sound"]
+
+
+def test_a_report_that_is_none_is_a_damaged_blob(registry):
+    version = registry.add(random_adapter(), "sql")
+    manifest = registry._home.manifest(version)
+    other = msgspec.structs.replace(manifest, report=registry._home.store.put([b"[]"]))
+
+    with pytest.raises(StoreError, match="cannot be read"):
+        get_report(registry._home.store, other)
+
+
+def test_what_could_not_be_read_again_is_not_stored(registry):
+    sound = random_adapter()
+    first = msgspec.structs.replace(sound.header.modules[0], rank=0)
+    header = msgspec.structs.replace(sound.header, modules=(first, *sound.header.modules[1:]))
+
+    with pytest.raises(AdapterInvalid, match=r"header\.modules\[0\]\.rank = 0"):
+        registry.add(replace(sound, header=header), "sql")
+
+    assert registry.names() == []
+    assert blob_files(registry) == []
+
+
+def test_weights_of_another_dtype_than_the_header_says_are_reported(registry):
+    sound = random_adapter()
+    first = msgspec.structs.replace(sound.header.modules[0], dtype="float16")
+    header = msgspec.structs.replace(sound.header, modules=(first, *sound.header.modules[1:]))
+    version = registry.add(replace(sound, header=header), "sql")
+
+    assert kinds(registry) == [("shape", version.ref)]
+    with pytest.raises(AdapterInvalid, match="bfloat16") as refused:
+        registry.load(version)
+    assert refused.value.field == "dtype"

@@ -24,6 +24,7 @@ from flora.adapter import (
     AdapterHeader,
     BaseBinding,
     ChangeReport,
+    Module,
     Recipe,
     make_adapter,
     report_of_factors,
@@ -50,6 +51,7 @@ from flora.registry.formats.spelling import spell, spell_exact, spell_tied
 from flora.registry.formats.stacks import Stack, members_of, spell_stack, stacks_of
 from flora.registry.formats.targets import find_targets
 from flora.registry.formats.tensors import encode
+from flora.soundness import check_header, check_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +67,7 @@ _KIND = "flora.peft"
 _LIKE_LINEAR = ("conv1d", "parameter", *EXPERT_KINDS)  # PEFT's tensors do not tell these from linear layers
 _SCHEMA_VERSION = 1
 _MAX_EXTRA_BYTES = 1 << 20
+_FETCH_OR_IMPORT = f"fetch it again; or delete {RECORD_FILE} to import what is there, without its record"
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,7 +188,7 @@ def load_peft(folder: Path) -> Adapter:
     if (folder / RECORD_FILE).exists():
         record = _read_record(folder)
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
-        header = rename(record.header, record.paths)
+        header = _renamed_header(record)
         stacks = stacks_of(header.forms, header.base.architecture)
         wraps = _wraps(header.forms, stacks)  # a portable one adds layers, which no exact tensor is beside
         exact = {tensor.name: spell_exact(tensor, wraps) for tensor in header.exact_tensors}
@@ -219,7 +222,18 @@ def _read_record(folder: Path) -> _Record:
         raise _differs("the header")
     if not record.header.base.name.isprintable():
         raise AdapterInvalid(f"{RECORD_FILE} names its base with characters that cannot be shown")
+    check_header(record.header, RECORD_FILE, _FETCH_OR_IMPORT)
+    if record.report is not None:
+        check_report(record.report, record.header.recipe.operation, RECORD_FILE, _FETCH_OR_IMPORT)
     return record
+
+
+def _renamed_header(record: _Record) -> AdapterHeader:
+    """The header with the folder's names of its modules, which are a stranger's word as well."""
+    header = rename(record.header, record.paths)
+    if record.paths:
+        check_header(header, f"{RECORD_FILE}, its modules named by its `paths`,", _FETCH_OR_IMPORT)
+    return header
 
 
 def _load_own(
@@ -236,9 +250,7 @@ def _load_own(
         whole = left.pop(module.name, None)
         if whole is None or module.rank > whole.rank or module.scale != config.scale(module.name):
             raise _differs(module.name)
-        form = weights.forms.get(module.name, LINEAR)
-        if form.kind != module.kind and not (form.kind == "linear" and module.kind in _LIKE_LINEAR):
-            raise _differs(module.name)
+        _check_told(module, whole, weights.forms.get(module.name, LINEAR))
         padding_is_zero = not whole.A[module.rank :].any() and not whole.B[:, module.rank :].any()
         trimmed = trim(whole, module.rank)
         hashes = (tensor_sha256(trimmed.A), tensor_sha256(trimmed.B))
@@ -254,9 +266,31 @@ def _load_own(
             raise _differs(name)
     extras = {name: _own_extra(folder, name, digest) for name, digest in header.extras.items()}
     for tensor in header.exact_tensors:
-        if tensor_sha256(weights.exact[tensor.name]) != tensor.sha256:
+        stored = weights.exact[tensor.name]
+        _refuse_other(tensor.name, "dtype", tensor.dtype, _dtype(stored))
+        _refuse_other(tensor.name, "shape", tensor.shape, tuple(stored.shape))
+        if tensor_sha256(stored) != tensor.sha256:
             raise _differs(tensor.name)
     return Adapter(header=header, factors=factors, report=report, extras=extras, exact=weights.exact)
+
+
+def _check_told(module: Module, whole: "LowRank", form: Form) -> None:
+    """Raises AdapterInvalid if the header tells of the module what its tensors do not, or not what they do."""
+    if not (form.kind == "linear" and module.kind in _LIKE_LINEAR):
+        _refuse_other(module.name, "kind", module.kind, form.kind)
+        _refuse_other(module.name, "kernel", module.kernel, form.kernel)
+    _refuse_other(module.name, "dtype", module.dtype, _dtype(whole.A))
+    _refuse_other(module.name, "in_features", module.in_features, whole.in_features)
+    _refuse_other(module.name, "out_features", module.out_features, whole.out_features)
+
+
+def _refuse_other(name: str, field: str, told: object, found: object) -> None:
+    if told != found:
+        raise _differs(name, f"its {field} is {found!r} in {WEIGHTS_FILE}, and {told!r} in {RECORD_FILE}", field)
+
+
+def _dtype(tensor: "Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _own_extra(folder: Path, name: str, digest: str) -> bytes:
@@ -268,12 +302,13 @@ def _own_extra(folder: Path, name: str, digest: str) -> bytes:
     return data
 
 
-def _differs(name: str) -> AdapterInvalid:
+def _differs(name: str, how: str | None = None, field: str | None = None) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{name} is not what {RECORD_FILE} says",
+        f"{name} is not what {RECORD_FILE} says" + (f": {how}" if how else ""),
         cause="the folder was changed after Flora wrote it",
-        fix=f"fetch it again; or delete {RECORD_FILE} to import what is there, without its record",
+        fix=_FETCH_OR_IMPORT,
         tensor=name,
+        field=field,
     )
 
 

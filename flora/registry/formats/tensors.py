@@ -178,6 +178,7 @@ def to_factors(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[s
         shapes = (tuple(A.shape), tuple(B.shape))
         if shapes != ((module.rank, module.in_features), (module.out_features, module.rank)):
             raise AdapterInvalid(f"{module.name} has factors of shapes {shapes}, its header others", tensor=module.name)
+        _check_dtype(module.name, module.dtype, A, B)
         factors[module.name] = LowRank(A=A, B=B, scale=module.scale)
     wanted = 2 * len(factors) + len(header.exact_tensors)
     if wanted != len(tensors):
@@ -192,8 +193,15 @@ def to_exact(header: AdapterHeader, tensors: Mapping[str, "Tensor"]) -> dict[str
         tensor = tensors.get(spell_exact(described))
         if tensor is None or tuple(tensor.shape) != described.shape:
             raise AdapterInvalid(f"the weights lack {described.name} as its header tells it", tensor=described.name)
+        _check_dtype(described.name, described.dtype, tensor)
         exact[described.name] = tensor
     return exact
+
+
+def _check_dtype(name: str, told: str, *tensors: "Tensor") -> None:
+    found = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
+    if any(dtype != told for dtype in found):
+        raise AdapterInvalid(f"{name} is stored as {found[0]}, its header says {told}", tensor=name, field="dtype")
 
 
 def _is_length(start: bytes, path: Path) -> bool:

@@ -12,7 +12,7 @@ from flora.registry import Registry
 from flora.serve.engine.loading.binding import admit, check_base
 from tests.registry.adapters import random_adapter
 
-SERVED = BaseRecord((TensorRecord("a", "F32", (2,), "11"), TensorRecord("b", "F32", (2,), "22")))
+SERVED = BaseRecord((TensorRecord("a", "F32", (2,), "11" * 32), TensorRecord("b", "F32", (2,), "22" * 32)))
 OTHER_ID = "sha256:" + "0" * 64
 
 
@@ -26,19 +26,19 @@ def test_the_same_base_id_is_enough():
 
 def test_another_base_with_the_same_touched_tensors_will_do():
     """Two checkpoints that differ in a tensor that the adapter does not change: a new tokenizer's rows, say."""
-    check_base(binding(OTHER_ID, a="11"), SERVED, "x")
+    check_base(binding(OTHER_ID, a="11" * 32), SERVED, "x")
 
 
 def test_a_touched_tensor_that_differs_is_a_mismatch():
     with pytest.raises(BaseMismatch) as caught:
-        check_base(binding(OTHER_ID, a="11", b="33"), SERVED, "x")
+        check_base(binding(OTHER_ID, a="11" * 32, b="33" * 32), SERVED, "x")
 
     assert "1 of the 2 tensors that it changes differ, b among them" in caught.value.cause
 
 
 def test_a_touched_tensor_that_is_not_there_is_a_mismatch():
     with pytest.raises(BaseMismatch):
-        check_base(binding(OTHER_ID, c="11"), SERVED, "x")
+        check_base(binding(OTHER_ID, c="11" * 32), SERVED, "x")
 
 
 def test_another_base_and_no_tensors_to_compare_is_a_mismatch():
@@ -57,7 +57,7 @@ def test_an_import_that_claims_a_base_is_let_through_with_a_warning(caplog):
 def stranger(tmp_path: Path):
     """A registry with one adapter, of another base than SERVED."""
     with Registry.open(tmp_path) as registry:
-        yield registry, registry.add(random_adapter(base=binding(OTHER_ID, a="33")), "sql")
+        yield registry, registry.add(random_adapter(base=binding(OTHER_ID, a="33" * 32)), "sql")
 
 
 def test_without_permission_a_mismatch_is_refused_and_nothing_is_recorded(stranger):
@@ -81,7 +81,7 @@ def test_a_mismatch_that_is_allowed_stands_in_the_registry_and_in_the_log(strang
 
 def test_permission_leaves_no_record_of_an_adapter_that_fits(tmp_path):
     with Registry.open(tmp_path) as registry:
-        version = registry.add(random_adapter(base=binding(OTHER_ID, a="11")), "cousin")
+        version = registry.add(random_adapter(base=binding(OTHER_ID, a="11" * 32)), "cousin")
 
         admit(registry, version, registry.header(version), SERVED, "cousin", allow_mismatch=True)
 
