@@ -44,6 +44,17 @@ def misfits(header: AdapterHeader, record: BaseRecord) -> Iterator[Misfit]:
             yield Misfit(exact.name, exact.shape, tensor.shape if tensor else None)
 
 
+def altered(header: AdapterHeader, record: BaseRecord) -> Iterator[str]:
+    """Every tensor of the base that the adapter says it was made from with other bytes than the base has."""
+    hashes = record.hashes()
+    yield from (name for name, sha256 in header.base.touched.items() if hashes.get(name) != sha256)
+
+
+def belongs(header: AdapterHeader, record: BaseRecord) -> bool:
+    """Whether the base has a place for all of the adapter, and the tensors that it was made from."""
+    return next(misfits(header, record), None) is None and next(altered(header, record), None) is None
+
+
 def bind(adapter: Adapter, record: BaseRecord, name: str, architecture: str = "unknown") -> Adapter:
     """The adapter bound to the base of `record`, which is called `name`, with the hashes of the tensors it touches.
 

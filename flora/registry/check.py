@@ -11,7 +11,7 @@ from flora.errors import AdapterInvalid, StoreError
 from flora.identity import BaseRecord
 from flora.names import Digest
 from flora.registry import index, listing, needs
-from flora.registry.binding import misfits
+from flora.registry.binding import altered, misfits
 from flora.registry.formats.tensors import to_exact, to_factors
 from flora.registry.journal import Change, Journal, live_versions
 from flora.registry.manifest import Manifest, parse_manifest
@@ -151,10 +151,8 @@ def _check_fit(version: Version, manifest: Manifest, record: BaseRecord | None) 
     fix = f"flora rm {version.ref}, and make it again from the base that it belongs to"
     for misfit in misfits(manifest.header, record):
         yield Problem("base", version.ref, str(misfit), fix)
-    hashes = record.hashes()
-    for name, sha256 in manifest.header.base.touched.items():
-        if hashes.get(name) != sha256:
-            yield Problem("base", version.ref, f"{name} of its base has another sha256 than it was made from", fix)
+    for name in altered(manifest.header, record):
+        yield Problem("base", version.ref, f"{name} of its base has another sha256 than it was made from", fix)
 
 
 def _check_journal(known: Snapshot, journal: Journal) -> Iterator[Problem]:

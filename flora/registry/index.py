@@ -13,6 +13,7 @@ from flora.registry.rows import DEFAULT_ALIASES, NAMED, POINTED, VERSION, versio
 from flora.registry.tables import (
     alias_moves,
     aliases,
+    bases,
     labels,
     mismatches,
     names,
@@ -96,6 +97,11 @@ def labels_of(connection: sa.Connection, version: Version) -> dict[str, str]:
     query = select(labels.c.key, labels.c.value).select_from(NAMED.join(labels, labels.c.version_id == versions.c.id))
     query = query.where(names.c.name == version.name, versions.c.number == version.number).order_by(labels.c.key)
     return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def is_registered_base(connection: sa.Connection, base_id: str) -> bool:
+    """Whether somebody has shown that base's weights here. That adapters name it is no proof of it."""
+    return connection.execute(select(bases.c.base_id).where(bases.c.base_id == base_id)).first() is not None
 
 
 def mismatches_of(connection: sa.Connection, version: Version) -> list[Mismatch]:

@@ -272,6 +272,13 @@ class Registry:
         """The record of that base, if it was registered here. Raises NameInvalid, StoreError."""
         return bases.base_record(self._home, base_id)
 
+    def is_base_proven(self, version: Version) -> bool:
+        """Whether the version's base was registered here, and by its own record has a place for all of the version.
+
+        Raises StoreError.
+        """
+        return bases.is_base_proven(self._home, version)
+
     # Care
 
     def gc(self, *, dry_run: bool = False, grace_s: float = 3600.0) -> GcReport:

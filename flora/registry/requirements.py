@@ -41,10 +41,18 @@ def parse_requirement(text: str) -> Requirement:
     )
 
 
-def unmet(requirement: Requirement, version: Version, report: ChangeReport | None) -> str | None:
-    """Why the version does not meet it, if it does not. A figure that nobody measured meets no bound."""
+def unmet(
+    requirement: Requirement, version: Version, report: ChangeReport | None, *, is_base_proven: bool = False
+) -> str | None:
+    """Why the version does not meet it, if it does not. A figure that nobody measured meets no bound.
+
+    is_base_proven  as the registry has it: the id of a base is its author's word
+    """
     if requirement.what == "base":
-        return None if version.base_id is not None else "base=proven: its base is only claimed, by name"
+        if is_base_proven:
+            return None
+        how = "by name" if version.base_id is None else f"as {version.base_id[:19]}…"
+        return f"base=proven: its base is only claimed, {how}; import or pull it with --base to prove it here"
     found = _figure(requirement.what, version, report)
     if found is None:
         return f"{requirement}: it was never measured; an import has no change to keep a share of"

@@ -44,6 +44,27 @@ def test_a_base_that_is_given_is_proven(stored, base, tmp_path):
     assert stored("pull", tmp_path / "theirs", "--base", base, "--json").json["base_is_proven"]
 
 
+def test_the_base_of_a_folder_that_flora_made_is_proven_by_the_registry_and_not_by_the_folder(stored, base, tmp_path):
+    """Its author can write any id there, and sign that."""
+    stored("export", "sql", "--out", tmp_path / "ours", "-q")
+    elsewhere = ["--registry", tmp_path / "elsewhere"]
+
+    pulled = stored("pull", tmp_path / "ours", "--name", "sql", "--json", *elsewhere).json
+
+    assert pulled["made_by_flora"]
+    assert pulled["base_id"] is not None
+    assert not pulled["base_is_proven"]
+    refused = stored("promote", "sql", "--require", "base=proven", *elsewhere, code=3)
+    assert "its base is only claimed, as sha256:" in refused.err
+    assert "--base" in refused.err
+
+    again = stored("pull", tmp_path / "ours", "--name", "sql", "--base", base, "--json", *elsewhere).json
+
+    assert again["base_is_proven"]
+    assert again["digest"] == pulled["digest"]
+    stored("promote", "sql", "--require", "base=proven", *elsewhere)
+
+
 def test_a_folder_of_adapters_is_pulled_whole_and_what_is_refused_is_told(stored, tmp_path):
     source = tmp_path / "loras"
     for name in ("a", "b", "dora"):

@@ -7,14 +7,25 @@ import sqlite3
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
-from flora.adapter import BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter
+from flora.adapter import CHAT_TEMPLATE, BaseBinding, ChangeReport, Recipe, TensorChange, make_adapter, to_json
+from flora.canonical import canonical_json
 from flora.errors import AdapterNotFound, NameInvalid, UsageError
-from flora.registry import Registry, Search
+from flora.identity import BaseRecord, TensorRecord
+from flora.registry import Registry, Search, Version
+from flora.registry.binding import bind
 from flora.registry.journal import Added, Labeled, Mismatched, Moved, Protected, Removed
 from flora.registry.requirements import parse_requirement, unmet
-from tests.registry.adapters import BASE, Q_PROJ, random_adapter
+from tests.registry.adapters import BASE, Q_PROJ, SHAPES, random_adapter
+
+RECORD = BaseRecord(
+    tuple(
+        TensorRecord(f"{name}.weight", "BF16", SHAPES[name], f"{index:064x}")
+        for index, name in enumerate(sorted(SHAPES, key=lambda name: name != Q_PROJ))
+    )
+)
 
 
 def version_with(registry: Registry, kept: float, name: str = "sql", **recipe: object):
@@ -76,7 +87,6 @@ def test_latest_cannot_be_protected(registry):
         ("rank<4", False),
         ("modules=1", True),
         ("bytes<=10", False),
-        ("base=proven", True),
     ],
 )
 def test_a_requirement_is_a_bound_on_a_figure(registry, text, holds):
@@ -91,10 +101,62 @@ def test_an_import_meets_no_bound_on_energy(registry):
     assert "never measured" in str(unmet(parse_requirement("energy>=0"), version, registry.report(version)))
 
 
+def is_proven(registry: Registry, version: Version) -> bool:
+    met = unmet(parse_requirement("base=proven"), version, None, is_base_proven=registry.is_base_proven(version))
+    return met is None
+
+
 def test_a_base_that_is_only_claimed_is_not_proven(registry):
     claimed = random_adapter(base=BaseBinding(name="org/tiny", base_id=None))
 
     assert unmet(parse_requirement("base=proven"), registry.add(claimed, "sql"), None)
+    assert not is_proven(registry, registry.add(claimed, "sql"))
+
+
+def test_a_base_is_proven_once_its_own_record_is_registered(registry, tmp_path):
+    """Until then its id is what the author of the folder wrote."""
+    bound = bind(random_adapter(), RECORD, "org/tiny")
+    version = registry.add(bound, "sql")
+    assert "only claimed, as sha256:" in str(unmet(parse_requirement("base=proven"), version, None))
+    assert not is_proven(registry, version)
+
+    registry.register_base(RECORD, name="org/tiny", path=tmp_path)
+
+    assert is_proven(registry, version)
+
+
+def test_a_record_that_an_adapter_brings_along_proves_nothing(registry):
+    """What it carries is a blob under its digest, and so would be a record that its author made up."""
+    base = BaseBinding(name="org/tiny", base_id=str(RECORD.base_id))
+    made_up = canonical_json(to_json(RECORD))
+
+    version = registry.add(random_adapter(base=base, extras={CHAT_TEMPLATE: made_up}), "sql")
+
+    assert registry.base_record(str(RECORD.base_id)) == RECORD  # it is there
+    assert not is_proven(registry, version)
+
+
+@pytest.mark.parametrize(
+    "tensors", [RECORD.tensors[1:], (TensorRecord(f"{Q_PROJ}.weight", "BF16", (32, 31), "0" * 64), *RECORD.tensors[1:])]
+)
+def test_a_registered_base_that_has_no_place_for_the_adapter_does_not_prove_it(registry, tmp_path, tensors):
+    other = BaseRecord(tensors)
+    registry.register_base(other, name="org/other", path=tmp_path)
+
+    version = registry.add(random_adapter(base=BaseBinding(name="org/other", base_id=str(other.base_id))), "sql")
+
+    assert not is_proven(registry, version)
+
+
+def test_a_registered_base_with_other_weights_than_it_was_made_from_does_not_prove_it(registry, tmp_path):
+    registry.register_base(RECORD, name="org/tiny", path=tmp_path)
+    bound = bind(random_adapter(), RECORD, "org/tiny")
+    touched = bound.header.base.touched | {f"{Q_PROJ}.weight": "f" * 64}
+    base = msgspec.structs.replace(bound.header.base, touched=touched)
+
+    version = registry.add(random_adapter(base=base), "sql")
+
+    assert not is_proven(registry, version)
 
 
 @pytest.mark.parametrize("text", ["", "energy", "energy>=", "energy>=x", "speed>1", "base=claimed", "energy>=0.9;rm"])

@@ -76,7 +76,9 @@ def promote(
     with open_registry(registry) as store:
         version = store.resolve(ref)
         report = store.report(version)
-        failed = [why for each in required if (why := unmet(each, version, report)) is not None]
+        proven = any(each.what == "base" for each in required) and store.is_base_proven(version)
+        whys = [unmet(each, version, report, is_base_proven=proven) for each in required]
+        failed = [why for why in whys if why is not None]
         if failed:
             raise CheckFailed(
                 f"{version.ref} is not promoted to {to}: it does not meet {failed[0]}",

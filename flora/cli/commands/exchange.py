@@ -85,6 +85,7 @@ def import_(
         version = store.add(bound.adapter if bound else adapter, name, provenance={"command": "import"})
         if bound is not None:
             store.register_base(bound.record, name=bound.checkpoint.name, path=bound.checkpoint.path)
+        is_proven = store.is_base_proven(version)
     record = {
         "ref": version.ref,
         "digest": version.digest,
@@ -95,11 +96,17 @@ def import_(
         "num_bytes": version.num_bytes,
     }
     facts = [
-        ("base", f"{version.base_name} ({version.base_id or 'as the folder claims: nobody has hashed it'})"),
+        ("base", describe_base(version.base_name, version.base_id, is_proven=is_proven)),
         ("modules", f"{version.num_modules}, ranks up to {version.max_rank}"),
         ("size", show_bytes(version.num_bytes)),
     ]
     print_record(form, record, id_key="ref", facts=facts, title=version.ref)
+
+
+def describe_base(name: str, base_id: str | None, *, is_proven: bool) -> str:
+    """The base for people to read, and whether anybody here has seen its weights."""
+    claim = [] if is_proven else ["as the folder claims: nobody has hashed it"]
+    return f"{name} ({', '.join([base_id, *claim] if base_id else claim)})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,13 +120,12 @@ def bind_to(adapter: Adapter, base: str) -> Bound:
     """The adapter bound to the weights of `base`. Raises BaseMismatch, also if its own record says other weights."""
     from flora.checkpoint import locate_checkpoint, open_checkpoint
     from flora.identity import base_record
-    from flora.registry.binding import bind
+    from flora.registry.binding import altered, bind
 
     checkpoint = open_checkpoint(locate_checkpoint(base))
     record = base_record(checkpoint, hash_cache_dir())
-    hashes, binding = record.hashes(), adapter.header.base
-    strange = next((name for name, sha256 in binding.touched.items() if hashes.get(name) != sha256), None)
-    if strange is not None:
+    binding = adapter.header.base
+    if strange := next(altered(adapter.header, record), None):
         raise BaseMismatch(
             f"{strange} of {checkpoint.path} is not the tensor that this adapter was extracted from",
             cause=f"its record says base {binding.base_id}; this checkpoint is {record.base_id}",

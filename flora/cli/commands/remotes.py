@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flora.cli.commands.exchange import ExportProfile, ProfileOption, base_folder, bind_to
+from flora.cli.commands.exchange import ExportProfile, ProfileOption, base_folder, bind_to, describe_base
 from flora.cli.options import AsJson, DryRun, IdsOnly, Ref, RegistryUrl, open_registry
 from flora.cli.output import Column, Format, choose_format, note, print_json, print_record, print_table
 from flora.cli.progress import progress
@@ -119,7 +119,7 @@ def pull(
     Any PEFT LoRA will do; what is none, such as DoRA, is refused before its weights are fetched. Every file is checked
     by the digest that the remote tells. Interrupted, the same command goes on where it stopped.
 
-    An adapter that Flora did not make only claims a base by name; --base proves it against that checkpoint.
+    An adapter only claims its base, by name or in Flora's record by id; --base proves it against that checkpoint.
 
     [bold]Examples[/bold]
 
@@ -145,10 +145,9 @@ def pull(
             return
         called = check_name(name if name is not None else default_name(repo))
         record = _pull_one(store, repo, called, revision, base, alias, limits, is_quiet=quiet)
-    claim = "as the folder claims: nobody has hashed it"
     facts = [
         ("from", f"{record['repo']}" + (f" at {record['revision'][:12]}" if record["revision"] else "")),
-        ("base", f"{record['base']} ({record['base_id'] or claim})"),
+        ("base", describe_base(record["base"], record["base_id"], is_proven=record["base_is_proven"])),
         ("modules", f"{record['num_modules']}, ranks up to {record['max_rank']}"),
         ("size", show_bytes(record["num_bytes"])),
     ]
@@ -177,10 +176,11 @@ def _pull_one(
     version = store.add(bound.adapter if bound else pulled.adapter, name, alias=alias, provenance=provenance)
     if bound is not None:
         store.register_base(bound.record, name=bound.checkpoint.name, path=bound.checkpoint.path)
-    return _record(version, pulled.address, pulled.revision, is_floras=pulled.is_floras)
+    is_proven = store.is_base_proven(version)
+    return _record(version, pulled.address, pulled.revision, is_floras=pulled.is_floras, is_proven=is_proven)
 
 
-def _record(version: Version, repo: str, revision: str, *, is_floras: bool) -> dict[str, Any]:
+def _record(version: Version, repo: str, revision: str, *, is_floras: bool, is_proven: bool) -> dict[str, Any]:
     return {
         "ref": version.ref,
         "digest": version.digest,
@@ -190,7 +190,7 @@ def _record(version: Version, repo: str, revision: str, *, is_floras: bool) -> d
         "made_by_flora": is_floras,
         "base": version.base_name,
         "base_id": version.base_id,
-        "base_is_proven": version.base_id is not None,
+        "base_is_proven": is_proven,
         "num_modules": version.num_modules,
         "max_rank": version.max_rank,
         "num_bytes": version.num_bytes,
