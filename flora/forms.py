@@ -72,6 +72,16 @@ def split_expert(module: str) -> tuple[str, int, str]:
     return match["parent"], int(match["index"]), match["leaf"]
 
 
+def weight_name(module: str, kind: Kind, names: Container[str]) -> str | None:
+    """The tensor among `names` that a module of that kind changes: its `.weight`, a parameter of its very name, or the
+    tensor of all experts; None if there is none of these.
+    """
+    for own in (f"{module}.weight", module):
+        if own in names:
+            return own
+    return stack_name(module, names) if kind in EXPERT_KINDS else None
+
+
 def stack_name(module: str, names: Container[str]) -> str | None:
     """The tensor among `names` that holds the experts of which `module` is one, if any does."""
     match = _EXPERT.fullmatch(module)

@@ -10,15 +10,13 @@ from flora.errors import BaseMismatch
 
 
 def tensor_name(module: Module, names: Container[str]) -> str:
-    """The tensor of a checkpoint that `module` changes: its `.weight`, a parameter of that very name, or its experts'.
+    """The tensor of a checkpoint that `module` changes, as `forms.weight_name` finds it.
 
-    Raises BaseMismatch if `names` holds neither.
+    Raises BaseMismatch if `names` holds none.
     """
-    for name in (f"{module.name}.weight", module.name):
-        if name in names:
-            return name
-    if module.kind in forms.EXPERT_KINDS and (stack := forms.stack_name(module.name, names)) is not None:
-        return stack
+    name = forms.weight_name(module.name, module.kind, names)
+    if name is not None:
+        return name
     raise BaseMismatch(
         f"{module.name} of the adapter is not in the base",
         cause="the adapter was made for another base, or its names differ",

@@ -11,7 +11,7 @@ import msgspec
 
 from flora.adapter import Adapter, AdapterHeader, BaseBinding, Module
 from flora.errors import BaseMismatch
-from flora.forms import EXPERT_KINDS, matrix_shape, stack_name
+from flora.forms import EXPERT_KINDS, matrix_shape, weight_name
 from flora.identity import BaseRecord, TensorRecord
 
 _Tensors = Mapping[str, TensorRecord]
@@ -78,9 +78,8 @@ def bind(adapter: Adapter, record: BaseRecord, name: str, architecture: str = "u
 
 
 def _weight(module: Module, tensors: _Tensors) -> TensorRecord | None:
-    """The tensor that the module changes: its `.weight`, a parameter of that very name, or the one of all experts."""
-    stack = stack_name(module.name, tensors) if module.kind in EXPERT_KINDS else None
-    return tensors.get(f"{module.name}.weight") or tensors.get(stack or module.name)
+    name = weight_name(module.name, module.kind, tensors)
+    return tensors[name] if name is not None else None
 
 
 def _own_shape(module: Module, shape: tuple[int, ...]) -> tuple[int, int]:
