@@ -47,3 +47,8 @@ def test_only_a_merge_and_a_cut_of_it_can_keep_less_than_nothing():
     for operation in ("extract", "import"):
         with pytest.raises(AdapterInvalid, match="kept"):
             check_report(report(kept=-3.0), operation, "flora.json")
+
+
+def test_the_signal_of_an_estimated_spectrum_may_sum_up_to_more_than_the_norm():
+    """A randomized decomposition of a change of exactly low rank finds directions that are not there."""
+    check_report(report(signal_energy=2.8), "extract", "flora.json")
