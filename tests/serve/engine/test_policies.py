@@ -1,5 +1,6 @@
 """What each switch of the scheduler changes: seeded traces of S-LoRA's generator, the same with it and without."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -208,6 +209,68 @@ def test_what_a_preempted_request_waits_for_its_return_is_no_part_of_its_prefill
     assert young.state is State.RUNNING
     desk.submit("next", 4, max_tokens=1, at_s=now_s)
     assert [serve(desk, now_s + step * STEP_S) for step in range(4)] == [[]] * 4
+
+
+def rush(desk: Desk, now_s: float, **newcomer: int) -> None:
+    """A step to which two newcomers come: more than are admitted."""
+    for _ in range(2):
+        desk.submit(f"newcomer {desk.arrivals}", at_s=now_s, **newcomer)
+    serve(desk, now_s)
+
+
+def seconds_until(desk: Desk, now_s: float, is_so: Callable[[], bool], **newcomer: int) -> float:
+    """How long the rush goes on until it is so; 20 s if it is not so by then."""
+    begin_s = now_s
+    while not is_so() and now_s < begin_s + 20.0:
+        rush(desk, now_s, **newcomer)
+        now_s += STEP_S
+    return now_s - begin_s
+
+
+def test_under_overload_a_preempted_request_goes_before_newcomers_though_an_older_one_waits():
+    """Of 12 pages `large` needs 10: it never finds them. `young` is preempted by `old`, which ends 22 steps later."""
+    desk = Desk(num_pages=12, max_sequences=2, max_waiting=10_000, slo_ttft_s=1000.0, max_wait_s=1000.0)
+    desk.submit("old", 8, max_tokens=40)
+    desk.step()
+    desk.submit("large", 40, max_tokens=2)
+    young = desk.submit("young", 8, max_tokens=40)
+    before_s = seconds_until(desk, 0.0, lambda: desk.scheduler.num_preemptions > 0, prompt=3, max_tokens=1)
+    assert (young.state, young.num_generated) == (State.WAITING, 16)
+
+    back_s = seconds_until(desk, before_s, lambda: young.state is State.RUNNING, prompt=3, max_tokens=1)
+
+    assert back_s < 30 * STEP_S
+
+
+def test_under_overload_who_was_preempted_before_its_first_token_goes_before_newcomers_too():
+    """Nobody refuses it, since it was admitted once, and each newcomer would pass it."""
+    desk = Desk(num_pages=8, max_batch_tokens=3, max_waiting=10_000, max_sequences=3, slo_ttft_s=1000.0)
+    desk.submit("old", 4, max_tokens=20)
+    young = desk.submit("young", 24, max_tokens=4)
+    before_s = seconds_until(desk, 0.0, lambda: desk.scheduler.num_preemptions > 0, prompt=3, max_tokens=1)
+    assert (young.state, young.num_generated) == (State.WAITING, 0)
+    assert young.admitted_s is not None
+
+    back_s = seconds_until(desk, before_s, lambda: young.state is State.RUNNING, prompt=3, max_tokens=1)
+
+    assert back_s < 30 * STEP_S
+
+
+def test_under_overload_newcomers_do_not_keep_the_room_of_a_preempted_request_for_themselves():
+    """It needs half of the pool, and they a little of it each, at every step."""
+    desk = Desk(num_pages=24, max_sequences=8, max_waiting=10_000, slo_ttft_s=2.0, max_wait_s=5.0)
+    for i in range(2):
+        desk.submit(f"old {i}", 4, max_tokens=30 + 2 * i)
+    large = desk.submit("large", 32, max_tokens=60)
+    before_s = 0.0
+    while not desk.scheduler.num_preemptions:
+        serve(desk, before_s)
+        before_s += STEP_S
+    assert large.state is State.WAITING
+
+    back_s = seconds_until(desk, before_s, lambda: large.state is State.RUNNING, prompt=4, max_tokens=4)
+
+    assert back_s < 6.0
 
 
 # --- clustering ---

@@ -2,7 +2,7 @@
 
 A sequence is admitted if its pages can be had with one left in hand for each running sequence. Others are passed over:
 a request waits for its own adapter, never for a neighbour's. One that finds no room for `max_wait_s` closes the door
-behind it until it is in.
+behind it until it is in, unless early abort would refuse it.
 """
 
 from bisect import insort
@@ -67,7 +67,8 @@ class Admission:
                 turns.admitted()
                 yield sequence
             elif answer is _Answer.NO_ROOM:
-                if now_s - sequence.arrived_s >= self._policy.max_wait_s and not self.early_abort:
+                is_refused_in_time = self.early_abort is not None and sequence.admitted_s is None
+                if now_s - sequence.arrived_s >= self._policy.max_wait_s and not is_refused_in_time:
                     return
                 turns.passed()
             else:

@@ -116,6 +116,7 @@ class Waiting:
 #   0  preempted, or, where others may overtake it, without a turn for max_wait_s      then by age
 #   1  anyone else                                               then by what the adapter was served, then by age
 #   2  its adapter does not run, and `cluster` adapters do       likewise
+# Preempted is who has a token; where the newest go first, whoever was admitted before, since nobody refuses him.
 _Claim = tuple[int, int, int, str | None, int]
 
 
@@ -138,7 +139,9 @@ class Turns:
         self._service = service
         self._residency = residency
         self._now_s = now_s
-        self._newest_first = newest_first
+        self._newest_first: dict[str | None, list[Sequence]] | None = None
+        if newest_first:
+            self._newest_first = {digest: _newest_first(queue) for digest, queue in queues.items()}
         self._may_overtake = (policy.fairness or policy.cluster is not None) and policy.slo_ttft_s is None
         self._num_passed = 0
         self._digest: str | None = None  # of whom it is the turn, and its place in the queue
@@ -148,7 +151,7 @@ class Turns:
 
     def _first_claims(self) -> list[_Claim]:
         """Each queue's claim. Without clustering most are alike: thousands of adapters may wait, at every step."""
-        if self._policy.cluster is not None or self._newest_first:
+        if self._policy.cluster is not None or self._newest_first is not None:
             return [self._claim(digest, queue, 0) for digest, queue in self._queues.items()]
         served = self._service.counters if self._policy.fairness else {}
         since_s = self._now_s - self._policy.max_wait_s if self._may_overtake else -math.inf
@@ -171,12 +174,14 @@ class Turns:
             if now > claim:  # it was made before others were admitted
                 heappush(self._claims, now)
                 continue
-            return self._at(queue, self._place)
+            return self._at(self._digest, self._place)
         return None
 
     def admitted(self) -> None:
         """It is out of its queue."""
         self._queues[self._digest].turn_s = self._now_s
+        if self._newest_first is not None:
+            del self._newest_first[self._digest][self._place]
         self._push(self._place)
 
     def passed(self) -> None:
@@ -190,8 +195,8 @@ class Turns:
             heappush(self._claims, self._claim(self._digest, queue, place))
 
     def _claim(self, digest: str | None, queue: _Queue, place: int) -> _Claim:
-        sequence, policy = self._at(queue, place), self._policy
-        if sequence.num_generated:
+        sequence, policy = self._at(digest, place), self._policy
+        if sequence.num_generated or (self._newest_first is not None and sequence.admitted_s is not None):
             return 0, 0, sequence.order, digest, place
         since_s = self._now_s - policy.max_wait_s
         if self._may_overtake and sequence.arrived_s <= since_s and queue.turn_s <= since_s:
@@ -201,12 +206,20 @@ class Turns:
             resident = self._residency.get(digest)
             rank = 1 if resident and resident.running else 2
         served = self._service.counter(digest) if policy.fairness else 0
-        return rank, served, -sequence.order if self._newest_first else sequence.order, digest, place
+        return rank, served, sequence.order if self._newest_first is None else -sequence.order, digest, place
 
-    def _at(self, queue: _Queue, place: int) -> Sequence:
+    def _at(self, digest: str | None, place: int) -> Sequence:
         """Oldest first, or newest first behind those that were preempted."""
-        is_reversed = self._newest_first and not queue.sequences[0].num_generated
-        return queue.sequences[-1 - place if is_reversed else place]
+        order = self._queues[digest].sequences if self._newest_first is None else self._newest_first[digest]
+        return order[place]
+
+
+def _newest_first(queue: _Queue) -> list[Sequence]:
+    """Newest first, behind those that were preempted: nobody refuses these, and each newcomer would pass them."""
+    preempted = [sequence for sequence in queue.sequences if sequence.admitted_s is not None]
+    if not preempted:
+        return queue.sequences[::-1]
+    return preempted + [sequence for sequence in reversed(queue.sequences) if sequence.admitted_s is None]
 
 
 def _age(sequence: Sequence) -> int:
