@@ -129,6 +129,19 @@ def test_under_overload_the_newest_go_first():
     assert overtakings(calm) <= 2
 
 
+def test_while_all_are_admitted_who_comes_first_goes_first():
+    """One arrives each second and is admitted at once: no more than can be. Then two come in one moment."""
+    desk = Desk(slo_ttft_s=6.0, max_sequences=1)
+    for second in range(21):
+        desk.submit(f"at {second}", 4, max_tokens=1, at_s=float(second))
+        serve(desk, now_s=float(second))
+    older, newer = (desk.submit(name, 4, max_tokens=4, at_s=20.1) for name in ("older", "newer"))
+
+    serve(desk, now_s=20.1)
+
+    assert (older.state, newer.state) == (State.RUNNING, State.WAITING)
+
+
 def test_early_abort_refuses_nobody_who_can_be_served_in_time():
     trace = trace_of(num_requests=200, num_adapters=20, rate=2.0)
 

@@ -15,6 +15,7 @@ from flora.serve.engine.schedule.sequence import PENDING, Sequence, State
 
 _WINDOW_S = 1.0  # over which arrivals and admissions are counted
 _KEPT = 0.7  # of an estimate when a new observation comes: S-LoRA's
+_OVERLOAD = 1.1  # times as many arrivals as admissions; a few more are those that wait for the next window
 
 
 class EarlyAbort:
@@ -33,8 +34,8 @@ class EarlyAbort:
 
     @property
     def newest_first(self) -> bool:
-        """Whether more arrive than can be admitted."""
-        return self._arrivals > 0 and self._arrivals >= self._admissions
+        """Whether clearly more arrive than are admitted."""
+        return self._arrivals > _OVERLOAD * self._admissions
 
     def note_arrival(self, sequence: Sequence) -> None:
         self._waiting.append(sequence)
