@@ -34,12 +34,21 @@ class Mailroom:
     """Answers Hello, sends heartbeats, and passes everything else on. `receive` and `send` are the engine thread's."""
 
     def __init__(
-        self, endpoint: str, ready: Ready, heartbeat: Heartbeat, on_tick: Callable[[], None] = lambda: None
+        self,
+        endpoint: str,
+        ready: Ready,
+        heartbeat: Heartbeat,
+        on_tick: Callable[[], None] = lambda: None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        """on_tick  is called from the mailroom's thread before each heartbeat. Raises zmq.ZMQError: cannot bind."""
+        """on_tick  is called from the mailroom's thread before each heartbeat
+        on_lost  is called from it if it ends though nobody has closed it: no mail comes or goes any more
+        Raises zmq.ZMQError: cannot bind.
+        """
         self.heartbeat = heartbeat  # the latest; the engine thread replaces it
         self._ready = ready
         self._on_tick = on_tick
+        self._on_lost = on_lost
         self._inbox: SimpleQueue[Mail | None] = SimpleQueue()
         self._clients: set[bytes] = set()
         self._encoder = msgspec.msgpack.Encoder()
@@ -82,6 +91,13 @@ class Mailroom:
     # --- the mailroom's thread ---
 
     def _run(self) -> None:
+        try:
+            self._carry()
+        except Exception:
+            logger.critical("mailroom lost: the engine is deaf and mute from now on", exc_info=True)
+            self._on_lost()
+
+    def _carry(self) -> None:
         outgoing = self._context.socket(zmq.PAIR)
         outgoing.setsockopt(zmq.RCVHWM, 0)
         outgoing.connect(_OUTGOING)
@@ -128,7 +144,7 @@ class Mailroom:
                 return
             try:
                 message = decoder.decode(b"".join(frames))
-            except msgspec.MsgspecError as error:
+            except (ValueError, RecursionError) as error:  # msgspec's, a string that is not UTF-8, arrays in arrays
                 logger.warning("message unread client=%s bytes=%d: %s", client.hex(), sum(map(len, frames)), error)
                 continue
             self._clients.add(client)

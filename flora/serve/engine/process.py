@@ -1,7 +1,7 @@
 """The engine as a process: a loop between the mailroom and `Engine.step`, and an end that leaves nothing behind.
 
 It ends with code 0 when it was drained (Drain, SIGTERM) and its requests are done, with 1 when its own state can no
-longer be trusted, and at once when the process that started it is gone.
+longer be trusted, and at once when the process that started it is gone, or its mailroom.
 """
 
 import logging
@@ -42,7 +42,11 @@ class Shell:
         self._mailroom: Mailroom | None = None
         self._engine = build_engine(config, on_loaded=self._wake)
         self._mailroom = Mailroom(
-            endpoint, self._engine.ready, self._engine.heartbeat(), on_tick=partial(end_without, parent)
+            endpoint,
+            self._engine.ready,
+            self._engine.heartbeat(),
+            on_tick=partial(end_without, parent),
+            on_lost=partial(os._exit, 1),  # nobody can be told anything, nor ask for an end
         )
         self._drain_asked = False
         signal.signal(signal.SIGTERM, self._on_sigterm)

@@ -49,6 +49,16 @@ engine = subprocess.Popen([sys.executable, *sys.argv[1:], "--parent", str(os.get
 print(engine.pid, flush=True)
 {then}
 """
+DEAF = """
+from flora.serve.engine.__main__ import main
+from flora.serve.engine.mailroom import Mailroom
+
+def fail(*_):
+    raise RuntimeError("nobody foresaw this")
+
+Mailroom._sort = fail
+main()
+"""
 
 Message = TypeVar("Message")
 
@@ -226,6 +236,7 @@ def test_what_cannot_be_served_is_refused_with_code_and_reason(front_end):
 
 def test_a_frame_that_is_no_message_harms_nobody(front_end):
     front_end.send_raw(b"\x93not a message")
+    front_end.send_raw(msgspec.msgpack.encode(Cancel(request_id="abcd")).replace(b"abcd", b"\xff\xfe\xfd\xfc"))
     front_end.send(Submit(request_id="after", prompt=(1, 2, 3), sampling=BRIEF))
 
     assert len(front_end.tokens("after")) == 3
@@ -311,6 +322,22 @@ def test_an_engine_whose_parent_dies_before_it_can_look_ends_all_the_same(world)
             os.kill(engine, signal.SIGKILL)
         parent.stdout.close()
         assert ended
+
+
+def test_an_engine_that_nobody_can_talk_to_any_more_ends_and_says_why(world):
+    with tempfile.TemporaryDirectory(prefix="flora-") as folder:
+        endpoint = f"ipc://{folder}/engine"
+        arguments = [*engine_arguments(world, Path(folder), endpoint)[2:], "--parent", str(os.getpid())]
+        process = subprocess.Popen([sys.executable, "-c", DEAF, *arguments], stderr=subprocess.PIPE, text=True)
+        front_end = FrontEnd(endpoint)
+        front_end.send(Hello())
+
+        _, log = process.communicate(timeout=PATIENCE_S)
+
+        assert process.returncode == 1
+        assert "mailroom lost" in log
+        assert "nobody foresaw this" in log
+        front_end.close()
 
 
 def test_a_base_that_cannot_be_read_ends_the_process_with_a_clear_error(tmp_path):
