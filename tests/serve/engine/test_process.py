@@ -243,14 +243,20 @@ def test_a_frame_that_is_no_message_harms_nobody(front_end):
 
 
 def test_requests_of_a_front_end_that_is_gone_end(served, front_end):
+    """Left alone they would generate to their end: 64 times 400 tokens, which take many times as long as a notice."""
+    front_end.send(Hello())
+    before = front_end.expect(Heartbeat).generated_tokens
     gone = FrontEnd(served[0])
-    gone.send(Submit(request_id="orphan", prompt=(1, 2, 3), sampling=ENDLESS))
-    next(gone.events("orphan"))
+    orphans = [f"orphan {i}" for i in range(64)]
+    for name in orphans:
+        gone.send(Submit(request_id=name, prompt=(1, 2, 3), sampling=ENDLESS))
+    next(gone.events(orphans[-1]))
     gone.close()
 
-    front_end.send(Hello())
-    while front_end.expect(Heartbeat).running:
+    while (beat := front_end.expect(Heartbeat)).generated_tokens == before or beat.running or beat.waiting:
         pass
+
+    assert beat.generated_tokens - before < len(orphans) * ENDLESS.max_tokens
 
 
 @pytest.mark.parametrize("by", ["message", "SIGTERM"])
