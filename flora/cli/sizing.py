@@ -66,10 +66,16 @@ def default_pool_bytes(device: str, weights_bytes: int) -> int:
     return min(left, most)
 
 
-def host_cache_bytes(asked: int | None, *, is_page_locked: bool) -> int:
-    """What was asked for, or a share of what is free. Raises UsageError where that could never be had."""
+def host_cache_bytes(asked: int | None, *, is_page_locked: bool, num_loaders: int = 0) -> int:
+    """What was asked for, or a share of what is free. Raises UsageError where that could never be had or be enough."""
     if asked is None:
         return min(_MAX_HOST_CACHE_BYTES, int(_HOST_CACHE_SHARE * available_memory_bytes()))
+    if asked == 0 and num_loaders:
+        raise UsageError(
+            f"--host-cache 0 leaves {num_loaders} loader {'process' if num_loaders == 1 else 'processes'} no memory",
+            cause="they pack adapters there, and the device takes them from there",
+            fix="give --host-cache SIZE, at least what the largest adapter takes; or --loaders 0, which needs none",
+        )
     if is_page_locked and asked > (available := available_memory_bytes()):
         raise UsageError(
             f"a host cache of {asked / 2**30:.1f} GiB does not fit into the {available / 2**30:.1f} GiB that are free",

@@ -40,6 +40,15 @@ def test_a_switch_changes_its_field_and_no_other(base, home, served, words, fiel
     assert getattr(switched, field) == value
 
 
+def test_a_host_cache_of_nothing_is_refused_before_a_loader_process_maps_it(base, home, served, capsys):
+    assert main(["serve", str(base), "--pool", "32MiB", "--host-cache", "0", "--loaders", "1"]) == 2
+    assert "error[FL-USAGE]: --host-cache 0 leaves 1 loader process no memory" in capsys.readouterr().err
+    assert not served
+
+    assert main(["serve", str(base), "--pool", "32MiB", "--host-cache", "0", "--loaders", "0"]) == 0
+    assert served[0].engine.host_cache_bytes == 0
+
+
 def test_references_to_preload_may_stand_in_one_list(base, home, served):
     assert main(["serve", str(base), "--preload", "sql,poems:prod", "--adapter", "chat"]) == 0
 

@@ -66,3 +66,11 @@ def test_a_host_cache_that_is_page_locked_must_fit_into_what_is_free():
     assert host_cache_bytes(too_much, is_page_locked=False) == too_much, "a limit, taken as it fills"
     with pytest.raises(UsageError, match=r"a host cache of 1073741824\.0 GiB does not fit"):
         host_cache_bytes(too_much, is_page_locked=True)
+
+
+def test_loader_processes_without_a_host_cache_are_refused_and_a_thread_is_not():
+    with pytest.raises(UsageError, match="--host-cache 0 leaves 1 loader process no memory") as refused:
+        host_cache_bytes(0, is_page_locked=False, num_loaders=1)
+    assert "--loaders 0" in refused.value.fix
+
+    assert host_cache_bytes(0, is_page_locked=False, num_loaders=0) == 0

@@ -247,7 +247,7 @@ def serve(
         dtype=dtype,
         pool_bytes=parse_bytes(pool) if pool else default_pool_bytes(device, num_bytes),
         host_cache_bytes=host_cache_bytes(
-            parse_bytes(host_cache) if host_cache else None, is_page_locked=is_page_locked
+            parse_bytes(host_cache) if host_cache else None, is_page_locked=is_page_locked, num_loaders=num_loaders
         ),
         max_context=parse_length(max_len) if max_len else None,
         max_sequences=max_sequences or pace.max_sequences,
