@@ -1,7 +1,8 @@
 """One server: an engine process, a front end in this process, and an end that leaves nothing behind.
 
 start   port bound ─► private folder ─► engine process ─► Ready ─► preload ─► listen
-end     SIGTERM or Ctrl-C: new requests get 503, running ones have `drain_s` to finish; a second signal: at once
+end     SIGTERM or Ctrl-C: new requests get 503, running ones have `drain_s` to finish
+        the engine's own end: running requests hear of it, and the server ends with the engine's error
 """
 
 import asyncio
@@ -13,10 +14,11 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 
-from flora.errors import UsageError
+from flora.errors import EngineDead, UsageError
 from flora.registry import Registry
 from flora.serve.api.access import check_exposure
 from flora.serve.api.app import create_app
@@ -143,7 +145,10 @@ async def _preload(state: ServerState) -> None:
 
 
 async def _listen(state: ServerState, listener: socket.socket, shutdown: _Shutdown) -> None:
-    """Answer requests until a shutdown is asked for and the drain is over."""
+    """Answer requests until a shutdown is asked for and the drain is over.
+
+    Raises EngineDead if the engine ends before, once the requests that it leaves have their error.
+    """
     config = state.config
     protocol = timed_protocol(head_timeout_s=config.header_timeout_s, write_timeout_s=config.write_timeout_s)
     server = _Server(
@@ -165,24 +170,43 @@ async def _listen(state: ServerState, listener: socket.socket, shutdown: _Shutdo
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked = asyncio.create_task(shutdown.asked.wait())
+    ended = asyncio.create_task(state.client.ended())
     shutdown.can_drain = True
     await _announce(state, listener)
     try:
-        await asyncio.wait({serving, asked}, return_when=asyncio.FIRST_COMPLETED)
-        await _drain(state)
+        await asyncio.wait({serving, asked, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and not asked.done():
+            await _end_with_engine(state, ended.result())
+        await _drain(state, ended)
     finally:
         asked.cancel()
+        ended.cancel()
         server.should_exit = True
         await serving
 
 
-async def _drain(state: ServerState) -> None:
-    """New requests are refused, and running ones may finish; those that do not are told so."""
+async def _end_with_engine(state: ServerState, error: EngineDead) -> NoReturn:
+    """Raises the error, once it has reached those who wait."""
+    logger.error("engine ended requests=%d", state.num_requests)
+    state.is_draining = True
+    await state.wait_idle(_LAST_WORDS_S)
+    raise error
+
+
+async def _drain(state: ServerState, ended: "asyncio.Task[EngineDead]") -> None:
+    """New requests are refused, and running ones may finish; those that do not are told so.
+
+    ended: the engine, which has told them itself if it ended: a signal to all processes of a group drains it, too
+    """
     logger.info("draining requests=%d", state.num_requests)
     state.is_draining = True
-    if not await state.wait_idle(state.config.drain_s):
+    idle = asyncio.create_task(state.wait_idle(state.config.drain_s))
+    await asyncio.wait({idle, ended}, return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    if state.num_requests:
         logger.warning("drain incomplete requests=%d", state.num_requests)
-        state.client.give_up("the server is shutting down")
+        if not ended.done():
+            state.client.give_up("the server is shutting down")
         await state.wait_idle(_LAST_WORDS_S)
 
 

@@ -58,6 +58,7 @@ class EngineClient:
         self._ended: FloraError | None = None
         self._last_heard = time.monotonic()
         self._is_ready = asyncio.Event()
+        self._has_ended = asyncio.Event()
         self._ids = itertools.count()
         self._generations: dict[str, tuple[Generation, int]] = {}
         self._answers: dict[str, asyncio.Future[AdapterLoaded | AdapterUnloaded]] = {}
@@ -82,6 +83,12 @@ class EngineClient:
         if self.ready is None:
             raise self._ended or EngineDead("the engine is gone")
         return self.ready
+
+    async def ended(self) -> EngineDead:
+        """Waits until no request can ever be served again; returns why."""
+        await self._has_ended.wait()
+        assert self._dead is not None
+        return _again(self._dead)
 
     async def close(self) -> None:
         self.give_up("the server is shutting down")
@@ -109,6 +116,7 @@ class EngineClient:
         self._ended = error
         self._fail(error if isinstance(error, EngineDead) else EngineDead(error.what, cause=error.cause, fix=error.fix))
         self._is_ready.set()
+        self._has_ended.set()
 
     def give_up(self, why: str) -> None:
         """Ends every waiting request with an error."""

@@ -86,7 +86,7 @@ def test_a_second_signal_ends_the_server_at_once(world: World, tmp_path: Path):
             assert len(list(stream)) < 16 * 500
 
 
-def test_health_tells_of_an_engine_that_hangs_and_one_that_died(world: World):
+def test_health_tells_of_an_engine_that_hangs(world: World):
     with running(world.config(engine_silence_s=1.0)) as server:
         engine = psutil.Process(server.engine_pid)
         assert server.post("/v1/completions", {"model": "sql", "prompt": "x"}).status_code == 200
@@ -105,18 +105,25 @@ def test_health_tells_of_an_engine_that_hangs_and_one_that_died(world: World):
         assert server.post("/v1/completions", {"model": BASE, "prompt": "x"}).status_code == 200
         server.settle()
         assert server.metric("flora:pages", use="kv") == 0  # what was given up in between was cancelled
+        assert server.stop() == 0
 
+
+def test_a_server_ends_with_its_engine_once_its_clients_know(world: World, tmp_path: Path):
+    with running(world.config(), env={"TMPDIR": str(tmp_path)}) as server:
+        engine = psutil.Process(server.engine_pid)
         stream = server.client().completions.create(**LONG, **ENDLESS, stream=True)
         next(stream)
         waiting = raw_request(server)
         engine.kill()
         with pytest.raises(openai.APIError, match="SIGKILL"):
             list(stream)
-        assert waiting.recv(16).startswith(b"HTTP/1.1 503")
-        assert server.get("/health").status_code == 503
-        assert server.post("/v1/completions", {"model": BASE, "prompt": "x"}).status_code == 503
-        assert server.metric("flora:engine_up") == 0
-        assert server.stop() == 0
+        answer = b"".join(iter(lambda: waiting.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"SIGKILL" in answer
+        assert server.process.wait(PATIENCE_S) == 1
+        eventually(lambda: any("error[FL-ENGINE]: the engine process ended" in line for line in server.log))
+        assert not any("Traceback" in line for line in server.log)
+        assert not list(tmp_path.iterdir())
 
 
 def raw_request(server: Server) -> socket.socket:

@@ -219,6 +219,7 @@ def test_an_engine_that_ended_stays_dead():
         while client.num_heartbeats == 0:
             await asyncio.sleep(0)
         assert client.error is not None
+        assert "SIGKILL" in (await client.ended()).what
 
     run(test)
 
