@@ -7,7 +7,9 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from flora.child_process import how_it_ended
@@ -22,22 +24,31 @@ _LOG_LINE = re.compile(r"\S+ \S+ (DEBUG|INFO|WARNING|ERROR|CRITICAL) (\S+) (.*)"
 _FLORA_ERROR = re.compile(r"error\[(FL-[A-Z]+)\]: (.*)")
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line that an engine wrote."""
+
+    text: str
+    is_ordinary: bool  # of the log, and below ERROR: what went on, with names of its users in it
+
+
 class EngineProcess:
     """One engine. Use `started_engine`, which also ends it."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: asyncio.StreamReader, endpoint: str) -> None:
         self.endpoint = endpoint
         self._process = process
-        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._last_lines: deque[Line] = deque(maxlen=_LAST_LINES)
         self._relay = asyncio.create_task(self._relay_log(log))
 
     async def ended(self) -> FloraError:
         """Waits for its end; what it died of, as far as it said so."""
         code = await self._process.wait()
         await asyncio.wait({self._relay}, timeout=_LAST_WORDS_S)
-        how, lines = how_it_ended(code), list(self._last_lines)
-        return _last_error(lines) or EngineDead(
-            f"the engine process ended: {how}", cause=_last_words(lines), fix="restart the server"
+        return last_error(self._last_lines) or EngineDead(
+            f"the engine process ended: {how_it_ended(code)}",
+            cause=last_words(self._last_lines),
+            fix="restart the server",
         )
 
     async def end(self, patience_s: float = 0.0) -> None:
@@ -62,9 +73,10 @@ class EngineProcess:
             if not line:
                 return
             text = line.rstrip("\n")
-            if match := _LOG_LINE.fullmatch(text):
+            match = _LOG_LINE.fullmatch(text)
+            if match:
                 level, name, text = logging.getLevelNamesMapping()[match[1]], match[2], match[3]
-            self._last_lines.append(text)
+            self._last_lines.append(Line(text, is_ordinary=bool(match) and level < logging.ERROR))
             logging.getLogger(name).log(level, "%s", text)
 
 
@@ -114,18 +126,20 @@ async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
         transport.close()
 
 
-def _last_error(lines: list[str]) -> FloraError | None:
+def last_error(lines: Iterable[Line]) -> FloraError | None:
     """The last FloraError that was printed, made an exception again."""
-    starts = [index for index, line in enumerate(lines) if _FLORA_ERROR.match(line)]
+    texts = [line.text for line in lines]
+    starts = [index for index, text in enumerate(texts) if _FLORA_ERROR.match(text)]
     if not starts:
         return None
-    head, *rest = lines[starts[-1] :]
+    head, *rest = texts[starts[-1] :]
     match = _FLORA_ERROR.match(head)
     assert match is not None
     more = {key: text for line in rest for key, _, text in [line.partition(": ")] if key in ("cause", "fix")}
     return error_of_code(match[1], match[2], cause=more.get("cause"), fix=more.get("fix"))
 
 
-def _last_words(lines: list[str]) -> str | None:
-    """The last line that is no detail of a traceback."""
-    return next((line for line in reversed(lines) if line and not line.startswith(" ")), None)
+def last_words(lines: Sequence[Line]) -> str | None:
+    """The last line that is no detail of a traceback; None where the engine ended amid ordinary work."""
+    unusual = takewhile(lambda line: not line.is_ordinary, reversed(lines))
+    return next((line.text for line in unusual if line.text and not line.text.startswith(" ")), None)
