@@ -1,7 +1,8 @@
 """One server: an engine process, a front end in this process, and an end that leaves nothing behind.
 
 start   port bound ─► private folder ─► engine process ─► Ready ─► preload ─► listen
-end     SIGTERM or Ctrl-C: new requests get 503, running ones have `drain_s` to finish
+end     SIGTERM or Ctrl-C: new requests get 503, running ones have `drain_s` to finish; a second signal: at once, with
+        an error to each of them
         the engine's own end: running requests hear of it, and the server ends with the engine's error
 """
 
@@ -14,7 +15,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import uvicorn
 
@@ -53,18 +54,21 @@ def serve(config: ServeConfig) -> None:
 
 
 class _Shutdown:
-    """The first signal asks for a drain once there is something to drain; any other ends the task at once."""
+    """The first signal asks for a drain once there is something to drain, the second to hurry; others end the task."""
 
     def __init__(self, task: "asyncio.Task[None]") -> None:
         self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
         self.can_drain = False
         self._task = task
 
     def on_signal(self) -> None:
-        if self.can_drain and not self.asked.is_set():
-            self.asked.set()
-        else:
+        if not self.can_drain or self.hurried.is_set():
             self._task.cancel()
+        elif self.asked.is_set():
+            self.hurried.set()
+        else:
+            self.asked.set()
 
 
 @contextlib.contextmanager
@@ -88,7 +92,7 @@ async def _serve(config: ServeConfig) -> None:
                 await _preload(state)
                 await _listen(state, listener, shutdown)
             client.drain()
-            await engine.end(_ENGINE_END_S)
+            await engine.end(0.0 if shutdown.hurried.is_set() else _ENGINE_END_S)
 
 
 @contextlib.asynccontextmanager
@@ -170,6 +174,7 @@ async def _listen(state: ServerState, listener: socket.socket, shutdown: _Shutdo
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     asked = asyncio.create_task(shutdown.asked.wait())
+    hurried = asyncio.create_task(shutdown.hurried.wait())
     ended = asyncio.create_task(state.client.ended())
     shutdown.can_drain = True
     await _announce(state, listener)
@@ -177,10 +182,10 @@ async def _listen(state: ServerState, listener: socket.socket, shutdown: _Shutdo
         await asyncio.wait({serving, asked, ended}, return_when=asyncio.FIRST_COMPLETED)
         if ended.done() and not asked.done():
             await _end_with_engine(state, ended.result())
-        await _drain(state, ended)
+        await _drain(state, hurried, ended)
     finally:
-        asked.cancel()
-        ended.cancel()
+        for waiting in (asked, hurried, ended):
+            waiting.cancel()
         server.should_exit = True
         await serving
 
@@ -193,15 +198,16 @@ async def _end_with_engine(state: ServerState, error: EngineDead) -> NoReturn:
     raise error
 
 
-async def _drain(state: ServerState, ended: "asyncio.Task[EngineDead]") -> None:
+async def _drain(state: ServerState, hurried: "asyncio.Task[Literal[True]]", ended: "asyncio.Task[EngineDead]") -> None:
     """New requests are refused, and running ones may finish; those that do not are told so.
 
-    ended: the engine, which has told them itself if it ended: a signal to all processes of a group drains it, too
+    hurried  nobody wants to wait for them
+    ended    the engine is gone, and they know: a signal to all processes of a group drains it, too
     """
     logger.info("draining requests=%d", state.num_requests)
     state.is_draining = True
     idle = asyncio.create_task(state.wait_idle(state.config.drain_s))
-    await asyncio.wait({idle, ended}, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait({idle, hurried, ended}, return_when=asyncio.FIRST_COMPLETED)
     idle.cancel()
     if state.num_requests:
         logger.warning("drain incomplete requests=%d", state.num_requests)

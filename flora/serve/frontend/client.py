@@ -56,6 +56,7 @@ class EngineClient:
         self._silence_s = silence_s
         self._dead: EngineDead | None = None
         self._ended: FloraError | None = None
+        self._is_given_up = False
         self._last_heard = time.monotonic()
         self._is_ready = asyncio.Event()
         self._has_ended = asyncio.Event()
@@ -119,7 +120,8 @@ class EngineClient:
         self._has_ended.set()
 
     def give_up(self, why: str) -> None:
-        """Ends every waiting request with an error."""
+        """Ends every waiting request with an error, and every later one, for good."""
+        self._is_given_up = True
         self._fail(EngineDead(why))
 
     def submit(
@@ -215,7 +217,7 @@ class EngineClient:
             case Heartbeat():
                 self.heartbeat = message
                 self.num_heartbeats += 1
-                if self._dead and not self._ended:
+                if self._dead and not (self._ended or self._is_given_up):
                     logger.warning("engine is heard again")
                     self._dead = None
 

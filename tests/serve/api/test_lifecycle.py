@@ -1,6 +1,5 @@
 """Starting, draining, dying: each test has a server of its own and looks at its processes from outside."""
 
-import contextlib
 import json
 import shutil
 import signal
@@ -10,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import psutil
 import pytest
@@ -74,16 +72,38 @@ def test_a_second_signal_ends_the_server_at_once(world: World, tmp_path: Path):
     with running(world.config(drain_s=600.0), env={"TMPDIR": str(tmp_path)}) as server:
         stream = server.client().completions.create(**LONG | {"n": 16, "max_tokens": 500}, **ENDLESS, stream=True)
         next(stream)
+        waiting = raw_request(server)
         server.process.send_signal(signal.SIGTERM)
         eventually(lambda: any("draining" in line for line in server.log))
 
         server.process.send_signal(signal.SIGTERM)
 
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        head, _, body = b"".join(iter(lambda: waiting.recv(4096), b"")).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503")
+        assert json.loads(body)["error"]["message"] == "the server is shutting down"
         assert server.process.wait(PATIENCE_S) == 0
         assert is_gone(server.engine_pid)
         assert not list(tmp_path.iterdir())
-        with contextlib.suppress(openai.APIError, httpx2.HTTPError):
-            assert len(list(stream)) < 16 * 500
+        assert not any("Traceback" in line or "heard again" in line for line in server.log)
+
+
+def test_a_second_signal_ends_a_stream_with_its_last_event(world: World):
+    with running(world.config(drain_s=600.0)) as server:
+        body = LONG | {"n": 16, "max_tokens": 500, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGINT)
+            eventually(lambda: any("draining" in line for line in server.log))
+
+            server.process.send_signal(signal.SIGINT)
+
+            *_, error, end = [line for line in lines if line]
+        assert "shutting down" in json.loads(error.removeprefix("data: "))["error"]["message"]
+        assert end == "data: [DONE]"
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 def test_health_tells_of_an_engine_that_hangs(world: World):

@@ -224,6 +224,22 @@ def test_an_engine_that_ended_stays_dead():
     run(test)
 
 
+def test_a_client_that_gave_up_does_not_come_back_with_the_next_heartbeat():
+    async def test(client: EngineClient, peer: Peer) -> None:
+        await peer.say(READY)
+        await client.wait_ready()
+
+        client.give_up("the server is shutting down")
+        await peer.say(BEAT)
+
+        while client.num_heartbeats == 0:
+            await asyncio.sleep(0)
+        with pytest.raises(EngineDead, match="shutting down"):
+            client.submit([[1]], [GREEDY], None)
+
+    run(test)
+
+
 def test_an_engine_that_never_was_ready_tells_why():
     async def test(client: EngineClient, peer: Peer) -> None:
         waiting = asyncio.create_task(client.wait_ready())
