@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from flora.demo.alphabet import END, START, VOCABULARY, tokenizer_files
 from flora.demo.model import LlamaShape, TinyLlama
 
+_CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1].content }}"  # it was trained on prompts: what was said last is one
+
 
 def save_model(model: TinyLlama, folder: Path) -> None:
     """Writes the folder; weights are rounded to bf16, and with them the tied head is stored once."""
@@ -20,6 +22,7 @@ def save_model(model: TinyLlama, folder: Path) -> None:
         "config.json": json.dumps(_config(model.shape), indent=1),
         "generation_config.json": json.dumps({"bos_token_id": START, "eos_token_id": END}, indent=1),
         **tokenizer_files(),
+        "chat_template.jinja": _CHAT_TEMPLATE,
     }
     for name, text in files.items():
         (folder / name).write_text(text + "\n", encoding="utf-8")

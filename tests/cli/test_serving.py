@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from flora.cli import main
 from flora.config import settings
 from flora.demo.alphabet import START, decode, encode
-from flora.demo.folders import load_model
+from flora.demo.folders import load_model, save_model
+from flora.demo.model import TinyLlama
 from tests.cli.models import SHAPE, make_tuned
 from tests.cli.schemas import check_answer
 from tests.serving import running_server
@@ -163,6 +164,18 @@ def test_the_demos_model_is_the_llama_that_transformers_knows(tuned):
     theirs = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)(tokens).logits
 
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_demos_model_takes_a_chat_as_the_prompt_that_was_said_last(tmp_path):
+    from transformers import AutoTokenizer
+
+    save_model(TinyLlama(SHAPE), tmp_path)
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": PROMPT}]
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+
+    told = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(told, add_special_tokens=False)["input_ids"] == [START, *encode(PROMPT)]
 
 
 def test_the_demos_tokenizer_is_the_one_that_transformers_reads(base):

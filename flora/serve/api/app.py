@@ -24,7 +24,7 @@ from flora.serve.api.state import ServerState
 from flora.serve.api.traffic import Traffic
 
 _CLIENT_LEFT = 499  # nginx's status for it; it is counted, and nobody reads it
-_NO_ROUTE = "there is no such route: v1/models lists what this server has, v1/chat/completions asks it"
+_NO_ROUTE = "there is no such route: /v1/models lists what this server has, /v1/chat/completions asks it"
 _CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "body_too_large"}
 
 

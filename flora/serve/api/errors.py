@@ -17,7 +17,8 @@ from flora import errors
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
-_PATH = re.compile(r"(?<![\w.:/])(?:file://)?/(?:[\w.@+~-]+/)+[\w.@+~-]*")
+_ROUTE = r"/v1/(?:chat/completions|completions|models|load_lora_adapter|unload_lora_adapter)(?!\.?[\w/-])"  # our own
+_PATH = re.compile(rf"(?<![\w.:/])(?!{_ROUTE})(?:file://)?/(?:[\w.@+~-]+/)+[\w.@+~-]*")
 _MAX_CHARS = 1000
 
 

@@ -50,6 +50,16 @@ def test_an_answer_names_no_path_of_this_machine():
     assert "team/poems@v1 has 3/4" in envelope(errors.RequestInvalid(kept))["error"]["message"]
 
 
+def test_an_answer_names_the_routes_of_this_server():
+    for route in ("/v1/models", "/v1/completions", "/v1/chat/completions"):
+        told = envelope(errors.RequestInvalid("no", fix=f"send it to {route}"))["error"]["message"]
+        assert told == f"no. Fix: send it to {route}"
+        assert f"{route}." in envelope(errors.RequestInvalid(f"ask {route}."))["error"]["message"]
+
+    for path in ("/v1/models/base/weights", "/v1/completions.log", "/v1/secrets"):
+        assert path not in envelope(errors.RequestInvalid(f"cannot read {path}"))["error"]["message"]
+
+
 def test_what_went_wrong_inside_is_not_told():
     answer = envelope(errors.StoreError("blob damaged", cause="bit rot on disk 3", fix="call Ann"))["error"]["message"]
 

@@ -59,6 +59,13 @@ HOSTILE_NAMES = [
 ]
 
 
+def test_who_asks_a_route_that_is_none_is_told_two_that_are(server: Server):
+    message = error_of(server.get("/v1/nothing"))["message"]
+
+    assert "/v1/models" in message
+    assert "/v1/chat/completions" in message
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_an_unknown_model_is_not_found(server: Server, name: str):
     for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
