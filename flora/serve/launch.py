@@ -29,7 +29,7 @@ from flora.serve.api.state import ServerState
 from flora.serve.config import ServeConfig
 from flora.serve.frontend.client import EngineClient
 from flora.serve.frontend.engine_process import EngineProcess, started_engine
-from flora.serve.frontend.models import Models
+from flora.serve.frontend.models import Models, check_base_name
 from flora.serve.frontend.prompts import Prompts
 from flora.serve.frontend.template import TemplateRenderer
 from flora.serve.frontend.tokenizer import Tokenizer
@@ -47,10 +47,18 @@ _ENGINE_END_S = 5.0  # for a drained engine to end by itself
 def serve(config: ServeConfig) -> None:
     """Serve until a signal. Raises UsageError, what the base or the registry raise, and what the engine died of."""
     check_exposure(config)
+    _check_names(config)
     _allow_many_sockets()
     with contextlib.suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(config))
     logger.info("server ended")
+
+
+def _check_names(config: ServeConfig) -> None:
+    """Before the engine starts, which may take minutes."""
+    if config.engine.merge is None:  # else there is one model, and it has the adapter's name
+        with Registry.open(config.engine.registry) as registry:
+            check_base_name(registry, config.base_name, config.preload)
 
 
 class _Shutdown:

@@ -3,10 +3,11 @@
 The registry is asked on every request, so an alias that moved or a new version counts at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flora.errors import AdapterNotFound, BaseMismatch, NameInvalid
+from flora.errors import AdapterNotFound, BaseMismatch, NameInvalid, UsageError
 from flora.names import Reference, parse_reference
 from flora.registry import Entry, Registry, Version
 from flora.serve.frontend.carried import Carried, base_end_tokens
@@ -201,11 +202,34 @@ class Models:
         last = after or ""
         while len(found) <= limit:
             entries = self._registry.names(limit=limit + 1, after=last)
-            found += [entry for entry in entries if entry.version.base_id in (None, self.base_id)]
+            found += [entry for entry in entries if self._is_listed(entry)]
             if len(entries) <= limit:
                 break
             last = entries[-1].name
         return found[:limit], len(found) > limit
+
+    def _is_listed(self, entry: Entry) -> bool:
+        """One that was added under the base's name since the start cannot be asked: the name means the base."""
+        return entry.version.base_id in (None, self.base_id) and entry.name != self.base_name
+
+
+def check_base_name(registry: Registry, base_name: str, preload: Sequence[str]) -> None:
+    """Refuses a name of the base that hides an adapter, and adapters to load that are the base. Raises UsageError."""
+    if base_name in preload:
+        raise UsageError(
+            f"{base_name} is the base, which is no adapter to load",
+            cause="the base is always loaded",
+            fix="leave it out of --preload",
+        )
+    try:
+        hidden = registry.resolve(base_name)
+    except (AdapterNotFound, NameInvalid):
+        return
+    raise UsageError(
+        f"the base is to be served as {base_name}, and the registry has an adapter of that name, {hidden.ref}",
+        cause="whoever asks for the adapter would get the base",
+        fix="serve the base under another name: --base-name NAME",
+    )
 
 
 def _is_reference(text: str) -> bool:

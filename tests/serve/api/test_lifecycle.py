@@ -159,7 +159,7 @@ def raw_request(server: Server) -> socket.socket:
 
 
 def test_what_is_preloaded_is_resident_and_the_engine_dies_with_its_parent(world: World):
-    with running(world.config(preload=("sql@v1", BASE))) as server:
+    with running(world.config(preload=("sql@v1",))) as server:
         server.settle()
         assert server.get("/v1/models/sql@v1").json()["flora"]["residency"] == "cpu"
         pid = server.engine_pid
@@ -181,6 +181,15 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(world: World, tmp_path: 
     ended = start(world.config(preload=("nobody",)), tmp)
     assert ended.returncode == 5
     assert "error[FL-ADAPTER]" in ended.stderr
+
+    ended = start(world.config(preload=("sql@v1", BASE)), tmp)
+    assert ended.returncode == 2
+    assert f"{BASE} is the base" in ended.stderr
+    assert "engine ready" not in ended.stderr
+
+    ended = start(world.config(base_name="team/poems"), tmp)
+    assert ended.returncode == 2
+    assert "--base-name" in ended.stderr
 
     ended = start(world.config(engine={"base": broken}), tmp)
     assert ended.returncode == 1

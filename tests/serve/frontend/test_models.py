@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
-from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInvalid
+from flora.errors import AdapterInvalid, AdapterNotFound, BaseMismatch, NameInvalid, UsageError
 from flora.identity import BaseRecord, TensorRecord
 from flora.lowrank import LowRank
 from flora.registry import Registry
 from flora.serve.frontend.carried import base_end_tokens
-from flora.serve.frontend.models import Models
+from flora.serve.frontend.models import Models, check_base_name
 from tests.serve.frontend.vocabularies import byte_level
 
 TOKENIZER = byte_level()
@@ -53,6 +53,39 @@ def test_the_base_is_meant_by_its_name_or_by_nothing(registry: Registry, tmp_pat
     for name in (None, "org/tiny"):
         served = ask(registry, tmp_path, lambda models, name=name: models.resolve(name))
         assert (served.version, served.target) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["sql", "team/sql", "sql:prod", "sql@v1"])
+def test_a_base_may_not_hide_an_adapter(registry: Registry, name: str):
+    registry.add(adapter(), name.partition(":")[0].partition("@")[0], alias="prod")
+
+    with pytest.raises(UsageError, match="another name: --base-name") as caught:
+        check_base_name(registry, name, preload=())
+    assert f"served as {name}" in caught.value.what
+
+
+def test_the_base_is_no_adapter_to_preload(registry: Registry):
+    registry.add(adapter(), "sql")
+
+    check_base_name(registry, "org/tiny", preload=("sql",))
+    with pytest.raises(UsageError, match="--preload"):
+        check_base_name(registry, "org/tiny", preload=("sql", "org/tiny"))
+
+
+def test_a_base_may_have_a_name_that_no_adapter_could(registry: Registry):
+    check_base_name(registry, "my base", preload=())
+
+
+def test_an_adapter_that_comes_under_the_bases_name_later_is_not_listed_as_another(registry: Registry, tmp_path: Path):
+    for name in ("a", "org/tiny", "z"):
+        registry.add(adapter(), name)
+
+    pages = [ask(registry, tmp_path, lambda m, after=after: m.page(after=after, limit=1)) for after in (None, "a")]
+
+    assert [([entry.name for entry in entries], has_more) for entries, has_more in pages] == [
+        (["a"], True),
+        (["z"], False),
+    ]
 
 
 def test_a_reference_may_follow_the_bases_name(registry: Registry, tmp_path: Path):
