@@ -73,11 +73,17 @@ class Server:
                 return
             after = page["last_id"]
 
+    def resident(self) -> list[dict[str, Any]]:
+        """Every adapter that is loaded, by the name that it was loaded by."""
+        page = self._json("GET", "/v1/models", params={"limit": 1})
+        return (page.get("flora") or {}).get("resident") or []
+
     def load(self, ref: str, *, is_pinned: bool = False) -> dict[str, Any]:
         body: dict[str, Any] = {"lora_name": ref, "lora_path": ref}
         return self._json("POST", "/v1/load_lora_adapter", json=body | ({"pinned": True} if is_pinned else {}))
 
     def unload(self, ref: str) -> dict[str, Any]:
+        """ref: a reference, or the serving digest of what is loaded"""
         return self._json("POST", "/v1/unload_lora_adapter", json={"lora_name": ref})
 
     def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:

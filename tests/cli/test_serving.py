@@ -125,6 +125,22 @@ def test_load_unload_and_ps_tell_where_adapters_are(world):
     assert flora(home, "run", "nobody", "x", "--server", url, code=5) == ""
 
 
+def test_ps_lists_a_version_that_its_name_does_not_mean_now_and_unload_takes_its_digest(world):
+    home, url = world
+    current, other = ("sql@v2", "sql@v1") if greedy("sql", url) == greedy("sql@v2", url) else ("sql@v1", "sql@v2")
+    flora(home, "load", current, "--server", url)
+    digest = json.loads(flora(home, "load", other, "--server", url, "--json"))["serving_digest"]
+
+    rows = {row["version"]: row for row in json.loads(flora(home, "ps", "--server", url, "--json"))["models"]}
+    flora(home, "unload", digest, "--server", url)
+    after = json.loads(flora(home, "ps", "--server", url, "--json"))["models"]
+
+    assert rows[current]["model"] == "sql"
+    assert rows[digest]["model"].startswith("sql")
+    assert rows[digest]["place"] == "cpu"
+    assert digest not in [row["version"] for row in after]
+
+
 def test_with_a_key_file_only_its_keys_open_the_door(world, base, tmp_path):
     home, _ = world
     keys = tmp_path / "keys"

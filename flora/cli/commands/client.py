@@ -78,13 +78,19 @@ def ps(
 ) -> None:
     """List what a running server holds in memory: the base, and the adapters that are loaded.
 
+    One that no name means by itself, an older version or one that was removed, stands there with its digest, which
+    `flora unload` takes.
+
     [bold]Example[/bold]
 
       flora ps --all
     """
     form = choose_format(as_json=as_json, ids_only=quiet)
     with Server(url, api_key) as server:
-        rows = [_model_row(card) for card in server.models()]
+        cards, resident = list(server.models()), server.resident()
+    listed = {(card.get("flora") or {}).get("serving_digest") for card in cards}
+    rows = [_model_row(card) for card in cards]
+    rows += [_resident_row(adapter) for adapter in resident if adapter["serving_digest"] not in listed]
     columns = (
         Column("model", "model", keeps_whole=True),
         Column("version", "version", lambda version: version or "base"),
@@ -119,7 +125,14 @@ def load(
 
 
 def unload(
-    ref: Ref,
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF",
+            help="NAME, NAME:ALIAS or NAME@vN; or the sha256:… that `flora ps` shows.",
+            autocompletion=complete_reference,
+        ),
+    ],
     url: _Url = DEFAULT_URL,
     api_key: _Key = None,
     as_json: AsJson = False,
@@ -151,4 +164,14 @@ def _model_row(card: dict[str, Any]) -> dict[str, Any]:
         "rank": details.get("rank"),
         "num_bytes": details.get("bytes"),
         "place": "memory" if is_base else details.get("residency", "disk"),
+    }
+
+
+def _resident_row(adapter: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": adapter["label"],
+        "version": adapter["serving_digest"],
+        "rank": adapter["rank"],
+        "num_bytes": adapter["bytes"],
+        "place": adapter["residency"],
     }

@@ -6,13 +6,14 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flora.errors import NameInvalid
+from flora.errors import AdapterNotFound, NameInvalid
 from flora.registry import Entry, Version
 from flora.serve.api.disconnect import until_disconnect
 from flora.serve.api.ignored import ignored_header
 from flora.serve.api.parsing import parse
 from flora.serve.api.schema import LoadBody, UnloadBody
 from flora.serve.api.state import ServerState
+from flora.serve.messages import Ready
 
 MAX_PAGE = 1000
 
@@ -27,7 +28,8 @@ def model_routes(state: ServerState) -> APIRouter:
     ) -> Response:
         """The base, then adapters in the order of names; the id of the last one, as `after`, asks for the next page.
 
-        Where one adapter is merged into the base, it is the only model.
+        Where one adapter is merged into the base, it is the only model. Beside the list stands all that is loaded: also
+        what no name means any more.
         """
         starts = after is None
         first = state.models.default_name
@@ -43,6 +45,7 @@ def model_routes(state: ServerState) -> APIRouter:
                 "has_more": has_more,
                 "first_id": cards[0]["id"] if cards else None,
                 "last_id": cards[-1]["id"] if cards else None,
+                "flora": {"resident": resident(state)},
             }
         )
 
@@ -80,19 +83,30 @@ def adapter_routes(state: ServerState) -> APIRouter:
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
-        """Give an adapter's pages back once its running requests are done. The next request for it loads it again."""
+        """Give an adapter's pages back once its running requests are done. The next request for it loads it again.
+
+        `lora_name` may be the serving digest of what is resident: perhaps no name means it any more.
+        """
         body, unknown = parse(UnloadBody, await request.body())
-        served = await state.models.resolve(body.lora_name)
-        if served.target is None or served.version is None:
-            what = "the base" if served.version is None else f"{body.lora_name} is merged into the base, and"
-            raise NameInvalid(f"{what} cannot be unloaded", fix="name an adapter", param="lora_name")
-        state.models.forget_nickname(body.lora_name)
-        unloaded = await until_disconnect(request, state.client.unload_adapter(served.target.serving_digest))
+        if body.lora_name.startswith("sha256:"):
+            digest, ref = _resident_digest(state, body.lora_name), body.lora_name
+        else:
+            digest, ref = await named(body.lora_name)
+            state.models.forget_nickname(body.lora_name)
+        unloaded = await until_disconnect(request, state.client.unload_adapter(digest))
         return JSONResponse(
-            _both_flavours(state, f"{body.lora_name} is unloaded", unloaded=served.target.serving_digest)
-            | {"was_resident": unloaded.was_resident, "flora": {"ref": served.version.ref}},
+            _both_flavours(state, f"{body.lora_name} is unloaded", unloaded=digest)
+            | {"was_resident": unloaded.was_resident, "flora": {"ref": ref}},
             headers=ignored_header(unknown),
         )
+
+    async def named(name: str) -> tuple[str, str]:
+        """Serving digest and reference of the adapter that the name means."""
+        served = await state.models.resolve(name)
+        if served.target is None or served.version is None:
+            what = "the base" if served.version is None else f"{name} is merged into the base, and"
+            raise NameInvalid(f"{what} cannot be unloaded", fix="name an adapter", param="lora_name")
+        return served.target.serving_digest, served.version.ref
 
     return router
 
@@ -142,8 +156,38 @@ def residency(state: ServerState, version: Version) -> str:
         return "disk"
     is_merged = ready.merged == version.serving_digest
     if is_merged or any(adapter.serving_digest == version.serving_digest for adapter in beat.resident):
-        return "cpu" if ready.device.startswith("cpu") else "gpu"
+        return _place(ready)
     return "disk"
+
+
+def resident(state: ServerState) -> list[dict[str, Any]]:
+    """Every adapter in the pool, by the name that it was loaded by, which may mean another one now."""
+    beat, ready = state.client.heartbeat, state.client.ready
+    if beat is None or ready is None:
+        return []
+    return [
+        {
+            "label": adapter.label,
+            "serving_digest": adapter.serving_digest,
+            "rank": adapter.rank,
+            "bytes": adapter.num_pages * ready.page_bytes,  # what it takes of the pool
+            "residency": _place(ready),
+        }
+        for adapter in beat.resident
+    ]
+
+
+def _resident_digest(state: ServerState, digest: str) -> str:
+    """The digest itself. Raises AdapterNotFound if nothing in the pool has it."""
+    if any(adapter["serving_digest"] == digest for adapter in resident(state)):
+        return digest
+    raise AdapterNotFound(
+        "no adapter of that digest is loaded", fix="`flora ps` lists what is; or give a name", param="lora_name"
+    )
+
+
+def _place(ready: Ready) -> str:
+    return "cpu" if ready.device.startswith("cpu") else "gpu"
 
 
 def _both_flavours(
@@ -151,6 +195,6 @@ def _both_flavours(
 ) -> dict[str, Any]:
     """What clients of vLLM and of SGLang look for. The heartbeat is a moment old, so it is told of this change."""
     beat = state.client.heartbeat
-    resident = [adapter for adapter in beat.resident if adapter.serving_digest != unloaded] if beat else []
-    adapters = {adapter.label: adapter.serving_digest for adapter in resident} | dict([loaded] if loaded else [])
+    left = [adapter for adapter in beat.resident if adapter.serving_digest != unloaded] if beat else []
+    adapters = {adapter.label: adapter.serving_digest for adapter in left} | dict([loaded] if loaded else [])
     return {"success": True, "message": message, "error_message": "", "loaded_adapters": adapters}

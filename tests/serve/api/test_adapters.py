@@ -161,6 +161,30 @@ def test_load_makes_an_adapter_resident_and_unload_gives_its_pages_back(server: 
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "loaded"}).json()["was_resident"] is False
 
 
+def test_what_no_name_means_any_more_is_told_and_unloaded_by_its_digest(server: Server, world: World):
+    def resident() -> dict[str, dict[str, Any]]:
+        return {adapter["label"]: adapter for adapter in server.get("/v1/models").json()["flora"]["resident"]}
+
+    version = world.add(world.adapter(42), "gone")
+    assert server.post("/v1/load_lora_adapter", {"lora_name": "gone"}).status_code == 200
+    with world.registry as registry:
+        registry.remove("gone@v1", force=True)
+    eventually(lambda: "gone" in resident())
+    told = resident()["gone"]
+
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "gone"}).status_code == 404
+    answer = server.post("/v1/unload_lora_adapter", {"lora_name": told["serving_digest"]})
+
+    assert told["serving_digest"] == version.serving_digest
+    assert (told["rank"], told["residency"]) == (version.max_rank, "cpu")
+    assert told["bytes"] > 0
+    assert answer.json()["was_resident"] is True
+    eventually(lambda: "gone" not in resident())
+    again = server.post("/v1/unload_lora_adapter", {"lora_name": told["serving_digest"]})
+    assert again.status_code == 404
+    assert "no adapter of that digest is loaded" in again.json()["error"]["message"]
+
+
 def test_a_loaded_name_may_be_the_clients_own(server: Server, client: openai.OpenAI):
     server.post("/v1/load_lora_adapter", {"lora_name": "nick", "lora_path": "sql@v1", "load_inplace": True})
 
