@@ -83,8 +83,11 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
+        found = ["cpu", *(f"cuda:{ordinal}" for ordinal in range(torch.cuda.device_count()))]
         raise UsageError(
-            f"{name!r} is no device of this machine", cause=str(error).partition("\n")[0], fix="give cpu, or cuda"
+            f"{name!r} is no device of this machine",
+            cause=str(error).partition("\n")[0],
+            fix=f"give {' or '.join(found)}",
         ) from error
 
 

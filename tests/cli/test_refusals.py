@@ -253,6 +253,25 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_version(stored, base, tuned,
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_only_devices_that_are_there_are_proposed(flora, base, tuned):
+    found = ["cpu", *(f"cuda:{ordinal}" for ordinal in range(torch.cuda.device_count()))]
+
+    done = flora("extract", base, tuned, "--rank", 2, "--device", "cuda:99", code=2)
+
+    assert f"fix: give {' or '.join(found)}\n" in done.err
+
+
+def test_a_gpu_that_pytorch_does_not_find_is_no_bug_of_the_engine(home, base):
+    """With a pool's size nobody asks the driver before the engine does."""
+    words = ["serve", str(base), "--device", "cuda:99", "--pool", "32MiB", "--host-cache", "16MiB", "--port", "0"]
+
+    done = subprocess.run([sys.executable, "-m", "flora", *words], capture_output=True, text=True, timeout=120)
+
+    assert done.returncode == 2
+    assert "error[FL-USAGE]: there is no GPU cuda:99 to serve on" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_ctrl_c_ends_with_130(home):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

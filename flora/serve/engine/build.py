@@ -220,8 +220,18 @@ def choose_ops(device: torch.device, *, batch_invariant: bool = False) -> Ops:
 
 
 def _device(name: str) -> torch.device:
+    """Raises UsageError for a GPU that PyTorch does not find."""
     device = torch.device(name)
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+    if device.type != "cuda":
+        return device
+    device, count = torch.device("cuda", device.index or 0), torch.cuda.device_count()
+    if device.index >= count:
+        raise UsageError(
+            f"there is no GPU {name} to serve on",
+            cause=f"PyTorch {torch.__version__} finds {count or 'none'}",
+            fix=f"give --device {'cuda:0' if count else 'cpu'}; `flora doctor` says what keeps PyTorch from a GPU",
+        )
+    return device
 
 
 def _dtype(name: str) -> torch.dtype:
