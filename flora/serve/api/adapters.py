@@ -1,12 +1,14 @@
 """GET /v1/models, and vLLM's routes that load and unload an adapter by name."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from flora.errors import AdapterNotFound, NameInvalid
+from flora.errors import AdapterNotFound, FloraError, NameInvalid
 from flora.registry import Entry, Version
 from flora.serve.api.disconnect import until_disconnect
 from flora.serve.api.ignored import ignored_header
@@ -68,10 +70,11 @@ def adapter_routes(state: ServerState) -> APIRouter:
         """Make an adapter resident. `lora_path` is a registry reference; `lora_name` stands for it on this server."""
         body, unknown = parse(LoadBody, await request.body())
         reference = body.lora_name if body.lora_path is None else body.lora_path
-        served = await state.models.nickname(body.lora_name, reference)
-        if served.target is None or served.version is None:
-            raise NameInvalid("the base is always loaded", fix="name an adapter", param="lora_name")
-        loaded = await until_disconnect(request, state.client.load_adapter(served.target, pinned=bool(body.pinned)))
+        with _blaming("lora_name" if body.lora_path is None else "lora_path"):
+            served = await state.models.nickname(body.lora_name, reference)
+            if served.target is None or served.version is None:
+                raise NameInvalid("the base is always loaded", fix="name an adapter", param="lora_name")
+            loaded = await until_disconnect(request, state.client.load_adapter(served.target, pinned=bool(body.pinned)))
         return JSONResponse(
             _both_flavours(state, f"{body.lora_name} is loaded", loaded=(body.lora_name, served.version.ref))
             | {
@@ -91,7 +94,8 @@ def adapter_routes(state: ServerState) -> APIRouter:
         if body.lora_name.startswith("sha256:"):
             digest, ref = _resident_digest(state, body.lora_name), body.lora_name
         else:
-            digest, ref = await named(body.lora_name)
+            with _blaming("lora_name"):
+                digest, ref = await named(body.lora_name)
             state.models.forget_nickname(body.lora_name)
         unloaded = await until_disconnect(request, state.client.unload_adapter(digest))
         return JSONResponse(
@@ -175,6 +179,16 @@ def resident(state: ServerState) -> list[dict[str, Any]]:
         }
         for adapter in beat.resident
     ]
+
+
+@contextlib.contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Errors name this field where they would name `model`, which these bodies do not have."""
+    try:
+        yield
+    except FloraError as error:
+        error.values.setdefault("param", param)
+        raise
 
 
 def _resident_digest(state: ServerState, digest: str) -> str:

@@ -22,12 +22,38 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 _MAX_TOKENS = 2**31 - 1
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _check_stop(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(
+        isinstance(stop, str) and 1 <= len(stop) <= MAX_STOP_CHARS for stop in stops
+    ):
+        raise PydanticCustomError(
+            "stop",
+            f"give a string of 1 to {MAX_STOP_CHARS} characters, or a list of up to {MAX_STOP_STRINGS} of them",
+        )
+    return stops
 
 
 def _parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise PydanticCustomError("content", 'give a string, or a list of parts such as {"type": "text", "text": "hi"}')
+    return parts
+
+
+def _check_format(value: Any) -> Any:
+    if not isinstance(value, dict | None):
+        raise PydanticCustomError("format", 'give {"type": "text"}')
+    return value
+
+
+def _check_format_type(value: Any) -> Any:
+    """Names what is asked for most often."""
+    if isinstance(value, str) and value.startswith("json"):
+        raise PydanticCustomError(
+            "json", 'JSON output is not supported by this server; leave response_format out, or give {"type": "text"}'
+        )
+    return value
 
 
 def _check_plain(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -68,11 +94,7 @@ def _is_list_of_prompts(value: Any) -> bool:
 
 
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKENS)]
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOP_STRINGS),
-    BeforeValidator(_listed),
-]
+StopStrings = Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_check_stop)]
 TemplateKwargs = Annotated[dict[str, JsonValue], Field(max_length=MAX_TEMPLATE_KWARGS), AfterValidator(_check_plain)]
 
 
@@ -181,7 +203,7 @@ class Message(Body):
 
 
 class TextFormat(Body):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_check_format_type)]
 
 
 class ChatBody(_Generation):
@@ -190,7 +212,7 @@ class ChatBody(_Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: TextFormat | None = None
+    response_format: Annotated[TextFormat | None, BeforeValidator(_check_format)] = None
     add_generation_prompt: bool = True
     chat_template_kwargs: TemplateKwargs | None = None
     reasoning_effort: str | None = Field(None, max_length=32)

@@ -218,6 +218,16 @@ def test_load_takes_references_only_and_names_that_are_free(
     assert server.post("/v1/completions", {"model": "x", "prompt": "a"}).status_code == 404
 
 
+def test_a_refused_load_names_the_field_that_is_wrong(server: Server):
+    def param(route: str, **body: str) -> str:
+        return server.post(f"/v1/{route}_lora_adapter", body).json()["error"]["param"]
+
+    assert param("load", lora_name="nobody") == "lora_name"
+    assert param("load", lora_name="x", lora_path="nobody") == "lora_path"
+    assert param("load", lora_name=BASE) == "lora_name"
+    assert param("unload", lora_name="nobody") == "lora_name"
+
+
 def test_unload_of_an_unknown_name_or_the_base_is_refused(server: Server):
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "nobody"}).status_code == 404
     assert server.post("/v1/unload_lora_adapter", {"lora_name": BASE}).status_code == 400

@@ -153,6 +153,30 @@ def test_what_would_have_to_change_the_answer_is_refused_and_its_neutral_value_i
     assert parse(CompletionBody, json.dumps(COMPLETION | {field: neutral}).encode())[1] == []
 
 
+@pytest.mark.parametrize("content", [5, None, {"type": "text", "text": "x"}, ["x"], [5]])
+def test_content_of_another_type_is_told_what_to_be(content: Any):
+    refusal = refused(ChatBody, CHAT | {"messages": [{"role": "user", "content": content}]})
+
+    assert refusal.what == (
+        'messages.0.content: give a string, or a list of parts such as {"type": "text", "text": "hi"}'
+    )
+
+
+@pytest.mark.parametrize("stop", [3, "", [""], [3], {}, "x" * 257])
+def test_a_stop_string_of_another_type_is_told_what_to_be(stop: Any):
+    refusal = refused(CompletionBody, COMPLETION | {"stop": stop})
+
+    assert refusal.what == "stop: give a string of 1 to 256 characters, or a list of up to 16 of them"
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_json_output_is_refused_by_that_name(kind: str):
+    told = refused(ChatBody, CHAT | {"response_format": {"type": kind}}).what
+
+    assert "JSON output is not supported by this server" in told
+    assert 'give {"type": "text"}' in refused(ChatBody, CHAT | {"response_format": kind}).what
+
+
 def test_a_response_format_other_than_text_is_refused():
     assert chat(response_format={"type": "text"}).messages
     assert refused(ChatBody, CHAT | {"response_format": {"type": "json_schema"}}).param == "response_format.type"
