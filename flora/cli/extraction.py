@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from flora.cli.progress import Report, progress
+from flora.cli.output import note
+from flora.cli.progress import progress
 from flora.cli.sizes import show_bytes
 from flora.errors import FloraError, NameInvalid, UsageError
 from flora.names import check_name
@@ -155,24 +156,38 @@ def extract_all(
     *,
     records: Callable[[], Sequence[BaseRecord]] | None = None,
     is_quiet: bool = False,
+    can_resume: bool = False,
 ) -> list[Outcome | FloraError]:
     """Extracts several fine-tunes of one base, which is read once, and stores each adapter where its target says.
 
     What is wrong with one fine-tune's weights stands in its place. What headers and names can show is raised before
     any weight is read.
 
-    records  see extract_many
+    records     see extract_many
+    can_resume  who interrupts the work may go on later, and is told how
     """
     from flora.extract import extract_many
 
     registries = [_open_target(target, base, config, registry_url) for target in targets]
     title = f"extracting {tuned[0].path.name}" + (f" and {len(tuned) - 1} more" if len(tuned) > 1 else "")
-    with progress(title, is_quiet=is_quiet) as report:
-        found = extract_many(base, tuned, config, _telling(report), records)
-    return [
-        result if isinstance(result, FloraError) else _store(result, base, one, target, registry)
-        for result, one, target, registry in zip(found, tuned, targets, registries, strict=True)
-    ]
+    num_done = 0  # tensors, each on record
+
+    def tell(done: ExtractProgress) -> None:
+        nonlocal num_done
+        num_done += 1
+        report(done.done_bytes / max(1, done.total_bytes), _detail(done))
+
+    try:
+        with progress(title, is_quiet=is_quiet) as report:
+            found = extract_many(base, tuned, config, tell, records)
+        return [
+            result if isinstance(result, FloraError) else _store(result, base, one, target, registry)
+            for result, one, target, registry in zip(found, tuned, targets, registries, strict=True)
+        ]
+    except KeyboardInterrupt:
+        if can_resume and num_done:
+            note(f"{num_done} tensors are done: the same command with --resume goes on from there")
+        raise
 
 
 def _store(
@@ -252,12 +267,8 @@ def _check_name_is_free(registry: Registry, name: str, base: Checkpoint, config:
         )
 
 
-def _telling(report: Report) -> Callable[[ExtractProgress], None]:
-    def tell(done: ExtractProgress) -> None:
-        detail = f"{done.done_modules}/{done.total_modules} modules, {show_bytes(done.done_bytes)}"
-        report(done.done_bytes / max(1, done.total_bytes), detail)
-
-    return tell
+def _detail(done: ExtractProgress) -> str:
+    return f"{done.done_modules}/{done.total_modules} modules, {show_bytes(done.done_bytes)}"
 
 
 def journal_dir() -> Path:

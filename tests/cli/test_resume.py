@@ -18,6 +18,15 @@ from flora.registry import Registry
 Registry.add = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # the work is done, and nothing is stored yet
 main(sys.argv[1:])
 """
+INTERRUPTED_WHEN_STORING = """
+import os, signal, sys
+from flora.cli import main
+from flora.registry import Registry
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it, and so would this
+Registry.add = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def unfinished(home):
@@ -39,6 +48,29 @@ def test_a_run_killed_before_its_adapter_was_stored_loses_nothing(flora, base, t
     assert unfinished(home) == []
     afresh = flora(*words, "--registry", tmp_path / "other", "--json").json["adapters"][0]
     assert (afresh["num_resumed"], afresh["digest"]) == (0, done["digest"])
+
+
+def test_who_interrupts_a_run_is_told_how_it_goes_on(flora, base, tuned, home):
+    words = ["extract", base, tuned, "--rank", "8", "--name", "sql"]
+    env = os.environ | {"FLORA_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-c", INTERRUPTED_WHEN_STORING, *map(str, words)]
+
+    interrupted = subprocess.run(script, env=env, capture_output=True, text=True)
+
+    assert interrupted.returncode == 130
+    assert interrupted.stderr == (
+        "20 tensors are done: the same command with --resume goes on from there\ninterrupted\n"
+    )
+    assert flora(*words, "--resume", "--json").json["adapters"][0]["num_resumed"] == 20
+
+
+def test_before_the_first_tensor_there_is_nothing_to_go_on_with(flora, base, tuned, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flora.extract.extract_many", interrupted)
+
+    assert flora("extract", base, tuned, "--rank", 8, code=130).err == "interrupted\n"
 
 
 def test_a_finished_run_leaves_nothing_to_resume(flora, base, tuned, home):

@@ -123,7 +123,14 @@ def extract(
             return
         is_quiet = form is Format.IDS
         found = extract_all(
-            checkpoints[0], checkpoints[1:], targets, config, registry, records=records, is_quiet=is_quiet
+            checkpoints[0],
+            checkpoints[1:],
+            targets,
+            config,
+            registry,
+            records=records,
+            is_quiet=is_quiet,
+            can_resume=not allow_pickle,  # the copies of pickled weights end with the run, and its record is of them
         )
     _tell(form, targets, found, is_strict=strict)
 
