@@ -174,7 +174,7 @@ def lora_cases(bench: Bench, ranks: list[int]) -> Iterator[tuple[str, LoraWork, 
     yield "distinct", decode_work(bench, list(range(n)), 1, ranks), n
     yield "four adapters", decode_work(bench, hot, n // 4, ranks), n
     yield "one of rank 64", decode_work(bench, hot[-1:], n, ranks), n
-    yield "none", cut_work(bench, [], ranks, (n, n)), n
+    yield "none", cut_work(bench, [], ranks, n), n
     yield "prefill 2048, rank 64", prompt_work(bench, hot[-1], 2048, ranks), 2048
     yield "prefill 2048, rank 16", prompt_work(bench, hot[1], 2048, ranks), 2048
 

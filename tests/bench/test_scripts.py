@@ -98,6 +98,20 @@ def test_prompts_in_one_list_and_in_two_agree_before_they_are_timed(tmp_path, mo
     assert all(row["us"].keys() == {"no prompts", "apart", "joint"} and min(row["us"].values()) > 0 for row in rows)
 
 
+def test_every_case_of_the_kernels_has_lists_of_its_rows(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import kernel_lora
+    import kernel_world
+
+    bench, ranks = kernel_world.Bench(torch.device("cpu"), kernel_world.TINY, [], 1), [8, 16, 32, 64] * 2
+    cases = {name: (work, rows) for name, work, rows in kernel_lora.lora_cases(bench, ranks)}
+
+    for name, (work, rows) in cases.items():
+        listed = work.expand.segments[: int(work.expand.num_segments)]
+        assert int(listed[:, 2].sum()) == (0 if name == "none" else rows), name
+    assert cases["none"][0].expand.room == cases["none"][0].shrink.room == len(ranks)
+
+
 def test_a_sweep_tries_no_tiling_that_is_the_default_and_none_twice(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(BENCHMARKS)
