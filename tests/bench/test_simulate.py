@@ -65,6 +65,7 @@ SIMULATED_LONG = {
     ("S2/2000/cluster-100",): ("S2", "2000", "--cluster", "100"),
     ("S2/200",): ("S2", "200"),
     ("S2/200/fixed-144",): ("S2", "200", "--fixed-slots", "144"),
+    ("S2/2000/fixed-176",): ("S2", "2000", "--fixed-slots", "176"),
     ("S2/200/capped",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400"),
     ("S2/200/capped/fixed-20",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "20"),
     ("S2/200/capped/fixed-24",): ("S2", "200", "--pool-gib", "7.08", "--requests", "400", "--fixed-slots", "24"),
