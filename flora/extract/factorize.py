@@ -24,6 +24,9 @@ ENERGY_BLOCK = 64  # columns by which the basis grows where an energy, not a ran
 OVERSHOOT = 1.3  # how much further the basis grows once it holds the energy, so that the trimmed rank is near the best
 EXHAUSTED = 1e-7  # share of the energy left outside a basis that float32 cannot tell from none
 DEPENDENT = 1e-6  # ratio of Cholesky's pivots beyond which two rounds in float64 may not be orthonormal in float32
+SETTLED = 1 / 4  # squared norm within the basis, of a block of unit rows: taking it away keeps the rest orthonormal
+ATTEMPTS = 8  # at that; a first or second has settled every matrix tried
+LOST = 1 / 2  # squared norm within the basis, of a unit row that was to be orthogonal to it: it is rounding
 FLOOR = 1e-7  # of the largest singular value: what lies below is rounding of float32
 
 
@@ -99,7 +102,7 @@ def _krylov(
     k, held = 0, 0.0
     X = _first_rows(D, block, norm_squared, seed)
     while True:
-        Q[k : k + block] = _orthonormal_rows(X, Q[:k])
+        Q[k : k + block] = orthonormal_rows(X, Q[:k], seed)
         has_next = k + 2 * block <= rows  # most likely: then one walk through D makes both products
         returned = there_and_back(Q[k : k + block], D, QD, back=has_next)
         held += float(torch.linalg.vector_norm(QD, dim=1).double().square().sum())
@@ -152,12 +155,29 @@ def _leading(gram: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.flip(1).T.float(), squares.flip(0).double().clamp_min(0).sqrt()
 
 
-def _orthonormal_rows(X: Tensor, Q: Tensor) -> Tensor:
-    """Rows that span X's, orthonormal among themselves and to Q's. Twice is enough (Kahan, Parlett), once without Q."""
-    for _ in range(2 if len(Q) else 1):
-        X = X - (X @ Q.T) @ Q
-        X = _qr_rows(X)
+def orthonormal_rows(X: Tensor, Q: Tensor, seed: str) -> Tensor:
+    """Rows orthonormal among themselves and to Q's, that span what X's add to Q's; random ones where that is too few.
+
+    Twice is enough (Kahan, Parlett), once without Q, unless Q spans X as it does of a D of low rank: the first round
+    then leaves only rounding, and what that points to may lie within Q again. A round settles it if ‖XQᵀ‖² of its unit
+    rows was small, for no singular value of X - XQᵀQ is below sqrt(1 - ‖XQᵀ‖²). Rows mostly within Q begin again as
+    random signs: of those half or more lies outside, since Q has at most half of all dimensions.
+    """
+    X, _ = _take_away(Q, X)
+    for attempt in range(ATTEMPTS if len(Q) else 0):
+        X, within = _take_away(Q, X)
+        if not float(within.sum()) > SETTLED:  # nor where D overflows: NaN is settled by nothing
+            break
+        lost = within > LOST
+        X[lost] = _signs(int(lost.sum()), X.shape[1], f"{seed} {len(Q)} {attempt}").to(X.device)
+        X, _ = _take_away(Q, X)
     return X
+
+
+def _take_away(Q: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows of X - XQᵀQ, and how much of each of X's rows was within Q, squared."""
+    inside = X @ Q.T
+    return _qr_rows(X - inside @ Q), inside.square().sum(1)
 
 
 def _qr_rows(X: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from flora.extract.factorize import SAMPLE, cholesky_rows, factorize, wide
+from flora.extract.factorize import SAMPLE, cholesky_rows, factorize, orthonormal_rows, wide
+from flora.extract.fit import fit
 from flora.extract.products import empty_products, there_and_back
-from tests.extract.models import best_share
+from tests.extract.models import best_share, residual_share
 
 
 def matrix(shape, decay: float, seed: int = 0, noise: float = 0.0, rank: int | None = None) -> torch.Tensor:
@@ -87,6 +88,75 @@ def test_a_delta_of_low_rank_is_found_whole_and_no_further():
 
     assert held_share(D, basis.vectors[:16]) > 1 - 1e-6
     assert float(basis.values[16:].square().sum() / basis.values.square().sum()) < 1e-8
+
+
+def of_low_rank(shape: tuple[int, int], rank: int, seed: int, *, scale: float = 1.0, noise: float = 0.0):
+    """A product of normal factors, as a merged LoRA leaves it, plus white noise of `noise` beside elements near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    B, A = (torch.randn(size, generator=generator) for size in ((shape[0], rank), (rank, shape[1])))
+    return scale * (B @ A + noise * torch.randn(shape, generator=generator))
+
+
+def faults(delta: torch.Tensor, max_rank: int, seed: int, energy: float | None = None) -> list[str]:
+    """Where a basis claims more than there is, or float32 factors made of it keep less than numpy's would."""
+    exact = delta.double().numpy()
+    basis = factorized(wide(delta), max_rank, energy, seed=seed)
+    claimed = float(basis.values.square().sum()) / np.square(exact).sum()
+    rank = len(basis.values)
+    gram = basis.vectors.double() @ basis.vectors.double().T
+    skew = float((gram - torch.eye(rank, dtype=torch.float64)).abs().max())
+    kept = 1 - residual_share(exact, fit(delta, basis, rank, torch.float32).factors)
+    missed = best_share(exact, max_rank) - kept
+    found = []
+    found += [f"claims {claimed:.6f} of its norm"] if claimed > 1 + 2e-6 else []
+    found += [f"not orthonormal by {skew:.1e}"] if skew > 1e-5 else []
+    found += [f"keeps {missed:.1e} less than the best"] if missed > 1e-5 else []
+    return [f"seed {seed}, {tuple(delta.shape)}: {fault}" for fault in found]
+
+
+@pytest.mark.parametrize(("rank", "max_rank"), [(1, 4), (1, 16), (4, 4), (4, 16), (16, 4), (16, 16), (16, 32)])
+def test_a_delta_of_exactly_low_rank_is_not_overestimated_and_loses_nothing(rank, max_rank):
+    """What a block adds to the basis is rounding here, which may point back into it."""
+    shapes = [(200, 300), (300, 200), (128, 512), (64, 64)]
+
+    found = [f for seed in range(200) for f in faults(of_low_rank(shapes[seed % 4], rank, seed), max_rank, seed)]
+
+    assert not found, "\n".join(found)
+
+
+def test_no_scale_no_noise_and_no_untouched_row_makes_a_delta_of_low_rank_lose_any():
+    found = []
+    for seed in range(200):
+        scale, noise = 10.0 ** (seed % 13 - 8), (0.0, 1e-7, 1e-5, 1e-4)[seed % 4]  # 1e-8 to 1e4
+        delta = of_low_rank((160, 240), (1, 4, 16)[seed % 3], seed, scale=scale, noise=noise)
+        if seed % 5 == 0:
+            delta[::2] = 0
+        found += faults(delta, 16, seed)
+
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("energy", [None, 1.0])
+def test_large_deltas_of_low_rank_lose_nothing_either(energy):
+    """Where an energy is asked for, too, which at this size grows a Krylov space."""
+    found = []
+    for seed in range(6):
+        delta = of_low_rank([(1030, 1100), (2048, 1040)][seed % 2], (1, 4, 16)[seed % 3], seed)
+        found += faults(delta, 32, seed, energy)
+
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("is_zero", [False, True])
+def test_rows_that_a_basis_spans_already_make_room_for_others(is_zero):
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.eye(100)[:40]
+    X = 0 * Q[:8] if is_zero else torch.randn(8, 40, generator=generator) @ Q
+
+    rows = orthonormal_rows(X, Q, seed="0")
+
+    torch.testing.assert_close(rows @ rows.T, torch.eye(8), atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows @ Q.T, torch.zeros(8, 40), atol=1e-6, rtol=0)
 
 
 def test_deltas_too_small_to_square_in_float32_are_factorized_all_the_same():
