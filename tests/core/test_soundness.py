@@ -52,3 +52,9 @@ def test_only_a_merge_and_a_cut_of_it_can_keep_less_than_nothing():
 def test_the_signal_of_an_estimated_spectrum_may_sum_up_to_more_than_the_norm():
     """A randomized decomposition of a change of exactly low rank finds directions that are not there."""
     check_report(report(signal_energy=2.8), "extract", "flora.json")
+
+
+def test_a_whole_tensor_in_a_narrower_dtype_may_lose_more_than_had_changed():
+    check_report(report(status="exact", kept=-3.0), "extract", "flora.json")
+    with pytest.raises(AdapterInvalid, match="kept"):
+        check_report(report(status="exact", kept=-float("inf")), "extract", "flora.json")
