@@ -1,19 +1,19 @@
 """Triton: expand's way for segments of many rows, by tensor cores.
 
-v is taken in two terms of the weights' dtype, a product that keeps twice its digits.
+v is taken in two terms of the product's dtype, a product that keeps twice its digits.
 """
 
 import triton
 import triton.language as tl
 
-from flora.kernels.lora_shrink import matrix_offsets
+from flora.kernels.lora_shrink import as_factor, matrix_offsets
 
 
 @triton.jit
 def expand_rows(  # type: ignore[no-untyped-def]
     p_y, p_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size, num_rows, y_row_stride,
-    v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, VECTOR_N: tl.constexpr, BLOCK_N: tl.constexpr,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, VECTOR_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One item of lora_expand: rows that share an adapter, VECTOR_N outputs from n on, BLOCK_N at a time.
 
@@ -25,7 +25,7 @@ def expand_rows(  # type: ignore[no-untyped-def]
         p_tile_y = p_y + rows[:, None] * y_row_stride + n
         left = size - n
         b_high, b_low = _two_terms(
-            p_v + rows[:, None] * v_row_stride, m_rows, 0, v_split_stride, SPLITS, BLOCK_RANK, p_pool.dtype.element_ty
+            p_v + rows[:, None] * v_row_stride, m_rows, 0, v_split_stride, SPLITS, BLOCK_RANK, DTYPE
         )
         o_j = tl.arange(0, BLOCK_RANK)
         m_j = o_j < rank
@@ -37,15 +37,15 @@ def expand_rows(  # type: ignore[no-untyped-def]
     else:
         expand_rows_by_block(
             p_y, p_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size, num_rows,
-            y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_ROWS, BLOCK_RANK, VECTOR_N, BLOCK_N,
+            y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE, SPLITS, BLOCK_ROWS, BLOCK_RANK, VECTOR_N, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit
 def expand_rows_by_block(  # type: ignore[no-untyped-def]
     p_y, p_v, p_pool, p_slot_cells, b_chunk, row_chunks, cell_chunks, rank, scale, n, size, num_rows, y_row_stride,
-    v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr, VECTOR_N: tl.constexpr, BLOCK_N: tl.constexpr,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr, VECTOR_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same for any rank, one block after another."""
     rows = tl.arange(0, BLOCK_ROWS).to(tl.int64)
@@ -54,7 +54,6 @@ def expand_rows_by_block(  # type: ignore[no-untyped-def]
     p_tile_y = p_y + rows[:, None] * y_row_stride + n
     left = size - n
     n_chunk = b_chunk + n // 64
-    DTYPE: tl.constexpr = p_pool.dtype.element_ty
     for part in range(0, tl.minimum(VECTOR_N, left), BLOCK_N):
         b_delta = tl.zeros((BLOCK_ROWS, BLOCK_N), tl.float32)
         for j in range(0, rank, BLOCK_RANK):
@@ -86,6 +85,7 @@ def _add_block(  # type: ignore[no-untyped-def]
     """b_delta [rows, BLOCK_N] plus (high + low) times a block of B's rows, from the column `part` on."""
     o_n = part + tl.arange(0, BLOCK_N)
     b_b = tl.load(p_rows_b[:, None] + o_n[None, :], mask=m_j[:, None] & (o_n < left)[None, :], other=0.0)
+    b_b = as_factor(b_b, b_high.dtype)
     b_delta = tl.dot(b_high, b_b, b_delta, input_precision="ieee")
     if b_b.dtype != tl.float32:
         b_delta = tl.dot(b_low, b_b, b_delta, input_precision="ieee")

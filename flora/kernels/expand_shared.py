@@ -2,7 +2,7 @@
 
 A tile of B is on its way while the one before it is multiplied, and the first ones while shrink ends. Outputs are the
 product's rows and the step's rows its columns, of which a tensor core takes eight at a time: with few rows little of it
-is idle, and a row's bits do not depend on the columns beside it. v is taken in two terms of the weights' dtype, a
+is idle, and a row's bits do not depend on the columns beside it. v is taken in two terms of the product's dtype, a
 product that keeps twice its digits.
 """
 
@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from flora.kernels.lora_shrink import matrix_offsets
+from flora.kernels.lora_shrink import as_factor, matrix_offsets
 
 
 @triton.jit
 def expand_whole_rank(  # type: ignore[no-untyped-def]
     p_y, p_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale, width, num_rows, y_row_stride,
-    v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`width` outputs of rows that share an adapter of at most RANK: v is read once for all of them.
 
@@ -34,20 +34,20 @@ def expand_whole_rank(  # type: ignore[no-untyped-def]
     o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
     p_b = p_pool + o_b[None, :] + o_n[:, None]
     p_out = p_y + o_rows[None, :] * y_row_stride + o_n[:, None]
-    b_high = tl.zeros((RANK, ROWS), p_pool.dtype.element_ty)
-    b_low = tl.zeros((RANK, ROWS), p_pool.dtype.element_ty)
+    b_high = tl.zeros((RANK, ROWS), DTYPE)
+    b_low = tl.zeros((RANK, ROWS), DTYPE)
     for part in tl.range(0, width, BLOCK_N, num_stages=STAGES):
         m_n = (part + o_n < width)[:, None]
         b_b = tl.load(p_b + part, mask=m_n & m_j[None, :], other=0.0)
         if part == 0:
             if OVERLAP:
                 gdc_wait()
-            b_high, b_low = _two_terms(
-                p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS, p_pool.dtype.element_ty
+            b_high, b_low = two_terms(
+                p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS, DTYPE
             )
         if ADD:
             b_y = tl.load(p_out + part, mask=m_n & m_rows, other=0.0)
-        b_delta = _multiply(tl.zeros((BLOCK_N, ROWS), tl.float32), b_b, b_high, b_low)
+        b_delta = multiply(tl.zeros((BLOCK_N, ROWS), tl.float32), as_factor(b_b, DTYPE), b_high, b_low)
         b_delta *= scale
         if ADD:
             b_delta += b_y.to(tl.float32)
@@ -57,8 +57,8 @@ def expand_whole_rank(  # type: ignore[no-untyped-def]
 @triton.jit
 def expand_by_rank(  # type: ignore[no-untyped-def]
     p_y, p_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale, width, num_rows, y_row_stride,
-    v_split_stride, v_row_stride, ADD: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The same for any rank, RANK after RANK."""
     o_rows = tl.arange(0, ROWS)
@@ -75,11 +75,10 @@ def expand_by_rank(  # type: ignore[no-untyped-def]
             m_j = o_j < rank
             o_b = matrix_offsets(p_slot_cells, n_chunk, row_chunks, cell_chunks, o_j, m_j)
             b_b = tl.load(p_pool + o_b[None, :] + (part + o_n)[:, None], mask=m_n & m_j[None, :], other=0.0)
-            b_high, b_low = _two_terms(
-                p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS,
-                p_pool.dtype.element_ty,
+            b_high, b_low = two_terms(
+                p_v + o_rows[None, :] * v_row_stride, m_rows, o_j, rank, v_split_stride, SPLITS, DTYPE,
             )  # fmt: skip
-            b_delta = _multiply(b_delta, b_b, b_high, b_low)
+            b_delta = multiply(b_delta, as_factor(b_b, DTYPE), b_high, b_low)
         b_delta *= scale
         if ADD:
             b_delta += tl.load(p_out + part, mask=m_n & m_rows, other=0.0).to(tl.float32)
@@ -87,7 +86,7 @@ def expand_by_rank(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _two_terms(  # type: ignore[no-untyped-def]
+def two_terms(  # type: ignore[no-untyped-def]
     p_rows_v, m_rows, o_j, rank, v_split_stride, SPLITS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """(high, low) [rank, rows] in DTYPE: v summed over its partials, and what its rounding leaves of it."""
@@ -101,7 +100,7 @@ def _two_terms(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _multiply(b_delta, b_b, b_high, b_low):  # type: ignore[no-untyped-def]
+def multiply(b_delta, b_b, b_high, b_low):  # type: ignore[no-untyped-def]
     b_delta = tl.dot(b_b, b_high, b_delta, input_precision="ieee")
     if b_b.dtype != tl.float32:
         b_delta = tl.dot(b_b, b_low, b_delta, input_precision="ieee")

@@ -5,9 +5,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from flora.kernels.expand_pairs import expand_whole_rank_in_pairs
 from flora.kernels.expand_rows import expand_rows
 from flora.kernels.expand_shared import expand_by_rank, expand_whole_rank
-from flora.kernels.lora_shrink import load_segment
+from flora.kernels.lora_shrink import load_segment, triton_dtype
 from flora.kernels.modules import CHUNK, MODULES, Place, row_alignment
 from flora.kernels.tuning import LoraTuning, grid_size, overlapped
 from flora.kernels.weights import AdapterWeights
@@ -44,6 +45,8 @@ def lora_expand(
     crowd = tuning.expand_crowd * num_sms
     absent = [0] * (3 - len(place.out_sizes))
     starts, sizes = (*place.out_starts, *absent), (*place.out_sizes, *absent)
+    is_half = y.dtype.itemsize == 2
+    come_in_pairs = is_half and not any(length % 2 for length in (y.stride(0), *starts, *sizes))
     most_items = max(items, min(few_items, crowd * (width // narrow)))
     many = work.block_rows > SEGMENT_ROWS  # a persistent grid; where segments have few rows one program has one item
     _lora_expand_kernel[(grid_size(items, tuning.programs_per_sm, num_sms) if many else most_items,)](
@@ -69,6 +72,8 @@ def lora_expand(
         SPLITS=v.shape[0],
         MANY=many,
         ADD=add,
+        DTYPE=triton_dtype(weights.product_dtype(y.dtype)),
+        PAIRS=come_in_pairs and weights.are_fp8,
         WIDTH=width,
         NARROW=narrow,
         SMALL_N=min(tuning.expand_small_n, narrow),
@@ -79,7 +84,7 @@ def lora_expand(
         BLOCK_RANK=tuning.block_rank,
         num_warps=tuning.expand_warps,
         num_stages=tuning.expand_stages,
-        maxnreg=tuning.expand_registers if y.dtype.itemsize == 2 else None,
+        maxnreg=tuning.expand_registers if is_half else None,
         **overlapped(overlap),
     )
 
@@ -114,6 +119,8 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
     SPLITS: tl.constexpr,
     MANY: tl.constexpr,  # segments may have more rows than a product of few
     ADD: tl.constexpr,  # to what y holds
+    DTYPE: tl.constexpr,  # of the product
+    PAIRS: tl.constexpr,  # factors in fp8: two outputs are read, and written, as one
     WIDTH: tl.constexpr,  # outputs per item
     NARROW: tl.constexpr,  # where there would be less than `crowd` items
     SMALL_N: tl.constexpr,  # outputs per product: of ranks up to 16
@@ -155,8 +162,8 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
                 expand_rows(
                     p_y + first_row * y_row_stride + start, p_v + first_row * v_row_stride + i_slice * v_slice_stride,
                     p_pool, p_cells + slot * cells_slot_stride, b_chunk, tl.cdiv(size, 64), cell_chunks, rank, scale,
-                    n, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS, BLOCK_ROWS, BLOCK_RANK,
-                    WIDTH, LARGE_N,
+                    n, size, num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE,
+                    SPLITS, BLOCK_ROWS, BLOCK_RANK, WIDTH, LARGE_N,
                 )  # fmt: skip
     elif i_first < num_items:  # a loop's registers would be spilled
         i_slice, start, size, n = _outputs_of(
@@ -171,29 +178,47 @@ def _lora_expand_kernel(  # type: ignore[no-untyped-def]
         p_rows_y = p_y + first_row * y_row_stride + start + n
         if (rank > 0) | (not ADD):
             if rank <= 16:
-                expand_whole_rank(
+                _expand_few(
                     p_rows_y, p_rows_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale,
-                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS,
-                    BLOCK_ROWS, 16, SMALL_N, STAGES, OVERLAP,
+                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE,
+                    SPLITS, BLOCK_ROWS, 16, SMALL_N, STAGES, OVERLAP, PAIRS,
                 )  # fmt: skip
             elif rank <= 32:
-                expand_whole_rank(
+                _expand_few(
                     p_rows_y, p_rows_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale,
-                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS,
-                    BLOCK_ROWS, 32, MIDDLE_N, STAGES, OVERLAP,
+                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE,
+                    SPLITS, BLOCK_ROWS, 32, MIDDLE_N, STAGES, OVERLAP, PAIRS,
                 )  # fmt: skip
             elif rank <= 64:
-                expand_whole_rank(
+                _expand_few(
                     p_rows_y, p_rows_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale,
-                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS,
-                    BLOCK_ROWS, 64, LARGE_N, STAGES, OVERLAP,
+                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE,
+                    SPLITS, BLOCK_ROWS, 64, LARGE_N, STAGES, OVERLAP, PAIRS,
                 )  # fmt: skip
             else:
                 expand_by_rank(
                     p_rows_y, p_rows_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale,
-                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, SPLITS,
-                    BLOCK_ROWS, 64, LARGE_N, STAGES, OVERLAP,
+                    tl.minimum(width, size - n), num_rows, y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE,
+                    SPLITS, BLOCK_ROWS, 64, LARGE_N, STAGES, OVERLAP,
                 )  # fmt: skip
+
+
+@triton.jit
+def _expand_few(  # type: ignore[no-untyped-def]
+    p_y, p_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale, width, num_rows, y_row_stride,
+    v_split_stride, v_row_stride, ADD: tl.constexpr, DTYPE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    if PAIRS:
+        expand_whole_rank_in_pairs(
+            p_y, p_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale, width, num_rows,
+            y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE, SPLITS, ROWS, RANK, BLOCK_N, STAGES, OVERLAP,
+        )  # fmt: skip
+    else:
+        expand_whole_rank(
+            p_y, p_v, p_pool, p_slot_cells, n_chunk, row_chunks, cell_chunks, rank, scale, width, num_rows,
+            y_row_stride, v_split_stride, v_row_stride, ADD, DTYPE, SPLITS, ROWS, RANK, BLOCK_N, STAGES, OVERLAP,
+        )  # fmt: skip
 
 
 @triton.jit

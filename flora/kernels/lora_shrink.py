@@ -39,8 +39,8 @@ def lora_shrink(
     width = triton.cdiv(work.max_rank, tuning.block_rank) * tuning.block_rank
     v = torch.empty(splits, n, num_slices, width, dtype=torch.float32, device=x.device)
     span = min(row_alignment(weights.alignment, in_features), split)
-    same_dtype = x.dtype == weights.pool.dtype
-    is_half = same_dtype and x.dtype.itemsize == 2  # a float32 product's tiles need twice the registers
+    dtype = weights.product_dtype(x.dtype)
+    is_half = dtype.itemsize == 2  # a float32 product's tiles need twice the registers
     items = work.segments.shape[0] * num_slices * splits
     if items == 0 or n == 0:
         return v
@@ -68,13 +68,18 @@ def lora_shrink(
         BLOCK_ROWS=max(SEGMENT_ROWS, triton.next_power_of_2(work.block_rows)),
         BLOCK_RANK=tuning.block_rank,
         LANES=RANK_LANES if work.is_shared else 1,
-        SAME_DTYPE=same_dtype,
+        DTYPE=triton_dtype(dtype),
         OVERLAP=overlap,
         num_warps=tuning.shrink_warps,
         num_stages=tuning.shrink_stages,
         maxnreg=tuning.shrink_registers if is_half else None,
     )
     return v
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of one of torch's floating dtypes."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @triton.jit(do_not_specialize=["record_offset"])  # a layer's number: it would be compiled anew for multiples of 16
@@ -104,7 +109,7 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     LANES: tl.constexpr,  # the list's Shares of one segment; 1: it is of whole segments
-    SAME_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the product
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -131,7 +136,7 @@ def _lora_shrink_kernel(  # type: ignore[no-untyped-def]
         for j in range(lane * BLOCK_RANK, rank, LANES * BLOCK_RANK):
             b_v = _shrink_rows(
                 p_rows_x + o_rows[:, None] * x_row_stride, m_rows, p_pool, p_slot_cells, a_chunk, row_chunks,
-                cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, SAME_DTYPE,
+                cell_chunks, j, rank, k_begin, k_end, SPAN, BLOCK_ROWS, BLOCK_RANK, BLOCK_K, DTYPE,
             )  # fmt: skip
             o_j = j + tl.arange(0, BLOCK_RANK)
             tl.store(p_rows_v + o_rows[None, :] * v_row_stride + o_j[:, None], b_v, mask=(o_rows < num_rows)[None, :])
@@ -154,7 +159,7 @@ def _shrink_rows(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SAME_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """float32 [BLOCK_RANK, BLOCK_ROWS] of rows that share the adapter. On tensor cores also where there is one row: its
     bits are then the same alone and beside others, and the weights' way from memory is the same length. Rows are the
@@ -170,10 +175,17 @@ def _shrink_rows(  # type: ignore[no-untyped-def]
             m_k = k + o_k < k_end
             b_a = tl.load(p_pool + o_a[:, None] + o_k[None, :], mask=m_j[:, None] & m_k[None, :], other=0.0)
             b_x = tl.load(p_rows_x + (k + o_k)[None, :], mask=m_rows & m_k[None, :], other=0.0)
-            if not SAME_DTYPE:
-                b_a, b_x = b_a.to(tl.float32), b_x.to(tl.float32)
-            b_v = tl.dot(b_a, tl.trans(b_x), b_v, input_precision="ieee")
+            b_v = tl.dot(as_factor(b_a, DTYPE), tl.trans(b_x.to(DTYPE)), b_v, input_precision="ieee")
     return b_v
+
+
+@triton.jit
+def as_factor(b_factor, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of a factor as the product takes it. From fp8 by way of float32: there is no quick one to bf16."""
+    if b_factor.dtype == DTYPE:
+        return b_factor
+    else:
+        return b_factor.to(tl.float32).to(DTYPE)
 
 
 @triton.jit

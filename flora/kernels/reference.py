@@ -134,7 +134,7 @@ def _matrices(weights: AdapterWeights, slot: int, places: Sequence[tuple[int, in
     cell_elements = weights.pool.shape[1]
     first_cell = min(start for start, _ in ends) // cell_elements
     end_cell = -(-max(end for _, end in ends) // cell_elements)
-    stream = weights.pool.index_select(0, weights.cells[slot, first_cell:end_cell]).flatten()
+    stream = weights.gather(weights.cells[slot, first_cell:end_cell]).flatten()
     origin = first_cell * cell_elements
     return [
         stream[start - origin : end - origin].view(rank, padded(size))[:, :size].float()

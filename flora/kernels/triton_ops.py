@@ -44,14 +44,14 @@ class TritonOps:
 
     def lora_shrink(self, x: Tensor, weights: AdapterWeights, place: Place, work: WorkList) -> Tensor:
         """See Ops.lora_shrink."""
-        tuning = self.tuning.of_list(work.block_rows, work.room)
+        tuning = self.tuning.of_list(work.block_rows, work.room, are_fp8=weights.are_fp8)
         return lora_shrink(x, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap)
 
     def lora_expand(
         self, y: Tensor, v: Tensor, weights: AdapterWeights, place: Place, work: WorkList, *, add: bool = True
     ) -> None:
         """See Ops.lora_expand."""
-        tuning = self.tuning.of_list(work.block_rows, work.room)
+        tuning = self.tuning.of_list(work.block_rows, work.room, are_fp8=weights.are_fp8)
         lora_expand(y, v, weights, place, work, tuning, num_sms=self.num_sms, overlap=self.overlap, add=add)
 
     def store_kv(self, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> None:

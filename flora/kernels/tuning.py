@@ -4,7 +4,7 @@ A grid depends on these, on capacities and on the number of multiprocessors, nev
 CUDA graph stays right whatever its tables say at replay.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -136,13 +136,25 @@ class Tuning:
     decode: DecodeTuning = field(default_factory=DecodeTuning)
     prefill: PrefillTuning = field(default_factory=PrefillTuning)
 
-    def of_list(self, block_rows: int, room: int) -> LoraTuning:
-        """Of a list with room for so many segments of at most so many rows."""
+    def of_list(self, block_rows: int, room: int, *, are_fp8: bool = False) -> LoraTuning:
+        """Of a list with room for so many segments of at most so many rows.
+
+        are_fp8  the factors: half as many bytes an element
+        """
         if block_rows > SEGMENT_ROWS:
             return self.wide_lora
         if room > MIDDLE_LIST:
-            return self.lora
-        return self.middle_lora if room > SHORT_LIST else self.short_lora
+            tuning = self.lora
+        else:
+            tuning = self.middle_lora if room > SHORT_LIST else self.short_lora
+        return _for_bytes(tuning) if are_fp8 else tuning
+
+
+@cache
+def _for_bytes(tuning: LoraTuning) -> LoraTuning:
+    """As many bytes a step of shrink as the factors' usual two an element make, and no more of them on their way."""
+    stages = max(tuning.shrink_stages // 2 + 1, 3)
+    return replace(tuning, shrink_block_k=2 * tuning.shrink_block_k, shrink_stages=stages)
 
 
 def overlapped(overlap: bool) -> dict[str, bool]:

@@ -22,7 +22,9 @@ def pretend_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_active", h100)
 
 
-def launch_lora(layer: int, capacity: int, block_rows: int = SEGMENT_ROWS) -> None:
+def launch_lora(
+    layer: int, capacity: int, block_rows: int = SEGMENT_ROWS, *, factors: torch.dtype = torch.bfloat16
+) -> None:
     """Launches shrink and expand of one layer's o projection as for an H100, for a list that has room for `capacity`
     rows; a decode step's, unless its segments may be longer. Tensors have no memory: for tests of what is launched.
     """
@@ -33,7 +35,7 @@ def launch_lora(layer: int, capacity: int, block_rows: int = SEGMENT_ROWS) -> No
     def ints(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int32, device=meta)
 
-    pool = torch.empty(64, 32768, dtype=torch.bfloat16, device=meta)
+    pool = torch.empty(64, 32768, dtype=factors, device=meta)
     weights = AdapterWeights(pool, ints(8, 64), ints(8, layers, 7, 3), torch.empty(8, layers, 7, device=meta), 2048)
     work = WorkList.build([], block_rows=block_rows, max_rank=512, capacity=capacity, device=meta)
     place = Place(layer, Group.OUT, (0,), (width,))

@@ -15,6 +15,7 @@ from tests.kernels.absent_gpu import launch_lora, pretend_h100
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
+FP8 = torch.float8_e4m3fn
 META = torch.device("meta")
 TWO_BYTES = re.compile(r"ld\.global[^;]*\.b16")
 SIXTEEN_BYTES = re.compile(r"ld\.global[^;]*\.v4\.b32|cp\.async\.cg[^;]*, 0x10,")
@@ -70,12 +71,16 @@ def compiled(monkeypatch):
     [
         (lambda: launch_lora(0, 256), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_lora(0, 260, block_rows=64), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
+        (lambda: launch_lora(0, 256, factors=FP8), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
+        (lambda: launch_lora(0, 260, block_rows=64, factors=FP8), {"_lora_shrink_kernel", "_lora_expand_kernel"}),
         (lambda: launch_attention(decodes=True), {"_decode_attention_kernel"}),
         (lambda: launch_attention(decodes=False), {"_decode_attention_kernel", "_prefill_kernel"}),
     ],
     ids=[
         "adapters of decoding rows",
         "adapters of prompts",
+        "adapters in fp8 of decoding rows",
+        "adapters in fp8 of prompts",
         "contexts of decoding rows",
         "contexts of prompts",
     ],
@@ -89,9 +94,10 @@ def test_whatever_is_large_is_read_16_bytes_at_a_time(compiled, launch, names):
         assert SIXTEEN_BYTES.findall(kernels[name]), name
 
 
-def test_expand_asks_for_its_first_weights_before_it_waits_for_shrink(compiled):
+@pytest.mark.parametrize("factors", [torch.bfloat16, FP8], ids=str)
+def test_expand_asks_for_its_first_weights_before_it_waits_for_shrink(compiled, factors):
     """A wait in front of the loop would hold them up: a twentieth of what distinct adapters take (ADR 0016)."""
-    expand = compiled(lambda: launch_lora(0, 256))["_lora_expand_kernel"]
+    expand = compiled(lambda: launch_lora(0, 256, factors=factors))["_lora_expand_kernel"]
 
     in_turn = re.findall(r"cp\.async\.cg|griddepcontrol\.wait", expand)
 

@@ -27,6 +27,7 @@ SMALL_LLAMA = Shape(hidden=576, kv=192, ff=896)
 EVEN = Shape(hidden=256, kv=256, ff=512)  # two tiles of outputs fit a row's alignment
 RANKS = [[1, 3, 4, 8, 64, 3, 1], [8, 0, 1, 0, 0, 5, 16], [0] * 7, [40, 17, 64, 4, 3, 3, 8]]
 ROW_SLOTS = [0, 0, 0, None, 1, None, None, 2, 3, 3]
+FP8 = torch.float8_e4m3fn
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of the largest value
 
 
@@ -416,3 +417,47 @@ def test_a_captured_graph_replays_over_other_adapters_and_cells(ops, device):
         graph.replay()
         wanted = run(ReferenceOps(), x, y, weights, SMALL_LLAMA, Group.QKV, work)
         assert_agrees(out, wanted, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("shape", "group"), [(EVEN, Group.QKV), (ODD, Group.QKV), (EVEN, Group.DOWN)], ids=str)
+def test_factors_in_fp8_are_multiplied_as_the_numbers_that_they_are(ops, device, dtype, shape, group):
+    """Outputs of an even number are read and written in pairs; prompts and ranks above 64 have ways of their own."""
+    ranks = [*RANKS, [70] * 7]
+    layers = [[random_adapter(shape, of, seed=10 * s + layer) for layer in range(2)] for s, of in enumerate(ranks)]
+    packed = pack_adapters(layers, dtype=FP8, cell_elements=1024, alignment=256 if shape is EVEN else CHUNK)
+    weights = to(device, packed)
+    row_slots = [*ROW_SLOTS, 4, 4, *[None] * 3, *[0] * 17, *[1] * 5, *[3] * 33, *[4] * 2]
+    x, y = inputs(shape, group, len(row_slots), dtype, device)
+    work = cut_work(row_slots, [max(of) for of in ranks], max_rank=70, device=device)
+    prompts = both(work_for(row_slots, block_rows=64, max_rank=70, device=device))
+    place = shape.place(1, group)
+    exact = replace(weights, pool=weights.pool.float())
+    wanted = run(ReferenceOps(), x, y, exact, shape, group, work)
+    alone = run(ReferenceOps(), x, torch.zeros_like(y), exact, shape, group, work)
+    rows = [row for row, slot in enumerate(row_slots) if slot is not None]
+    base = [row for row, slot in enumerate(row_slots) if slot in (None, 2)]
+    for lists in (work, prompts):
+        result = run(ops, x, y, weights, shape, group, lists)
+        terms = torch.full_like(y, NAN)
+        v = ops.lora_shrink(x, weights, place, lists.shrink)
+        ops.lora_expand(terms, v, weights, place, lists.expand, add=False)
+
+        assert_agrees(result, wanted, dtype)
+        assert torch.equal(result[base], y[base])
+        assert_agrees(terms[rows], alone[rows], dtype)
+    assert_agrees(run(ReferenceOps(), x, y, weights, shape, group, work), wanted, dtype)
+
+
+def test_a_row_keeps_its_bits_among_others_with_factors_in_fp8(ops, device, dtype):
+    weights = to(device, pack_adapters(adapters_of(EVEN), dtype=FP8, cell_elements=1024, alignment=256))
+    row_slots = [0, 0, 0, None, 1, None, None, 2, *[3] * 9]
+    x, y = inputs(EVEN, Group.QKV, 1, dtype, device)
+    alone = run(ops, x, y, weights, EVEN, Group.QKV, cut([3], device))[0]
+    for place in range(8, 17, 1 if device.type == "cuda" else SEGMENT_ROWS):
+        others, other_y = inputs(EVEN, Group.QKV, len(row_slots), dtype, device)
+        others[8:], others[4] = NAN, NAN
+        others[place], other_y[place] = x[0], y[0]
+
+        result = run(ops, others, other_y, weights, EVEN, Group.QKV, cut(row_slots, device))
+
+        assert torch.equal(result[place], alone), place

@@ -139,7 +139,7 @@ def _factors(weights: AdapterWeights, slots: Tensor, chunk: int, rank: int, feat
     start, length = chunk * CHUNK, rank * padded(features)
     first_cell, end_cell = start // cell_elements, -(-(start + length) // cell_elements)
     cells = weights.cells[slots, first_cell:end_cell].flatten()
-    streams = weights.pool.index_select(0, cells).view(len(slots), -1)
+    streams = weights.gather(cells).view(len(slots), -1)
     offset = start - first_cell * cell_elements
     return streams[:, offset : offset + length].view(len(slots), rank, -1)[:, :, :features].float()
 
