@@ -7,13 +7,16 @@ several adapters and for the base in one batch, prompts cut into chunks and answ
 distribution over the whole vocabulary at each token. transformers with PEFT computes the same distributions in bf16,
 and again in float32: that is the truth. A row's error is the distance of log probabilities from the truth's, as a share
 of their spread over the vocabulary. Exit status 1 where the engine's is more than twice PEFT's.
+
+With --adapter-dtype float8_e4m3fn both judges have the rounded factors: what is held against twice PEFT's error is the
+arithmetic. What the rounding itself changes is told beside it, as error_rounding.
 """
 
 import argparse
 import gc
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from flora.lowrank import LowRank
 from flora.registry import Registry
 from flora.serve.config import EngineConfig
 from flora.serve.engine import Engine, build_engine
+from flora.serve.engine.loading.narrowing import narrow
 from flora.serve.messages import StepEvents, Submit
 from flora.serve.request import AdapterTarget, SamplingParams
 
@@ -60,11 +64,16 @@ def main() -> int:
         if args.device != "cpu":
             torch.cuda.empty_cache()
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
-        model = with_adapters(model.to(args.device).eval(), factors)
-        peft = [judge(model, case, tokens) for case, (tokens, _) in zip(cases, answers, strict=True)]
+        model = with_adapters(model.to(args.device).eval())
+        asked = [(case, tokens) for case, (tokens, _) in zip(cases, answers, strict=True)]
+        set_factors(model, [rounded(of_one) for of_one in factors] if args.adapter_dtype else factors)
+        peft = [judge(model, case, tokens) for case, tokens in asked]
         model.float()
-        truth = [judge(model, case, tokens) for case, (tokens, _) in zip(cases, answers, strict=True)]
-    row = compare(truth, peft, [told for _, told in answers]) | facts(args, kernels)
+        truth = [judge(model, case, tokens) for case, tokens in asked]
+        row = compare(truth, peft, [told for _, told in answers]) | facts(args, kernels)
+        if args.adapter_dtype:
+            set_factors(model, factors)
+            row |= rounding(truth, [judge(model, case, tokens) for case, tokens in asked])
     print(encode_row(row), flush=True)
     if args.out:
         append_row(args.out, row)
@@ -77,6 +86,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--tokens", type=int, default=4, help="of each answer")
     parser.add_argument("--dtype", default="bfloat16", help="of the engine")
+    parser.add_argument(
+        "--adapter-dtype", choices=["float8_e4m3fn"], help="of adapters in the pool; the judges' are rounded alike"
+    )
     parser.add_argument("--pool-gib", type=float, default=4.0)
     parser.add_argument("--scratch", type=Path, help="for the checkpoint: memory is quickest (/dev/shm)")
     args = parser.parse_args()
@@ -129,6 +141,7 @@ def ask_engine(
             cache_dir=folder / "cache",
             device=args.device,
             dtype=args.dtype,
+            adapter_dtype=args.adapter_dtype,
             pool_bytes=int(args.pool_gib * 2**30),
             max_context=512,
             max_sequences=16,
@@ -169,23 +182,38 @@ def told_of(
 # --- transformers with PEFT ---
 
 
-def with_adapters(model: Any, factors: list[dict[str, LowRank]]) -> Any:
-    """The model with every adapter, in its own dtype."""
+def rounded(factors: dict[str, LowRank]) -> dict[str, LowRank]:
+    """As they lie in the pool; their numbers are exact in bf16."""
+
+    def as_stored(matrix: Tensor) -> Tensor:
+        narrowed = narrow(matrix)
+        assert narrowed is not None
+        return (narrowed[0].float() * 2.0 ** -narrowed[1]).to(matrix.dtype)
+
+    return {name: replace(pair, A=as_stored(pair.A), B=as_stored(pair.B)) for name, pair in factors.items()}
+
+
+def with_adapters(model: Any) -> Any:
+    """The model with an adapter of each rank, in its own dtype."""
     wrapped = model
-    for number, (rank, of_one) in enumerate(zip(RANKS, factors, strict=True)):
+    for number, rank in enumerate(RANKS):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ALL_LINEAR))
         if number:
             wrapped.add_adapter(str(number), config, autocast_adapter_dtype=False)
         else:
             wrapped = get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
-        layers = dict(wrapped.base_model.model.named_modules())
-        for name, pair in of_one.items():
-            layers[name].lora_A[str(number)].weight.copy_(pair.A)
-            layers[name].lora_B[str(number)].weight.copy_(pair.B)
     # Not .to(dtype): that would round the buffers as well, and rotate by the angles of no checkpoint.
     assert {parameter.dtype for parameter in wrapped.parameters()} == {next(model.parameters()).dtype}
     assert wrapped.base_model.model.model.rotary_emb.inv_freq.dtype == torch.float32
     return wrapped.eval()
+
+
+def set_factors(wrapped: Any, factors: list[dict[str, LowRank]]) -> None:
+    layers = dict(wrapped.base_model.model.named_modules())
+    for number, of_one in enumerate(factors):
+        for name, pair in of_one.items():
+            layers[name].lora_A[str(number)].weight.copy_(pair.A)
+            layers[name].lora_B[str(number)].weight.copy_(pair.B)
 
 
 def judge(model: Any, case: Case, tokens: list[int]) -> Tensor:
@@ -204,11 +232,7 @@ def judge(model: Any, case: Case, tokens: list[int]) -> Tensor:
 
 
 def compare(truth: list[Tensor], peft: list[Tensor], ours: list[Tensor]) -> dict[str, Any]:
-    theirs, own = (
-        [float((told - true).norm() / (true - true.mean(-1, keepdim=True)).norm())
-         for told, true in zip(system, truth, strict=True)]
-        for system in (peft, ours)
-    )  # fmt: skip
+    theirs, own = errors(peft, truth), errors(ours, truth)
     greedy = [bool((told.argmax(-1) == true.argmax(-1)).all()) for told, true in zip(ours, truth, strict=True)]
     same = [bool((told.argmax(-1) == true.argmax(-1)).all()) for told, true in zip(peft, truth, strict=True)]
     return {
@@ -226,6 +250,19 @@ def compare(truth: list[Tensor], peft: list[Tensor], ours: list[Tensor]) -> dict
     }
 
 
+def errors(system: list[Tensor], truth: list[Tensor]) -> list[float]:
+    return [
+        float((told - true).norm() / (true - true.mean(-1, keepdim=True)).norm())
+        for told, true in zip(system, truth, strict=True)
+    ]
+
+
+def rounding(rounded_truth: list[Tensor], truth: list[Tensor]) -> dict[str, Any]:
+    """What rounding the adapters alone changes, in float32."""
+    found = errors(rounded_truth, truth)
+    return {"label": "gate/fp8", "error_rounding": mean(found), "error_rounding_worst": max(found)}
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -239,6 +276,7 @@ def facts(args: argparse.Namespace, kernels: dict[str, str]) -> dict[str, Any]:
         "modules": "all",
         "ranks": list(RANKS),
         "dtype": args.dtype,
+        "adapter_dtype": args.adapter_dtype,
         "kernels": kernels,
         "transformers": transformers.__version__,
         "peft": peft.__version__,

@@ -4,9 +4,9 @@
 
 Decoding is bound by bytes: every step reads each running adapter once and each sequence's keys and values once. So the
 figure of merit is bytes that must be read (true ranks, true lengths) over the time of a CUDA-graph replay. Errors
-against float32 arithmetic on the same numbers come before any timing, and a wrong result ends the run. Beside ours: a
-plain copy, a plain read of as many bytes in as many launches (the floor of LoRA's), adapters padded to one rank under
-torch.bmm, torch's attention over contiguous keys and values.
+against float32 arithmetic on the same numbers come before any timing, and a wrong result ends the run. Beside ours: the
+same adapters in fp8, a plain copy, a plain read of as many bytes in as many launches (the floor of LoRA's), adapters
+padded to one rank under torch.bmm, torch's attention over contiguous keys and values.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 import triton
 from kernel_attention import bench_attention, check_attention
 from kernel_floor import bench_floor
+from kernel_fp8 import bench_fp8
 from kernel_lora import bench_cases, bench_lora, bench_peer, check_lora
 from kernel_sweep import sweep
 from kernel_world import LLAMA_8B, SEED, TINY, Bench, build_adapters
@@ -104,6 +105,7 @@ def main() -> None:
         bench_lora(bench, ops, weights, ranks)
         bench_floor(bench, weights, ranks)
         bench_cases(bench, ops, weights, ranks)
+        bench_fp8(bench, ops, weights, ranks)
         if not args.dry:
             bench_attention(bench, ops)
         layers = weights.modules.shape[1]

@@ -3,6 +3,7 @@
     python benchmarks/simulate.py S2 5 2000                    requests/s of S-LoRA's settings, 62 GiB, over each number
     python benchmarks/simulate.py S2 200 --pool-gib 7.08 --requests 400 --fixed-slots 24
     python benchmarks/simulate.py S2 5 --merged 20480
+    python benchmarks/simulate.py S2 5 2000 --fp8              adapters of a byte a number
     python benchmarks/simulate.py S2 5 2000 --only-reads       what no kernel could beat that reads beside nothing
 
 Engine, scheduler, pages, residency and supply are the real ones; time is a number that steps, copies and loads move
@@ -89,6 +90,10 @@ class Costs:
         """Of adapters nothing but their bytes, once a step."""
         free = dict.fromkeys(("adapters_s", "adapter_s", "prompts_s", "prompt_row_s", "joint_row_s"), 0.0)
         return replace(self, **free, multiply_rate=math.inf)
+
+    def in_fp8(self) -> "Costs":
+        """An adapter's numbers take a byte, and as long to multiply and to pack."""
+        return replace(self, multiply_rate=self.multiply_rate / 2, load_rate=self.load_rate / 2)
 
     def products_s(self, rows: int) -> float:
         """Of a step of so many rows; beyond the largest size in proportion."""
@@ -231,13 +236,16 @@ def make_engine(args: argparse.Namespace, setting: Setting, time: Time) -> tuple
     costs = costs_of(setting.shape)
     if args.only_reads:
         costs = costs.only_reads()
+    if args.fp8:
+        costs = costs.in_fp8()
+    dtype = "float8_e4m3fn" if args.fp8 else "bfloat16"
     page_bytes = PAGE_TOKENS * costs.kv_bytes
     num_pages = int(args.pool_gib * 2**30) // page_bytes
-    largest = adapter_bytes(setting, 0, "bfloat16")
+    largest = adapter_bytes(setting, 0, dtype)
     fixed = args.fixed_slots
 
     def num_bytes(digest: str) -> int:
-        return largest if fixed else adapter_bytes(setting, int(digest), "bfloat16")
+        return largest if fixed else adapter_bytes(setting, int(digest), dtype)
 
     device = Device(time, costs)
     ready = Ready(
@@ -290,6 +298,7 @@ def simulate(args: argparse.Namespace, num_adapters: int) -> dict[str, object]:
         "fixed_slots": args.fixed_slots,
         "merged": args.merged,
         "only_reads": args.only_reads,
+        "fp8": args.fp8,
         "req_s": round(args.requests / device.free_s, 2),
         "full_batch_after_s": seen.full_batch_after_s,
         "rows_a_step": round(tokens / seen.counts["steps"], 1),
@@ -305,6 +314,7 @@ def main() -> None:
     parser.add_argument("--pool-gib", type=float, default=62.0)
     parser.add_argument("--fixed-slots", type=int, help="as many, of the largest rank, set aside for good")
     parser.add_argument("--merged", type=int, metavar="TOKENS", help="turns of merged adapters; 0: in the best order")
+    parser.add_argument("--fp8", action="store_true", help="adapters of a byte a number")
     parser.add_argument("--only-reads", action="store_true", help="an adapter costs its bytes once a step, no more")
     parser.add_argument("--rate", type=float, default=0.0, help="requests a second; 0: all at once")
     parser.add_argument("--cv", type=float, default=1.0)

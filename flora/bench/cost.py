@@ -18,7 +18,7 @@ from torch import Tensor
 from flora.bench.asks import Ask
 from flora.bench.bed import Bed
 from flora.bench.clock import Clock, WallClock
-from flora.bench.engines import adapter_bytes, make_world
+from flora.bench.engines import adapter_bytes, adapter_dtype, make_world
 from flora.bench.facts import Surroundings, engine_facts
 from flora.bench.in_process import Pass, drive_engine
 from flora.bench.serving import Tell, check_nothing_leaks, config_for
@@ -122,7 +122,7 @@ def _row(
     config: EngineConfig,
 ) -> CostRow:
     figures = summarize(asks, turns.seen.timelines, bench.slo_ttft_s)
-    adapters_bytes = sum(adapter_bytes(bench.setting, number, config.dtype) for number in range(count))
+    adapters_bytes = sum(adapter_bytes(bench.setting, number, adapter_dtype(config)) for number in range(count))
     on_device = checkpoint_bytes + (adapters_bytes if way == "adapters" else 0)
     on_host = adapters_bytes if way == "adapters" else count * checkpoint_bytes
     trace_facts = {name: getattr(bench, name) for name in ("rate", "alpha", "cv")}

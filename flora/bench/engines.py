@@ -25,7 +25,7 @@ _SMALL_CACHE_BYTES = 3 << 29  # the least: pinning memory takes a second for eve
 _SMALL_WORLD_BYTES = 64 << 20  # less than what drawing them takes, a process takes to start
 _CACHE_SLACK = 1.25  # pages are filled to their end, and an arena has gaps
 _ROW_ELEMENTS = 64  # that each row of a factor is filled up to a multiple of, on the device
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,13 @@ def give_back_memory() -> None:
 
 def host_cache_bytes(config: EngineConfig, setting: Setting, numbers: Iterable[int]) -> int:
     """What these adapters can fill, at most as much as the configuration allows."""
-    needed = sum(adapter_bytes(setting, number, config.dtype) for number in numbers)
+    needed = sum(adapter_bytes(setting, number, adapter_dtype(config)) for number in numbers)
     return min(config.host_cache_bytes, max(_SMALL_CACHE_BYTES, math.ceil(_CACHE_SLACK * needed)))
+
+
+def adapter_dtype(config: EngineConfig) -> str:
+    """Of adapters in host memory and on the device."""
+    return config.adapter_dtype or config.dtype
 
 
 def adapter_bytes(setting: Setting, number: int, dtype: str) -> int:
@@ -116,10 +121,10 @@ def adapter_bytes(setting: Setting, number: int, dtype: str) -> int:
 
 def slot_bytes(config: EngineConfig, setting: Setting) -> int:
     """Of the engine's pool, that hold any adapter of the setting's largest rank."""
-    model, item_bytes = parse_model_config(SHAPES[setting.shape]), _ITEM_BYTES[config.dtype]
-    alignment = stream_alignment(model, pool_geometry(model, config, item_bytes))
+    model = parse_model_config(SHAPES[setting.shape])
+    alignment = stream_alignment(model, pool_geometry(model, config, _ITEM_BYTES[config.dtype]))
     matrices = [max(setting.ranks) * _filled(width, _ROW_ELEMENTS) for width in _widths(setting)]
-    return sum(_filled(elements, alignment) for elements in matrices) * item_bytes
+    return sum(_filled(elements, alignment) for elements in matrices) * _ITEM_BYTES[adapter_dtype(config)]
 
 
 def _widths(setting: Setting) -> list[int]:

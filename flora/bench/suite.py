@@ -168,7 +168,8 @@ def _device_of(entry: Entry) -> tuple[object, ...]:
     """What entries have in common that can share a device."""
     engine = entry.bench.engine
     kind = entry.label if _is_apart(entry) else ""
-    return kind, entry.bench.setting.shape, engine.dtype, engine.batch_invariant, engine.beside_rows, engine.max_context
+    built = engine.dtype, engine.adapter_dtype, engine.batch_invariant, engine.beside_rows, engine.max_context
+    return kind, entry.bench.setting.shape, *built
 
 
 def _largest(entry: Entry) -> ServeBench:

@@ -162,6 +162,20 @@ def _after(make: _Maker) -> Iterator[Entry]:
         yield make(f"after/{num_adapters}", "G1", num_adapters, 21, engine={"beside_rows": 0})
 
 
+def _fp8(make: _Maker) -> Iterator[Entry]:
+    """Adapters in fp8: the table, all seven projections and S-LoRA's shapes, to be held against the same in bf16."""
+    narrow = {"adapter_dtype": "float8_e4m3fn"}
+    for num_adapters, seconds in ((5, 19), (100, 20), (1000, 21), (2000, 22)):
+        yield make(f"table/{num_adapters}/fp8", "G1", num_adapters, seconds, engine=narrow)
+    for num_adapters, seconds in ((100, 28), (1000, 36)):
+        yield make(f"linear/{num_adapters}/fp8", "G1", num_adapters, seconds, setting={"modules": "all"}, engine=narrow)
+    for preset, number, seconds in (("S2", 5, 35), ("S2", 2000, 38), ("S1", 5, 30), ("S1", 2000, 32)):
+        roomy = narrow | {"pool_bytes": _ROOMY_BYTES}
+        yield make(f"{preset}/{number}/fp8", preset, number, seconds, engine=roomy)
+    capped = narrow | {"pool_bytes": _CAPPED_BYTES}
+    yield make("S2/200/capped/fp8", "S2", 200, 40, setting={"num_requests": 400}, engine=capped)
+
+
 def _paper(make: _Maker) -> Iterator[Entry]:
     """S-LoRA's own shapes."""
     roomy, capped = {"pool_bytes": _ROOMY_BYTES}, {"pool_bytes": _CAPPED_BYTES}
@@ -218,6 +232,7 @@ SUITES: Mapping[str, Callable[[_Maker], Iterator[Entry]]] = {
     "drawn": _drawn,
     "invariant": _invariant,
     "after": _after,
+    "fp8": _fp8,
     "paper": _paper,
     "leak": _leak,
 }

@@ -58,6 +58,9 @@ Rate = Annotated[float, _flag(_WHEN, "--rate", "R", "Requests a second; 0: all a
 Cv = Annotated[float, _flag(_WHEN, "--cv", "CV", "Variation of the gaps between requests; 1: Poisson.", min=0.01)]
 SloTtft = Annotated[float, _flag(_WHEN, "--slo-ttft", "SECONDS", "A first token until then attains the objective.")]
 Dtype = Annotated[str, _flag(_ENGINE, "--dtype", "NAME", "float32, bfloat16, float16; auto by device.")]
+AdapterDtype = Annotated[
+    str, _flag(_ENGINE, "--adapter-dtype", "NAME", "Of adapters on the device: float8, or auto: as --dtype.")
+]
 DeviceName = Annotated[str, _flag(_ENGINE, "--device", "NAME", "cpu, cuda, cuda:1; auto.")]
 Pool = Annotated[
     str | None, _flag(_ENGINE, "--pool", "SIZE", f"Default: {_GPU_POOL_GIB}GiB on a GPU, {_CPU_POOL_GIB}GiB on a CPU.")

@@ -14,6 +14,7 @@ _GPU_POOL_SHARE = 0.85  # of what the base leaves: activations, graphs and the a
 _HOST_CACHE_SHARE = 0.125  # of the host's available memory
 _MAX_HOST_CACHE_BYTES = 8 << 30
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+_ADAPTER_DTYPES = {"auto": None, "float8": "float8_e4m3fn"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -43,6 +44,13 @@ def resolve_device(device: str, dtype: str) -> tuple[str, str]:
     if dtype not in _ITEM_BYTES:
         raise UsageError(f"{dtype!r} is no dtype to serve in", fix=f"give one of {', '.join(_ITEM_BYTES)}")
     return device, dtype
+
+
+def resolve_adapter_dtype(name: str) -> str | None:
+    """What EngineConfig calls it; None where adapters are kept as keys and values are. Raises UsageError."""
+    if name not in _ADAPTER_DTYPES:
+        raise UsageError(f"{name!r} is no dtype of adapters", fix=f"give one of {', '.join(_ADAPTER_DTYPES)}")
+    return _ADAPTER_DTYPES[name]
 
 
 def default_pool_bytes(device: str, weights_bytes: int) -> int:

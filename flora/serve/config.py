@@ -16,6 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_dir: Path  # of file hashes
     device: str = "cpu"
     dtype: str = "float32"  # of weights, KV and adapters in the pool; bfloat16 on a GPU
+    adapter_dtype: str | None = None  # of adapters in the pool: float8_e4m3fn, a byte a number; None: as dtype
     page_tokens: int = 16
     pool_bytes: int = 2 << 30  # KV and adapters together
     max_context: int | None = None  # tokens; None: the model's own, or less where the pool holds less

@@ -150,6 +150,17 @@ def test_the_gate_holds_the_engine_against_peft(tmp_path, monkeypatch):
     assert found.holds
 
 
+def test_the_gate_holds_adapters_in_fp8_against_rounded_ones(tmp_path, monkeypatch):
+    """And says what the rounding alone changes: here less than the bf16 of PEFT does."""
+    words = [*GATE, "--dtype", "float32", "--adapter-dtype", "float8_e4m3fn"]
+
+    code, [row] = run(script("bench_gate"), words, tmp_path, monkeypatch)
+
+    assert code == 0
+    assert row["error_flora"] < 1e-4 < row["error_rounding"] < row["error_peft"]
+    assert findings_of([row], [claim for claim in CLAIMS if claim.of == "gate"]) == [], "it is not the gate's row"
+
+
 def test_the_gate_shuts_where_the_engine_errs(tmp_path, monkeypatch):
     """Its logits are off by a hundredth of their spread: too little to be seen in an answer."""
     gate = script("bench_gate")

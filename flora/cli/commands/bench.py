@@ -14,7 +14,7 @@ from flora.cli.bench_tables import print_rows, print_storms
 from flora.cli.commands.bench_suite import claims, figures, suite
 from flora.cli.options import AsJson
 from flora.cli.output import choose_format, note
-from flora.cli.sizing import resolve_device
+from flora.cli.sizing import resolve_adapter_dtype, resolve_device
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def serve(
     slo_ttft: flag.SloTtft = 6.0,
     device: flag.DeviceName = "auto",
     dtype: flag.Dtype = "auto",
+    adapter_dtype: flag.AdapterDtype = "auto",
     pool: flag.Pool = None,
     host_cache: flag.HostCache = None,
     max_len: flag.MaxLen = None,
@@ -136,6 +137,7 @@ def serve(
             prefetch=prefetch,
             cluster=cluster,
             slo_ttft_s=slo_ttft_s,
+            adapter_dtype=resolve_adapter_dtype(adapter_dtype),
         ),
         seeds=flag.numbers(seeds, "--seeds"),
         alpha=alpha,

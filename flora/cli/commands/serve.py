@@ -11,7 +11,14 @@ import typer
 from flora.cli.options import RegistryUrl, complete_reference, open_registry
 from flora.cli.serving import find_base, merged_target, read_keys
 from flora.cli.sizes import parse_bytes, parse_length
-from flora.cli.sizing import PACE, default_pool_bytes, host_cache_bytes, resolve_device, weights_bytes
+from flora.cli.sizing import (
+    PACE,
+    default_pool_bytes,
+    host_cache_bytes,
+    resolve_adapter_dtype,
+    resolve_device,
+    weights_bytes,
+)
 from flora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +91,15 @@ def serve(
     dtype: Annotated[
         str,
         typer.Option("--dtype", metavar="NAME", help="float32, bfloat16, float16; auto by device."),
+    ] = "auto",
+    adapter_dtype: Annotated[
+        str,
+        typer.Option(
+            "--adapter-dtype",
+            metavar="NAME",
+            help="float8: adapters in half the memory, rounded to four binary digits; auto: as --dtype.",
+            rich_help_panel=_MEMORY,
+        ),
     ] = "auto",
     pool: Annotated[
         str | None,
@@ -233,6 +249,7 @@ def serve(
         folder, name = find_base(store, base, merged)
         registry_root = str(registry or settings().registry_url or settings().registry_dir)
     device, dtype = resolve_device(device, dtype)
+    narrow = resolve_adapter_dtype(adapter_dtype)
     pace = PACE["cpu" if device == "cpu" else "cuda"]
     num_loaders = pace.num_loaders() if loaders is None else loaders
     is_page_locked = device.startswith("cuda") and num_loaders > 0
@@ -245,6 +262,7 @@ def serve(
         cache_dir=settings().cache_dir / "hashes",
         device=device,
         dtype=dtype,
+        adapter_dtype=narrow,
         pool_bytes=parse_bytes(pool) if pool else default_pool_bytes(device, num_bytes),
         host_cache_bytes=host_cache_bytes(
             parse_bytes(host_cache) if host_cache else None, is_page_locked=is_page_locked, num_loaders=num_loaders

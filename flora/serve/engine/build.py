@@ -18,6 +18,7 @@ from flora.serve.engine.engine import Engine
 from flora.serve.engine.layout import PoolGeometry
 from flora.serve.engine.loading.arena import Arena
 from flora.serve.engine.loading.loader import Loader, ThreadLoader
+from flora.serve.engine.loading.narrowing import FP8
 from flora.serve.engine.loading.processes import ProcessLoader
 from flora.serve.engine.loading.source import RegistrySource
 from flora.serve.engine.merge import merge_into
@@ -35,12 +36,14 @@ from flora.serve.messages import Ready
 
 logger = logging.getLogger(__name__)
 
+_ADAPTER_DTYPES = {"float8_e4m3fn": FP8}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _OPS = ("lora_shrink", "lora_expand", "paged_attention", "rms_norm", "rope_store", "silu_mul")
 _PREPARING = {
     "cpu": "making ready for steps",
     "cuda": "capturing steps; a machine's first start compiles their kernels, which takes up to a minute on 16 cores",
 }
+_FP8_CAPABILITY = (8, 9)
 _MAX_CELLS = 8192  # of an adapter on a GPU, before graphs are captured anew: 512 MiB of 64 KiB cells
 
 
@@ -61,9 +64,10 @@ def build_engine(
     stages = stages or Stages()
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    dtype, device = _dtype(config.dtype), _device(config.device)
+    dtype, adapter_dtype, device = _dtype(config.dtype), _adapter_dtype(config), _device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _check_knows(device, adapter_dtype)
         torch.backends.cuda.matmul.allow_tf32 = False
     checkpoint = _open_base(config)
     model_config = parse_model_config(checkpoint.config)
@@ -91,10 +95,10 @@ def build_engine(
     )
     limits = Limits(config.page_tokens, config.max_sequences, config.max_batch_tokens, config.max_waiting)
     model = LlamaModel(model_config, weights, max_context, ops)
-    pool = DevicePool(geometry, dtype, device)
+    pool = DevicePool(geometry, dtype, device, adapter_dtype)
     if loader is None:  # after what fails at once for want of memory: its processes and page-locked memory take a while
         with stages.begin("loaders", f"{config.host_cache_bytes / 2**30:.1f} GiB of host memory for adapters"):
-            loader = _make_loader(config, geometry, dtype, device, on_loaded)
+            loader = _make_loader(config, geometry, adapter_dtype, device, on_loaded)
     with stages.begin("steps", _PREPARING[device.type]):
         runner = _make_runner(config, model, pool, limits, max_context)
     logger.info("engine built: %s", stages)
@@ -148,7 +152,7 @@ def adapter_source(config: EngineConfig) -> RegistrySource:
         model_config,
         base_record(checkpoint, config.cache_dir),
         pool_geometry(model_config, config, dtype.itemsize),
-        dtype,
+        _adapter_dtype(config),
         allow_base_mismatch=config.allow_base_mismatch,
     )
 
@@ -166,6 +170,7 @@ def _make_loader(
     device: torch.device,
     on_loaded: Callable[[], None],
 ) -> Loader:
+    """dtype  of adapters in the pool"""
     if not config.num_loaders:
         return ThreadLoader(adapter_source(config), on_loaded)
     arena = Arena(config.host_cache_bytes, pinned=device.type == "cuda")
@@ -200,6 +205,7 @@ def pool_geometry(model: ModelConfig, config: EngineConfig, itemsize: int) -> Po
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         itemsize=itemsize,
+        adapter_itemsize=_adapter_dtype(config).itemsize if config.adapter_dtype else None,
     )
     num_pages = config.pool_bytes // geometry.page_bytes
     if num_pages < 2:
@@ -232,6 +238,34 @@ def _device(name: str) -> torch.device:
             fix=f"give --device {'cuda:0' if count else 'cpu'}; `flora doctor` says what keeps PyTorch from a GPU",
         )
     return device
+
+
+def _adapter_dtype(config: EngineConfig) -> torch.dtype:
+    """Of adapters in the pool. Raises UsageError."""
+    if config.adapter_dtype in (None, config.dtype):
+        return _dtype(config.dtype)
+    if config.adapter_dtype not in _ADAPTER_DTYPES:
+        raise UsageError(
+            f"{config.adapter_dtype!r} is not a dtype of adapters in a pool of {config.dtype}",
+            fix=f"choose {', '.join(_ADAPTER_DTYPES)}, or none: adapters are then kept as keys and values are",
+        )
+    if config.dtype == "float16":
+        raise UsageError(
+            "adapters in float8 go with a base in bfloat16 or float32, not in float16",
+            cause="factors in fp8 fill its range, and what they make of activations does not fit that of float16",
+            fix="serve the base in bfloat16, or leave --adapter-dtype out",
+        )
+    return _ADAPTER_DTYPES[config.adapter_dtype]
+
+
+def _check_knows(device: torch.device, adapter_dtype: torch.dtype) -> None:
+    """Raises UsageError for fp8 on a GPU that has no instructions for it."""
+    if adapter_dtype == FP8 and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise UsageError(
+            f"{torch.cuda.get_device_name(device)} knows no float8",
+            cause="GPUs from Ada and Hopper on do: compute capability 8.9",
+            fix="leave --adapter-dtype out",
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 A page id names one plane per layer; one (plane, page) is a *cell*, with id `plane * num_pages + page`. KV of layer l
 lies in plane l. An adapter is one stream of elements over the cells of its page list, plane by plane of each page in
-turn: cell c of the stream is plane `c % num_planes` of page `pages[c // num_planes]`.
+turn: cell c of the stream is plane `c % num_planes` of page `pages[c // num_planes]`. Its elements may be smaller than
+those of keys and values; a cell has as many bytes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,7 @@ class PoolGeometry:
     num_kv_heads: int
     head_dim: int
     itemsize: int  # bytes of one element
+    adapter_itemsize: int | None = None  # of one of an adapter's; None: the same
 
     @property
     def kv_elements(self) -> int:
@@ -42,6 +45,11 @@ class PoolGeometry:
     @property
     def cell_elements(self) -> int:
         return padded(self.kv_elements)
+
+    @property
+    def adapter_cell_elements(self) -> int:
+        """Elements of an adapter that a cell holds: more than of keys and values, where they are smaller."""
+        return self.cell_elements * self.itemsize // (self.adapter_itemsize or self.itemsize)
 
     @property
     def page_bytes(self) -> int:
@@ -56,7 +64,8 @@ class PoolGeometry:
         return -(-num_tokens // self.page_tokens)
 
     def cells_for_elements(self, num_elements: int) -> int:
-        return -(-num_elements // self.cell_elements)
+        """Of an adapter's stream."""
+        return -(-num_elements // self.adapter_cell_elements)
 
     def pages_for_elements(self, num_elements: int) -> int:
         return -(-self.cells_for_elements(num_elements) // self.num_planes)
@@ -102,12 +111,13 @@ class AdapterLayout:
     num_layers: int  # of the base
     num_elements: int
 
-    def table(self) -> AdapterTable:
+    def table(self, exponents: Mapping[str, int] = MappingProxyType({})) -> AdapterTable:
+        """exponents  the powers of two that the products of modules' stored factors were multiplied by, by name"""
         records = np.zeros((self.num_layers, len(MODULES), 3), dtype=np.int32)
         scales = np.zeros((self.num_layers, len(MODULES)), dtype=np.float32)
         for placed in self.modules:
             records[placed.layer, placed.module] = placed.rank, placed.a_chunk, placed.b_chunk
-            scales[placed.layer, placed.module] = placed.scale
+            scales[placed.layer, placed.module] = placed.scale * 2.0 ** -exponents.get(placed.name, 0)
         max_rank = max((placed.rank for placed in self.modules), default=0)
         return AdapterTable(records.tobytes(), scales.tobytes(), max_rank, self.num_elements)
 
@@ -161,7 +171,7 @@ def adapter_layout(
 def stream_alignment(config: ModelConfig, geometry: PoolGeometry) -> int:
     """Elements on which every matrix of any adapter's stream starts: kernels look cells up the less often for it."""
     sizes = (size for module in MODULES for size in config.module_shape(module))
-    return matrix_alignment(sizes, geometry.cell_elements)
+    return matrix_alignment(sizes, geometry.adapter_cell_elements)
 
 
 def _place(config: ModelConfig, module: Module, report: ChangeReport | None) -> tuple[int, int]:

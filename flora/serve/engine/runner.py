@@ -66,7 +66,7 @@ class SerialRunner:
     def __init__(self, model: LlamaModel, pool: DevicePool, num_slots: int) -> None:
         self.model = model
         self.pool = pool
-        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells)
+        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.adapter_cells)
         self.device = pool.cells.device
 
     def write_adapter(self, resident: Resident, packed: PackedAdapter) -> None:

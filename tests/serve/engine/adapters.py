@@ -1,10 +1,13 @@
 """Random adapters, as Flora holds them and as PEFT does."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flora.adapter import Adapter, BaseBinding, Recipe, make_adapter
@@ -45,6 +48,17 @@ def random_adapter(
             )
     binding = BaseBinding(name="tiny", base_id=base_id)
     return make_adapter(factors, binding, Recipe(operation="import"))
+
+
+def rounded_to_fp8(adapter: Adapter) -> Adapter:
+    """Each matrix rounded by torch to e4m3, after a power of two that brings its largest number to 224 or more."""
+
+    def rounded(matrix: Tensor) -> Tensor:
+        power = 2.0 ** math.floor(math.log2(448 / float(matrix.abs().max())))
+        return (matrix * power).to(torch.float8_e4m3fn).float() / power
+
+    factors = {name: replace(f, A=rounded(f.A), B=rounded(f.B)) for name, f in adapter.factors.items()}
+    return replace(adapter, factors=factors)
 
 
 def with_peft(model: PreTrainedModel, adapter: Adapter) -> PeftModel:

@@ -36,7 +36,9 @@ def h100(monkeypatch):
     monkeypatch.setattr(runner, "AdapterCopies", lambda cells: None)  # has streams of a real device
 
 
-def make_runner(config: ModelConfig, *, batch_invariant: bool, beside_rows: int) -> Any:
+def make_runner(
+    config: ModelConfig, *, batch_invariant: bool, beside_rows: int, adapter_dtype: torch.dtype | None = None
+) -> Any:
     """256 sequences in steps of up to 2,048 rows; tensors without memory."""
     from flora.kernels.triton_ops import TritonOps
     from flora.serve.engine.cuda.runner import CudaRunner
@@ -49,10 +51,13 @@ def make_runner(config: ModelConfig, *, batch_invariant: bool, beside_rows: int)
     )
     weights = load_weights(checkpoint, config, DTYPE, META, row_invariant=batch_invariant)
     ops = TritonOps(132, overlap=True, batch_invariant=batch_invariant)
-    engine = EngineConfig(base=Path(), registry="", cache_dir=Path(), pool_bytes=1 << 30)
+    narrow = str(adapter_dtype).removeprefix("torch.") if adapter_dtype else None
+    engine = EngineConfig(
+        base=Path(), registry="", cache_dir=Path(), dtype="bfloat16", adapter_dtype=narrow, pool_bytes=1 << 30
+    )
     return CudaRunner(
         LlamaModel(config, weights, CONTEXT, ops),
-        DevicePool(pool_geometry(config, engine, DTYPE.itemsize), DTYPE, META),
+        DevicePool(pool_geometry(config, engine, DTYPE.itemsize), DTYPE, META, adapter_dtype),
         1024,
         Limits(16, 256, 2048, 4096),
         CONTEXT,
@@ -78,23 +83,22 @@ def kernels_of(launch: Callable[[], object], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("shape", "changes", "batch_invariant", "beside_rows"),
+    ("shape", "changes", "switches"),
     [
-        ("llama3-8b", {}, False, 256),
-        ("llama-7b", {}, False, 256),
-        ("llama3-8b", {}, False, 0),
-        ("llama3-8b", {}, False, 16),
-        ("llama3-8b", {}, False, 600),
-        ("llama3-8b", {}, False, 4096),
-        ("llama3-8b", {}, True, 256),
-        ("llama3-8b", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, False, 256),
+        ("llama3-8b", {}, {}),
+        ("llama-7b", {}, {}),
+        ("llama3-8b", {}, {"beside_rows": 0}),
+        ("llama3-8b", {}, {"beside_rows": 16}),
+        ("llama3-8b", {}, {"beside_rows": 600}),
+        ("llama3-8b", {}, {"beside_rows": 4096}),
+        ("llama3-8b", {}, {"batch_invariant": True}),
+        ("llama3-8b", {}, {"adapter_dtype": torch.float8_e4m3fn}),
+        ("llama3-8b", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}, {}),
     ],
 )
-def test_no_step_launches_a_kernel_that_was_not_compiled_ahead(
-    monkeypatch, shape, changes, batch_invariant, beside_rows
-):
+def test_no_step_launches_a_kernel_that_was_not_compiled_ahead(monkeypatch, shape, changes, switches):
     config = parse_model_config(SHAPES[shape] | {"num_hidden_layers": 2} | changes)
-    runner = make_runner(config, batch_invariant=batch_invariant, beside_rows=beside_rows)
+    runner = make_runner(config, **{"batch_invariant": False, "beside_rows": 256} | switches)
 
     def every_step() -> None:
         for reach in _REACHES:

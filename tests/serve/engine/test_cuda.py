@@ -12,7 +12,7 @@ from flora.serve.engine import Engine
 from flora.serve.engine.schedule.residency import Resident
 from flora.serve.messages import LoadAdapter
 from flora.serve.request import AdapterTarget, SamplingParams
-from tests.serve.engine.adapters import random_adapter, with_peft
+from tests.serve.engine.adapters import random_adapter, rounded_to_fp8, with_peft
 from tests.serve.engine.bases import VOCAB, load_judge
 from tests.serve.engine.worlds import GREEDY, World, ask, run_to_end
 
@@ -25,6 +25,7 @@ CROWD = {  # nothing remembered and nobody preferred: two runs of equal lengths 
     "prefix_cache": False,
     "fairness": False,
 }
+FP8 = {"adapter_dtype": "float8_e4m3fn"}
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm2-135m", "qwen2.5-0.5b")
 
 
@@ -63,6 +64,25 @@ def test_greedy_tokens_are_those_of_transformers_and_peft(bases, tmp_path, famil
     for (name, n), prompt in prompts.items():
         assert answers[f"{name}/{n}"].tokens == judged_answer(world, adapters[name], prompt, 10), (name, n)
     assert engine.pages.num_free + sum(len(resident.pages) for resident in engine.residency) == engine.pages.num_usable
+    engine.close()
+
+
+@pytest.mark.parametrize(("loaders", "beside_rows"), [(0, 0), (2, 4096)])
+@pytest.mark.parametrize("family", ["llama", "qwen2.5-0.5b"])
+def test_adapters_in_fp8_answer_as_peft_with_the_rounded_factors(bases, tmp_path, family, loaders, beside_rows):
+    world = World(bases(family), tmp_path)
+    adapters = {f"adapter{seed}": random_adapter(world.config, seed, ranks=(1, 3, 8, 64, 128)) for seed in range(5)}
+    targets = {name: world.add(adapter, name) for name, adapter in adapters.items()}
+    engine = world.engine(**GPU, **FP8, num_loaders=loaders, host_cache_bytes=64 << 20, beside_rows=beside_rows)
+    prompts = {(name, n): prompt_of(n, seed=n) for name in adapters for n in (1, 17, 70)}
+
+    for (name, n), prompt in prompts.items():
+        ask(engine, f"{name}/{n}", prompt, targets[name], SamplingParams(max_tokens=10, temperature=0.0))
+    answers = run_to_end(engine)
+
+    for (name, n), prompt in prompts.items():
+        judged = judged_answer(world, rounded_to_fp8(adapters[name]), prompt, 10)
+        assert answers[f"{name}/{n}"].tokens == judged, (name, n)
     engine.close()
 
 
@@ -226,14 +246,17 @@ def draw_trial(number: int, targets: list[AdapterTarget], broken: list[AdapterTa
     return Trial(seeded.choice([None, *targets]), prompt, seeded.randrange(count), neighbours, lengths, max_tokens)
 
 
-@pytest.mark.parametrize(("dtype", "beside_rows"), [("float32", 0), ("bfloat16", 0), ("bfloat16", 512)])
+@pytest.mark.parametrize(
+    ("dtype", "beside_rows", "more"),
+    [("float32", 0, {}), ("bfloat16", 0, {}), ("bfloat16", 512, {}), ("bfloat16", 512, FP8)],
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2.5-0.5b"])
-def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path, family, dtype, beside_rows):
+def test_neighbours_never_matter_in_a_padded_batch_of_one_shape(bases, tmp_path, family, dtype, beside_rows, more):
     """100 trials each: every logit of one request, beside 1 to 255 neighbours of the base alone, and again beside as
     many of any adapters, its own and some full of NaN among them. The two runs have the same steps of the same shapes.
     """
     world = World(bases(family), tmp_path)
-    engine = world.engine(device="cuda", dtype=dtype, beside_rows=beside_rows, **CROWD)
+    engine = world.engine(device="cuda", dtype=dtype, beside_rows=beside_rows, **CROWD, **more)
     ranks = (1, 3, 4, 8, 64, 128)
     targets = [world.add(random_adapter(world.config, seed, ranks=ranks), f"a{seed}") for seed in range(8)]
     broken = [world.add(random_adapter(world.config, seed, ranks=ranks), f"broken{seed}") for seed in (8, 9)]

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flora.serve.engine.pool import as_words
+
 _STAGING_BYTES = 64 << 20
 _NUM_STAGING = 8
 
@@ -20,8 +22,8 @@ class AdapterCopies:
     """Staging buffers, the streams that fill and empty them, and the adapters that are still on their way."""
 
     def __init__(self, cells: Tensor) -> None:
-        """cells  the pool's, [num_cells, cell_elements]"""
-        self._cells = cells
+        """cells  the pool's, [num_cells, adapter_cell_elements]"""
+        self._cells = cells = as_words(cells)
         self._device = cells.device
         cell_bytes = cells.shape[1] * cells.element_size()
         rows = max(1, _STAGING_BYTES // cell_bytes)
@@ -36,7 +38,7 @@ class AdapterCopies:
     def write(
         self, slot: int, host: Tensor, cell_ids: NDArray[np.int64], publish: Callable[[], None]
     ) -> torch.cuda.Event:
-        """Starts to copy host, [len(cell_ids), cell_elements] and pinned, into these cells.
+        """Starts to copy host, [len(cell_ids), adapter_cell_elements] and pinned, into these cells.
 
         publish  called on the stream that fills the pages, behind the copy: enters the adapter in the tables
         The event says when `host` may be overwritten. Before the slot is used or given up, and its pages with it: wait.
@@ -61,7 +63,7 @@ class AdapterCopies:
         """See write. The event says that `host` is read."""
         free = torch.cuda.Event()
         free.record(torch.cuda.current_stream(self._device))
-        rows = len(self._staging[0])
+        host, rows = as_words(host), len(self._staging[0])
         with torch.cuda.stream(self._into_pages):
             ids = torch.from_numpy(cell_ids).pin_memory().to(self._device, non_blocking=True)
             self._into_pages.wait_event(free)

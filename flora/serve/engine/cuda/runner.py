@@ -61,8 +61,8 @@ class CudaRunner:
         self.pool = pool
         self.device = pool.cells.device
         alignment = stream_alignment(model.config, pool.geometry)
-        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.cells, max_cells, alignment)
-        self._copies = AdapterCopies(pool.cells)
+        self.tables = AdapterTables(num_slots, model.config.num_layers, pool.adapter_cells, max_cells, alignment)
+        self._copies = AdapterCopies(pool.adapter_cells)
         self._copied: dict[str, torch.cuda.Event] = {}  # of adapters in host memory: when their last copy was done
         self._batch_invariant = batch_invariant
         self._beside_rows = 0 if batch_invariant else beside_rows  # the two ways round differently

@@ -90,6 +90,6 @@ def map_pages(arena: mmap.mmap, start: int, num_bytes: int) -> None:
 
 
 def cells_of(memory: Tensor, start: int, num_cells: int, cell_elements: int, dtype: torch.dtype) -> Tensor:
-    """The range at `start` as a packed adapter's cells, [num_cells, cell_elements]."""
+    """The range at `start` as a packed adapter's cells, [num_cells, cell_elements] of an adapter."""
     num_bytes = num_cells * cell_elements * dtype.itemsize
     return memory[start : start + num_bytes].view(dtype).view(num_cells, cell_elements)

@@ -50,14 +50,14 @@ class Child:
         assert isinstance(found, Found)
         return found
 
-    def pack(self, start: int) -> float:
-        """Packs what was found at that byte of the arena; seconds that both took.
+    def pack(self, start: int) -> Packed:
+        """Packs what was found at that byte of the arena.
 
         Raises what RegistrySource.pack raises, or ServeError; the process does not write there any more.
         """
         packed = self._ask(Pack(start))
         assert isinstance(packed, Packed)
-        return packed.load_s
+        return packed
 
     def end(self) -> None:
         """Ends the process, and whatever is asked of it. The socket stays: another thread may be reading from it."""

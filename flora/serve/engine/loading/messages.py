@@ -19,7 +19,6 @@ class Read(msgspec.Struct, frozen=True, tag=True):
 class Found(msgspec.Struct, frozen=True, tag=True):
     """The adapter exists, belongs to the base, and needs this much room."""
 
-    table: AdapterTable
     num_cells: int
 
 
@@ -28,6 +27,7 @@ class Pack(msgspec.Struct, frozen=True, tag=True):
 
 
 class Packed(msgspec.Struct, frozen=True, tag=True):
+    table: AdapterTable
     load_s: float  # without the wait for room
 
 

@@ -1,7 +1,7 @@
 """An adapter in the device's own layout: one contiguous host buffer, copied to its pages as it is."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from flora.adapter import Adapter
 from flora.errors import NotFinite
 from flora.kernels import CHUNK, padded
+from flora.lowrank import LowRank
 from flora.serve.engine.layout import AdapterLayout, AdapterTable, PlacedModule
+from flora.serve.engine.loading.narrowing import FP8, narrow
 
 _Bits = NDArray[np.signedinteger[Any]]
-_INTEGERS = {2: torch.int16, 4: torch.int32}  # by itemsize
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by itemsize
 _BLOCK_BYTES = 32 << 10  # of the 48 KiB of a first-level cache; 16 and 64 KiB take 1.05 and 1.3 times as long
 _MIN_ROWS = 64  # of a block of a very large rank, in the second-level cache then: a row of the place gets whole lines
 
@@ -27,7 +29,7 @@ class PackedAdapter:
 
     digest: str
     table: AdapterTable
-    cells: Tensor  # [num_cells, cell_elements] in the pool's dtype; padding is never read
+    cells: Tensor  # [num_cells, adapter_cell_elements] in the pool's dtype of adapters; padding is never read
     num_pages: int
     load_s: float
     release: Callable[[], None] | None = None  # gives the cells' memory back, where it is the arena's
@@ -37,11 +39,14 @@ class PackedAdapter:
         return self.cells.numel() * self.cells.element_size()
 
 
-def pack_cells(adapter: Adapter, layout: AdapterLayout, cells: Tensor) -> None:
-    """Fills `cells`, [num_cells, cell_elements], with the adapter's stream. What pads rows and cells stays as it was.
+def pack_cells(adapter: Adapter, layout: AdapterLayout, cells: Tensor) -> AdapterTable:
+    """Fills `cells`, [num_cells, elements], with the adapter's stream, and says what kernels must know to read it.
 
-    Raises NotFinite for NaN, infinity, or overflow of the cells' dtype.
+    What pads rows and cells stays as it was. Raises NotFinite for NaN, infinity, or overflow of the cells' dtype; none
+    overflows fp8.
     """
+    if cells.dtype == FP8:
+        return layout.table(_pack_narrow(adapter.factors, layout, cells))
     stream = _bits(cells, cells.dtype).reshape(-1)
     infinity = _infinity(cells.dtype)
     for placed in layout.modules:
@@ -53,6 +58,23 @@ def pack_cells(adapter: Adapter, layout: AdapterLayout, cells: Tensor) -> None:
         if not _are_finite(B, infinity):  # right before it is copied: the check brings it into the cache
             raise _not_finite(placed, cells.dtype)
         _transpose(B, _rows(stream, placed.b_chunk, *B.T.shape))
+    return layout.table()
+
+
+def _pack_narrow(factors: Mapping[str, LowRank], layout: AdapterLayout, cells: Tensor) -> dict[str, int]:
+    """The same in fp8: of each module, which power of two its factors' product was multiplied by."""
+    stream = _bits(cells, FP8).reshape(-1)
+    exponents = {}
+    for placed in layout.modules:
+        given = factors[placed.name]
+        a, b = narrow(given.A), narrow(given.B)
+        if a is None or b is None:
+            raise _not_finite(placed, given.A.dtype)
+        A, B = _bits(a[0], FP8), _bits(b[0], FP8)
+        _rows(stream, placed.a_chunk, *A.shape)[:] = A
+        _transpose(B, _rows(stream, placed.b_chunk, *B.T.shape))
+        exponents[placed.name] = a[1] + b[1]
+    return exponents
 
 
 def _bits(numbers: Tensor, dtype: torch.dtype) -> _Bits:

@@ -139,15 +139,17 @@ class ProcessLoader:
         try:
             child = seat.child
             found = child.find(target)
-            num_bytes = found.num_cells * self._geometry.cell_elements * self._dtype.itemsize
+            cell_elements = self._geometry.adapter_cell_elements
+            num_bytes = found.num_cells * cell_elements * self._dtype.itemsize
             start = self._claims.take(num_bytes)
-            self._last_s = load_s = child.pack(start)
+            packed = child.pack(start)
+            self._last_s = packed.load_s
             return PackedAdapter(
                 target.serving_digest,
-                found.table,
-                cells_of(self._arena.memory, start, found.num_cells, self._geometry.cell_elements, self._dtype),
-                self._geometry.pages_for_elements(found.table.num_elements),
-                load_s=load_s,
+                packed.table,
+                cells_of(self._arena.memory, start, found.num_cells, cell_elements, self._dtype),
+                self._geometry.pages_for_elements(packed.table.num_elements),
+                load_s=packed.load_s,
                 release=partial(self._arena.release, start, num_bytes),
             )
         except Exception as error:  # the thread goes on: others wait for what it loads next

@@ -11,7 +11,7 @@ from flora.errors import AdapterInvalid, AdapterNotFound, OutOfPages, StoreError
 from flora.identity import BaseRecord
 from flora.registry import Registry, Version
 from flora.registry.leases import Lease
-from flora.serve.engine.layout import AdapterLayout, PoolGeometry, adapter_layout, stream_alignment
+from flora.serve.engine.layout import AdapterLayout, AdapterTable, PoolGeometry, adapter_layout, stream_alignment
 from flora.serve.engine.loading.binding import admit
 from flora.serve.engine.loading.packing import PackedAdapter, pack_cells
 from flora.serve.engine.model.config import ModelConfig
@@ -45,6 +45,7 @@ class RegistrySource:
         *,
         allow_base_mismatch: bool = False,
     ) -> None:
+        """dtype  of adapters in the pool"""
         self.geometry = geometry
         self.dtype = dtype
         self._registry_url = registry
@@ -59,10 +60,10 @@ class RegistrySource:
         """The adapter, packed into memory of its own. Raises what find and pack raise."""
         started_s = time.perf_counter()
         found = self.find(target)
-        cells = torch.empty(found.num_cells, self.geometry.cell_elements, dtype=self.dtype)
-        self.pack(found, cells)
+        cells = torch.empty(found.num_cells, self.geometry.adapter_cell_elements, dtype=self.dtype)
+        table = self.pack(found, cells)
         return PackedAdapter(
-            target.serving_digest, found.layout.table(), cells, found.num_pages, load_s=time.perf_counter() - started_s
+            target.serving_digest, table, cells, found.num_pages, load_s=time.perf_counter() - started_s
         )
 
     def find(self, target: AdapterTarget) -> FoundAdapter:
@@ -90,13 +91,13 @@ class RegistrySource:
             )
         return FoundAdapter(version, layout, self.geometry.cells_for_elements(layout.num_elements), num_pages)
 
-    def pack(self, found: FoundAdapter, cells: Tensor) -> None:
-        """Reads the weights, checks them against their digests, and fills `cells` [num_cells, cell_elements].
+    def pack(self, found: FoundAdapter, cells: Tensor) -> AdapterTable:
+        """Reads the weights, checks them against their digests, and fills `cells` [num_cells, adapter_cell_elements].
 
         Raises StoreError, NotFinite.
         """
         with self._registry.loading(found.version) as adapter:
-            pack_cells(adapter, found.layout, cells)
+            return pack_cells(adapter, found.layout, cells)
 
     def close(self) -> None:
         """Ends the lease: what was removed meanwhile may be collected."""

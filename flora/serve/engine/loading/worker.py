@@ -50,16 +50,16 @@ def main() -> None:
         started_s = time.perf_counter()
         found = source.find(target)
         read_s = time.perf_counter() - started_s
-        answer(Found(found.layout.table(), found.num_cells))
+        answer(Found(found.num_cells))
         room = hear()
         if isinstance(room, Read):
             return room
         started_s = time.perf_counter()
         geometry = source.geometry
-        cells = cells_of(memory, room.start, found.num_cells, geometry.cell_elements, source.dtype)
+        cells = cells_of(memory, room.start, found.num_cells, geometry.adapter_cell_elements, source.dtype)
         map_pages(arena, room.start, cells.nbytes)
-        source.pack(found, cells)
-        answer(Packed(read_s + time.perf_counter() - started_s))
+        table = source.pack(found, cells)
+        answer(Packed(table, read_s + time.perf_counter() - started_s))
         return None
 
     asked: ToLoader | None = None
