@@ -27,7 +27,7 @@ def suite(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]…", help="table, linear, base, storm, http, drawn, invariant, after, paper, leak; all."
+            metavar="[NAME]…", help="table, linear, base, storm, http, drawn, invariant, after, paper, fp8, leak; all."
         ),
     ] = None,
     out: Annotated[
