@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--adapter-dtypes", default="auto", help="of adapters in the pool, each asked: auto,float8")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     kit = kit_folder()
@@ -72,11 +73,14 @@ def main() -> None:
             with running_server([str(tuned), *where], home) as url:
                 ask(url, tuned.name, {"model": "tuned"})
             reports = {rank: extract(base, tuned, int(rank), home) for rank in args.ranks.split(",")}
-            with running_server([str(base), *where], home) as url:
-                ask(url, "base", {"model": "base"})
-                for rank, report in reports.items():
-                    kept = {key: report[key] for key in ("kept_share_of_modules", "kept_share", "num_bytes")}
-                    ask(url, report["id"].partition("@")[0], {"model": "adapter", "rank": int(rank), **kept})
+            for number, narrow in enumerate(args.adapter_dtypes.split(",")):
+                with running_server([str(base), *where, "--adapter-dtype", narrow], home) as url:
+                    if not number:
+                        ask(url, "base", {"model": "base"})
+                    for rank, report in reports.items():
+                        kept = {key: report[key] for key in ("kept_share_of_modules", "kept_share", "num_bytes")}
+                        told = {"model": "adapter", "rank": int(rank), "adapter_dtype": narrow, **kept}
+                        ask(url, report["id"].partition("@")[0], told)
 
 
 def extract(base: Path, tuned: Path, rank: int, home: Path) -> dict[str, Any]:

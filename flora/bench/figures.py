@@ -20,8 +20,8 @@ class Figure:
 
 
 FIGURES = (
-    Figure("throughput", "throughput", "Requests a second by adapters, Llama-3-8B shape", r"(table|linear)/\d+"),
-    Figure("s_lora", "throughput", "Requests a second by adapters, S-LoRA's settings", r"S[12]/\d+"),
+    Figure("throughput", "throughput", "Requests a second by adapters, Llama-3-8B shape", r"(table|linear)/\d+(/fp8)?"),
+    Figure("s_lora", "throughput", "Requests a second by adapters, S-LoRA's settings", r"S[12]/\d+(/fp8)?"),
     Figure("slots", "slots", "A unified pool, and fixed slots of the largest rank", r"S2/200(/capped)?(/fixed-\d+)?",
            is_paired=True),
     Figure("early_abort", "burst", "First tokens in time under overload", r"S2/200/(fcfs|abort)/cv\d+",

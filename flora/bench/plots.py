@@ -136,6 +136,8 @@ def _word(key: str, value: Any) -> str:
         return words if value else f"no {words}"
     if key in ("system", "way", "gpu", "shape", "order"):
         return str(value)
+    if key == "adapter_dtype":
+        return f"adapters in {value}"
     if key == "modules":
         return "all projections" if value == "all" else str(value)
     if key in ("adapters", "clients"):
