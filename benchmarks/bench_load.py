@@ -2,7 +2,7 @@
 
     python benchmarks/bench_load.py --ranks 64,32,16,8 --out benchmarks/results/load.jsonl
 
-In bf16, as a GPU's server has it. No adapter is loaded twice by one process, so each is checked as a server checks it
+In bf16, as a GPU's server has it, or in fp8 with --adapter-dtype float8_e4m3fn. No adapter is loaded twice by one process, so each is checked as a server checks it
 the first time. `pack`: reading, checking and packing in this process, a new registry each time, wall and CPU. `loader`:
 a loader process of the server's, from the question to the packed range of an arena that it has not written to yet, and
 whose memory is there, as a server's is once it is page-locked. One JSON line a rank.
@@ -51,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(device="cpu")  # memory that is not page-locked, here or there
     parser.add_argument("--shape", default="llama3-8b", choices=sorted(SHAPES))
     parser.add_argument("--modules", default="attention", choices=("attention", "all"))
+    parser.add_argument("--adapter-dtype", choices=["float8_e4m3fn"], help="of what is packed")
     parser.add_argument("--ranks", type=ints, default=(64, 32, 16, 8))
     parser.add_argument("--scratch", type=Path, help="where the registry lies, such as /dev/shm")
     return parser.parse_args()
@@ -62,17 +63,18 @@ def measure(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, Any]
     config = sized_engine(
         args.device, 64, 1, base=base, registry=str(folder / "registry"), cache_dir=folder, dummy_weights=True
     )
-    config = msgspec.structs.replace(config, dtype="bfloat16")
+    config = msgspec.structs.replace(config, dtype="bfloat16", adapter_dtype=args.adapter_dtype)
     targets = list(found.values())
     packed = [pack(config, target) for target in targets]
     loaded = list(load(config, targets, num_bytes=packed[0][2]))
     return {
         "bench": "load",
-        "label": f"load/{args.modules}/{rank}",
+        "label": f"load/{args.modules}/{rank}{'/fp8' if args.adapter_dtype else ''}",
         "version": flora.__version__,
         "shape": args.shape,
         "modules": args.modules,
         "rank": rank,
+        "adapter_dtype": args.adapter_dtype,
         "num_bytes": packed[0][2],
         "pack_ms": spread([wall_s for wall_s, _, _ in packed]),
         "pack_cpu_ms": spread([cpu_s for _, cpu_s, _ in packed]),
@@ -86,7 +88,7 @@ def pack(config: EngineConfig, target: AdapterTarget) -> tuple[float, float, int
     source = adapter_source(config)
     try:
         found = source.find(target)
-        cells = torch.zeros(found.num_cells, source.geometry.cell_elements, dtype=source.dtype)  # its pages are there
+        cells = torch.zeros(found.num_cells, source.geometry.adapter_cell_elements, dtype=source.dtype)  # its pages are there
         cpu_s, start_s = time.process_time(), time.perf_counter()
         source.pack(found, cells)
         return time.perf_counter() - start_s, time.process_time() - cpu_s, cells.nbytes

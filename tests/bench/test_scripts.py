@@ -60,6 +60,16 @@ def test_loads_are_timed_in_this_process_and_in_a_loader(tmp_path, monkeypatch):
             assert 0 < took["min"] <= took["p50"] <= took["max"]
 
 
+def test_loads_into_fp8_are_timed_too_and_fill_half_the_memory(tmp_path, monkeypatch):
+    words = ["--shape", "smollm2-135m", "--ranks", "8"]
+    run(script("bench_load"), words, tmp_path, monkeypatch)
+
+    _, [wide, narrow] = run(script("bench_load"), [*words, "--adapter-dtype", "float8_e4m3fn"], tmp_path, monkeypatch)
+
+    assert narrow["label"] == "load/attention/8/fp8"
+    assert narrow["num_bytes"] == pytest.approx(wide["num_bytes"] / 2, rel=0.1)
+
+
 def test_products_are_timed_by_shape_and_rows(tmp_path, monkeypatch):
     _, rows = run(script("bench_products"), ["--shapes", "tiny,smollm2-135m", "--rows", "1,64"], tmp_path, monkeypatch)
 

@@ -133,6 +133,8 @@ BAD_WORDS = [  # words of the command line, exit code, error code
     (["serve", "{base}", "--pool", "much"], 2, "FL-USAGE"),
     (["serve", "{base}", "--max-len", "far"], 2, "FL-USAGE"),
     (["serve", "{base}", "--dtype", "int8"], 2, "FL-USAGE"),
+    (["serve", "{base}", "--adapter-dtype", "int4"], 2, "FL-USAGE"),
+    (["serve", "{base}", "--adapter-dtype", "float8", "--dtype", "float16"], 2, "FL-USAGE"),
     (["serve", "{base}", "--device", "abacus"], 2, "FL-USAGE"),
     (["serve", "{base}", "--device", "cuda:99"], 2, "FL-USAGE"),
     (["serve", "{base}", "--api-key-file", "/no/such/file"], 2, "FL-USAGE"),
