@@ -9,38 +9,10 @@ import pytest
 import zmq
 
 from flora.serve.engine.mailroom import Mailroom
-from flora.serve.messages import Cancel, FromEngine, Heartbeat, Hello, Ready
+from flora.serve.messages import Cancel, FromEngine, Hello
+from tests.serve.idle_engine import BEAT, READY
 
 PATIENCE_S = 60
-READY = Ready(
-    base_id="base",
-    max_context=1,
-    vocab_size=1,
-    num_pages=1,
-    page_tokens=1,
-    page_bytes=1,
-    device="cpu",
-    dtype="float32",
-    kernels={},
-    engine_pid=1,
-)
-BEAT = Heartbeat(
-    running=0,
-    waiting=0,
-    waiting_by_adapter={},
-    free_pages=0,
-    kv_pages=0,
-    adapter_pages=0,
-    resident=(),
-    host_cache_bytes=0,
-    steps=0,
-    prompt_tokens=0,
-    generated_tokens=0,
-    preemptions=0,
-    adapter_loads=0,
-    adapter_load_seconds=0.0,
-    adapter_evictions=0,
-)
 
 
 @pytest.fixture

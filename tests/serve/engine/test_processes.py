@@ -141,7 +141,7 @@ def test_after_a_load_that_took_no_time_no_endless_number_is_asked_for(shop, mon
 def load_one_in(load_s: float, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loads an adapter, and says that it took so long."""
     pack = Child.pack
-    monkeypatch.setattr(Child, "pack", lambda child, start: pack(child, start) and load_s)
+    monkeypatch.setattr(Child, "pack", lambda child, start: msgspec.structs.replace(pack(child, start), load_s=load_s))
     shop.start(shop.targets[:1])
     (packed,) = shop.take(1)
     packed.release()

@@ -22,10 +22,8 @@ from flora.serve.messages import (
     Drain,
     FromEngine,
     FromFrontEnd,
-    Heartbeat,
     Hello,
     LoadAdapter,
-    Ready,
     Rejected,
     StepEvents,
     Submit,
@@ -33,39 +31,11 @@ from flora.serve.messages import (
     UnloadAdapter,
 )
 from flora.serve.request import AdapterTarget, SamplingParams
+from tests.serve.idle_engine import BEAT, READY
 
 PATIENCE_S = 30.0
 GREEDY = SamplingParams(max_tokens=4, temperature=0.0)
 TARGET = AdapterTarget(serving_digest="sha256:s", version_digest="sha256:v", label="sql")
-READY = Ready(
-    base_id="sha256:b",
-    max_context=64,
-    vocab_size=10,
-    num_pages=8,
-    page_tokens=16,
-    page_bytes=1024,
-    device="cpu",
-    dtype="float32",
-    kernels={},
-    engine_pid=1,
-)
-BEAT = Heartbeat(
-    running=0,
-    waiting=0,
-    waiting_by_adapter={},
-    free_pages=8,
-    kv_pages=0,
-    adapter_pages=0,
-    resident=(),
-    host_cache_bytes=0,
-    steps=0,
-    prompt_tokens=0,
-    generated_tokens=0,
-    preemptions=0,
-    adapter_loads=0,
-    adapter_load_seconds=0.0,
-    adapter_evictions=0,
-)
 T = TypeVar("T", bound=FromFrontEnd)
 
 
