@@ -132,13 +132,13 @@ def test_top_p_goes_on_from_the_ties_that_top_k_kept(device, dtype, top_p):
     logits = torch.full((1, VOCAB), -3.0, dtype=dtype, device=device)
     equal = [2, 255, 256, 300, 500, 501, 900, 1002]
     logits[0, equal], logits[0, 700] = 1.0, 2.0
-    draws = [Draw(sampling(seed=seed, top_k=5, top_p=top_p), 0) for seed in range(24)]
-    rows = logits.expand(len(draws), -1).contiguous()
+    every = [Draw(sampling(seed=seed, top_k=5, top_p=top_p), 0) for seed in range(24)]
+    first = dict(reversed(list(zip(in_float64(logits.expand(len(every), -1).contiguous(), every), every, strict=True))))
+    assert set(first) == {700, *equal[: {1.0: 4, 0.9: 4, 0.7: 2, 0.5: 1}[top_p]]}
 
-    tokens = drawn(rows, draws)
+    tokens = drawn(logits.expand(len(first), -1).contiguous(), list(first.values()))
 
-    assert tokens == in_float64(rows, draws)
-    assert set(tokens) == {700, *equal[: {1.0: 4, 0.9: 4, 0.7: 2, 0.5: 1}[top_p]]}
+    assert tokens == list(first)
 
 
 def seeds_of(count: int) -> list[int]:
