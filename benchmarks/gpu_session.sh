@@ -34,6 +34,7 @@ paper     1150 1340 S-LoRA's list on its own shapes: S1, S2, merged, slots, earl
 peft        75 140 transformers and PEFT on the same trace
 cost       110 200 2, 5, 20 fine-tunes of the 1B shape: checkpoints in turn, or adapters
 invariant   95 160 what --batch-invariant costs
+fp8        460 600 adapters in fp8: their own gate, the table, all seven projections, S-LoRA's shapes
 after      160 260 LoRA after the base's products, not beside: one stream, 5 and 1,000 adapters
 "
 
@@ -104,8 +105,14 @@ do_cost() {
     "$PYTHON" benchmarks/bench_cost.py --fine-tunes 20,5,2 --out "$rows/cost.jsonl" ${small[@]+"${small[@]}"}
 }
 do_invariant() { suite invariant; }
+do_fp8() {
+    local small=()
+    [ -n "$REHEARSE" ] && small=(--shape tiny --device cpu --pool-gib 0.1)
+    "$PYTHON" benchmarks/bench_gate.py --adapter-dtype float8_e4m3fn --out "$rows/gate.jsonl" --scratch "$GATE_DIR" \
+        ${small[@]+"${small[@]}"} && suite fp8
+}
 
-export -f do_tests do_gate do_table do_latency do_after do_kernels do_served do_paper do_peft do_cost do_invariant
+export -f do_tests do_gate do_table do_latency do_after do_kernels do_served do_paper do_peft do_cost do_invariant do_fp8
 export -f suite bench left
 export PYTHON REHEARSE VLLM SGLANG rows budget
 
@@ -116,7 +123,8 @@ run_step() { # NAME EXPECTED MOST
     fi
     remaining=$(left)
     case $name in
-    table | served | paper) expected=70 ;; # rows come one by one: what fits is worth beginning
+    table | served | paper) expected=70 ;;
+    fp8) expected=150 ;; # rows come one by one: what fits is worth beginning
     esac
     if [ -z "$REHEARSE" ] && [ "$remaining" -lt "$expected" ]; then
         echo "--- $name: $expected s are not left" | tee -a "$log"
@@ -132,7 +140,7 @@ run_step() { # NAME EXPECTED MOST
     echo "--- $name ended with $code after $((SECONDS - started)) s" | tee -a "$log"
     if [ "$code" -eq 0 ]; then
         case $name in
-        table | after | served | paper | invariant) ;; # their own rows say what is there
+        table | after | served | paper | invariant | fp8) ;; # their own rows say what is there
         *) echo "done $name $FLORA_COMMIT" >>"$log" ;;
         esac
     fi
