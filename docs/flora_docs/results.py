@@ -39,7 +39,7 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "load": (
         "How long does an adapter take from its file to the host cache?",
-        ("shape", "modules", "rank", "num_bytes", "pack_ms", "pack_cpu_ms", "loader_ms", "load"),
+        ("shape", "modules", "rank", "adapter_dtype", "num_bytes", "pack_ms", "pack_cpu_ms", "loader_ms", "load"),
     ),
     "vllm": (
         "And vLLM, on the same machine?",
@@ -55,7 +55,7 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "real_accuracy": (
         "How well do adapters of real fine-tunes answer, by rank?",
-        ("task", "model", "rank", "num_bytes", "kept_share", "exact_match", "questions", "device"),
+        ("task", "model", "rank", "adapter_dtype", "num_bytes", "kept_share", "exact_match", "questions", "device"),
     ),
     "real_bytes": (
         "And by bytes, with embeddings and norms?",

@@ -12,9 +12,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_session.sh"
 STEPS = [
-    *("tests", "gate", "table", "latency", "kernels", "served", "paper", "peft", "cost", "invariant", "after"),
+    *("tests", "gate", "table", "latency", "kernels", "served", "paper", "peft", "cost", "invariant", "fp8", "after"),
 ]
-RESUMED_BY_ROWS = {"table", "served", "paper", "invariant", "after"}
+RESUMED_BY_ROWS = {"table", "served", "paper", "invariant", "fp8", "after"}
 STAND_IN = """#!/bin/sh
 echo "$*" >> "$CALLS"
 case "$*" in *"$FAILS"*) exit 1 ;; esac
@@ -40,17 +40,19 @@ def session(tmp_path: Path):
 
 def named(call: str) -> str:
     """The step that a call belongs to."""
-    patterns = {"tests": "-m pytest", "gate": "bench_gate", "after": "--beside-rows", "crowd": "suite after",
-                "latency": "bench_latency", "kernels": "bench_kernels",
-                "peft": "bench_peft", "cost": "bench_cost", "table": "suite table base linear leak",
-                "served": "suite storm", "clients": "suite http", "paper": "suite paper",
-                "invariant": "suite invariant", "claims": "bench claims"}  # fmt: skip
+    patterns = {"fp8": "--adapter-dtype", "narrow": "suite fp8", "tests": "-m pytest", "gate": "bench_gate",
+                "after": "--beside-rows", "crowd": "suite after", "latency": "bench_latency",
+                "kernels": "bench_kernels", "peft": "bench_peft", "cost": "bench_cost",
+                "table": "suite table base linear leak", "served": "suite storm", "clients": "suite http",
+                "paper": "suite paper", "invariant": "suite invariant", "claims": "bench claims"}  # fmt: skip
     return next(step for step, pattern in patterns.items() if pattern in call)
 
 
 def steps_of(calls: list[str]) -> list[str]:
-    """The steps that these calls belong to; clients follow the storm within one, and a crowd one stream in another."""
-    return [step for step in map(named, calls) if step not in ("clients", "crowd")]
+    """The steps that these calls belong to. Within one clients follow the storm, in another a crowd one stream, in a
+    third rows of narrow adapters their gate.
+    """
+    return [step for step in map(named, calls) if step not in ("clients", "crowd", "narrow")]
 
 
 def test_every_step_has_its_minutes():
