@@ -2,8 +2,8 @@
 
     python benchmarks/bench_load.py --ranks 64,32,16,8 --out benchmarks/results/load.jsonl
 
-In bf16, as a GPU's server has it, or in fp8 with --adapter-dtype float8_e4m3fn. No adapter is loaded twice by one process, so each is checked as a server checks it
-the first time. `pack`: reading, checking and packing in this process, a new registry each time, wall and CPU. `loader`:
+In bf16, as a GPU's server has it, or in fp8 with --adapter-dtype float8_e4m3fn. No adapter is loaded twice by one
+process, so each is checked as a server checks it the first time. `pack`: reading, checking and packing in this process, a new registry each time, wall and CPU. `loader`:
 a loader process of the server's, from the question to the packed range of an arena that it has not written to yet, and
 whose memory is there, as a server's is once it is page-locked. One JSON line a rank.
 """
@@ -88,7 +88,8 @@ def pack(config: EngineConfig, target: AdapterTarget) -> tuple[float, float, int
     source = adapter_source(config)
     try:
         found = source.find(target)
-        cells = torch.zeros(found.num_cells, source.geometry.adapter_cell_elements, dtype=source.dtype)  # its pages are there
+        elements = source.geometry.adapter_cell_elements
+        cells = torch.zeros(found.num_cells, elements, dtype=source.dtype)  # its pages are there
         cpu_s, start_s = time.process_time(), time.perf_counter()
         source.pack(found, cells)
         return time.perf_counter() - start_s, time.process_time() - cpu_s, cells.nbytes

@@ -158,8 +158,8 @@ def test_the_same_adapters_answer_the_same_through_peft_and_a_server(results):
             row for row in map(json.loads, lines("real_study")) if row["task"] == task and row["questions"] == 400
         ]
         [linear] = (row for row in levels if (row["how"], row["scope"], row["at"]) == ("rank", "linear", 64))
-        exact = [row for row in rows if row.get("adapter_dtype", "auto") == "auto"]
-        asked = [row for row in exact if row["task"] == task and row["questions"] == 400]
+        same = [row for row in rows if "adapter_dtype" not in row]  # who compares dtypes has adapters of later code
+        asked = [row for row in same if row["task"] == task and row["questions"] == 400]
         others = [row for row in asked if row.get("recipe") == "--rank 64" or row.get("rank") == 64]
         assert others
         assert {row["exact_match"] for row in others} == {linear["exact_match"]}
