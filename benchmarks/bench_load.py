@@ -3,9 +3,10 @@
     python benchmarks/bench_load.py --ranks 64,32,16,8 --out benchmarks/results/load.jsonl
 
 In bf16, as a GPU's server has it, or in fp8 with --adapter-dtype float8_e4m3fn. No adapter is loaded twice by one
-process, so each is checked as a server checks it the first time. `pack`: reading, checking and packing in this process, a new registry each time, wall and CPU. `loader`:
-a loader process of the server's, from the question to the packed range of an arena that it has not written to yet, and
-whose memory is there, as a server's is once it is page-locked. One JSON line a rank.
+process, so each is checked as a server checks it the first time. `pack`: reading, checking and packing in this process,
+a new registry each time, wall and CPU. `loader`: a loader process of the server's, from the question to the packed
+range of an arena that it has not written to yet, and whose memory is there, as a server's is once it is page-locked.
+One JSON line a rank.
 """
 
 import argparse
