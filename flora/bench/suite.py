@@ -90,7 +90,10 @@ class SuiteRun:
         yield from self._kept(entry, (msgspec.structs.replace(row, label=entry.label) for row in rows))
 
     def _measure_together(self, entries: list[Entry]) -> Iterator[Row | StormRow]:
-        """Takes entries off the list: all, or up to one that fails, which leaves the device in no known state."""
+        """Takes entries off the list: all, or up to one that fails, which leaves the device in no known state.
+
+        Where no device can be made ready for them all of them fail: a GPU before Ada has no adapters in fp8.
+        """
         with (
             tempfile.TemporaryDirectory(prefix="flora-bench-", dir=self._scratch) as place,
             ThreadPoolExecutor(1) as beside,
@@ -99,7 +102,13 @@ class SuiteRun:
             write_config(folder / "base", entries[0].bench.setting.shape)
             registered = beside.submit(_register, folder, largest)
             configs = [config_for(World(folder, bench, {}), bench.setting.adapters[0]) for bench in largest]
-            with Bed(configs) as bed:
+            try:
+                bed = Bed(configs)
+            except FloraError as error:
+                while entries:
+                    self._fail(entries.pop(0), error)
+                return
+            with bed:
                 targets = registered.result()
                 num_registered = sum(map(len, targets.values()))
                 self._tell(f"{num_registered} adapters registered; engine built in {bed.start_s} s: {bed.stages}")
@@ -122,11 +131,14 @@ class SuiteRun:
                 self._rows.append(msgspec.to_builtins(row))
                 yield row
         except FloraError as error:
-            self.outcome.failed[entry.label] = error
-            self._tell(f"{entry.label} failed: {told(error)}")
+            self._fail(entry, error)
         else:
             self.outcome.done.append(entry.label)
             self._tell(f"{entry.label} done in {self._clock() - started_s:.0f} s")
+
+    def _fail(self, entry: Entry, error: FloraError) -> None:
+        self.outcome.failed[entry.label] = error
+        self._tell(f"{entry.label} failed: {told(error)}")
 
     def _with_rate(self, entry: Entry) -> ServeBench | None:
         """The entry's measurement, its arrivals resolved; None where what they depend on was never measured."""

@@ -161,6 +161,19 @@ def test_a_measurement_that_fails_costs_its_neighbours_nothing():
     assert [row["label"] for row in rows] == run.outcome.done == [sound.label]
 
 
+def test_entries_that_no_device_can_serve_fail_and_those_behind_them_are_measured():
+    """In a suite of float16, as on a GPU that knows no fp8."""
+    entries = entries_of(["fp8", "table"], msgspec.structs.replace(ENGINE, dtype="float16"), SMALL)
+    narrow = [entry.label for entry in entries if entry.label.endswith("/fp8")]
+    said: list[str] = []
+
+    rows, run = measure([entry for entry in entries if entry.label in (*narrow, "small/table/0")], tell=said.append)
+
+    assert list(run.outcome.failed) == narrow
+    assert [row["label"] for row in rows] == run.outcome.done == ["small/table/0"]
+    assert all(any(f"{label} failed: adapters in float8 go with" in line for line in said) for label in narrow)
+
+
 def test_what_failed_is_told_with_its_cause():
     assert told(ServeError("it did not come up", cause="no module named x")) == "it did not come up: no module named x"
     assert told(ServeError("it did not come up")) == "it did not come up"
