@@ -1,6 +1,6 @@
 """Factors in fp8: each matrix times the power of two that brings its largest number to the end of fp8's range.
 
-A number keeps four binary digits, and fewer if it is less than 2**-14 of the matrix's largest. What was fp8 before, as
+A number keeps four binary digits, and fewer if it is less than 2**-13 of the matrix's largest. What was fp8 before, as
 `flora extract --dtype float8` stores it, keeps every one.
 """
 
