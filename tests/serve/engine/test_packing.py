@@ -98,6 +98,24 @@ def test_a_value_too_large_for_the_pools_dtype_is_refused(config):
         packed(config, adapter, torch.float16)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_no_other_pool_is_advised_where_a_pool_of_fp8_refuses_an_adapter(config, stored):
+    """No value is too large for it, so what it refuses is not finite as it is stored, and no pool takes that."""
+    adapter = random_adapter(config, seed=1, absent=0.0)
+    name = "model.layers.0.self_attn.q_proj"
+    factors = adapter.factors[name]
+    A, B = factors.A.clone(), factors.B.clone()
+    B[2, 0] = float("nan")
+    spoilt = LowRank(A.to(stored), B.to(stored), factors.scale)
+
+    with pytest.raises(NotFinite) as refused:
+        packed(config, replace(adapter, factors={**adapter.factors, name: spoilt}), torch.float8_e4m3fn)
+
+    told = refused.value
+    assert told.what == f"{name} has NaN or infinite factors as {str(stored).removeprefix('torch.')}"
+    assert (told.cause, told.fix) == ("training diverged, or the file is damaged", "serve an earlier version")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), -float("nan")])
 @pytest.mark.parametrize("factor", ["A", "B"])

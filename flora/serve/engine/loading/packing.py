@@ -69,7 +69,7 @@ def _pack_narrow(factors: Mapping[str, LowRank], layout: AdapterLayout, cells: T
         given = factors[placed.name]
         a, b = narrow(given.A), narrow(given.B)
         if a is None or b is None:
-            raise _not_finite(placed, given.A.dtype)
+            raise _not_finite(placed, given.A.dtype, can_overflow=False)
         A, B = _bits(a[0], FP8), _bits(b[0], FP8)
         _rows(stream, placed.a_chunk, *A.shape)[:] = A
         _transpose(B, _rows(stream, placed.b_chunk, *B.T.shape))
@@ -100,9 +100,15 @@ def _are_finite(bits: _Bits, infinity: int) -> bool:
     return bool(bits.max() < infinity and unsigned.max() < sign + infinity)
 
 
-def _not_finite(placed: PlacedModule, dtype: torch.dtype) -> NotFinite:
+def _not_finite(placed: PlacedModule, dtype: torch.dtype, *, can_overflow: bool = True) -> NotFinite:
+    """can_overflow  numbers were rounded to `dtype`, and are not stored in it"""
+    what = f"{placed.name} has NaN or infinite factors as {str(dtype).removeprefix('torch.')}"
+    if not can_overflow:
+        return NotFinite(
+            what, cause="training diverged, or the file is damaged", fix="serve an earlier version", tensor=placed.name
+        )
     return NotFinite(
-        f"{placed.name} has NaN or infinite factors as {str(dtype).removeprefix('torch.')}",
+        what,
         cause="training diverged, the file is damaged, or a value is too large for the pool's dtype",
         fix="serve an earlier version, or a pool of bfloat16 or float32",
         tensor=placed.name,
