@@ -15,7 +15,7 @@ _SHOWN: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "gate": (
         "Is it as exact as PEFT? (The first row's judge was wrong, see the notes.)",
-        ("shape", "layers", "dtype", "error_flora", "error_peft", "error_ratio", "rows", "gpu"),
+        ("shape", "layers", "dtype", "adapter_dtype", "error_flora", "error_peft", "error_ratio", "rows", "gpu"),
     ),
     "many_adapters": (
         "How fast are many adapters of one base served?",
