@@ -23,8 +23,8 @@ def in_fp8(weights: AdapterWeights) -> AdapterWeights:
 def bench_fp8(bench: Bench, ops: TritonOps, weights: AdapterWeights, ranks: list[int]) -> None:
     """Each row with an adapter of its own, and four adapters for all of them; bytes of true ranks, one a number."""
     narrow, layers, n = in_fp8(weights), weights.modules.shape[1], len(ranks)
-    check_lora(bench, ops, narrow, ranks)
-    check_lora(bench, ops, narrow, ranks, rows_each=20)
+    for rows_each in (1, 20):
+        check_lora(bench, ops, narrow, ranks, rows_each, name="lora fp8")
     data = lora_inputs(bench, n, ALL)
     few = [ranks.index(rank) for rank in RANKS]
     cases = (("distinct", list(range(n)), 1), ("four adapters", few, n // len(few)))

@@ -54,7 +54,9 @@ def lora_step(
     return step
 
 
-def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1) -> None:
+def check_lora(
+    bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int], rows_each: int = 1, name: str = "lora"
+) -> None:
     """Relative error of one layer's update against float32, and the same for torch's own rounding of it to bf16."""
     slots = list(range(0, len(ranks), max(1, len(ranks) // 16)))
     work = decode_work(bench, slots, rows_each, ranks)
@@ -65,7 +67,7 @@ def check_lora(bench: Bench, ops: Ops, weights: AdapterWeights, ranks: list[int]
         v = ReferenceOps().lora_shrink(x.float(), weights, place, work.shrink)
         ReferenceOps().lora_expand(wanted, v, weights, place, work.expand)
         bench.check(
-            check="lora",
+            check=name,
             group=group.name,
             rows_each=rows_each,
             error=relative(result.float(), wanted),
