@@ -10,6 +10,7 @@ import torch
 from flora.adapter import Adapter, make_adapter
 from flora.algebra.verify import verify
 from flora.errors import BaseMismatch, CheckpointError, ShapeMismatch
+from flora.extract import ExtractConfig, extract
 from flora.lowrank import LowRank
 from flora.prune import prune
 from flora.rank import RankRule
@@ -124,8 +125,6 @@ def test_a_checkpoint_that_lacks_an_adapted_tensor_is_refused(base, tmp_path, ad
 
 
 def test_an_untied_head_that_is_stored_twice_counts_once(tmp_path):
-    from flora.extract import ExtractConfig, extract
-
     model = build("llama")
     tuned = tune(model)
     both = [save(one, tmp_path / name, torch.bfloat16) for one, name in ((model, "base"), (tuned, "tuned"))]
@@ -137,6 +136,18 @@ def test_an_untied_head_that_is_stored_twice_counts_once(tmp_path):
     assert found.holds
     assert "lm_head.weight" not in {tensor.name for tensor in found.tensors}
     assert found.kept_share == pytest.approx(adapter.report.kept_share, abs=1e-5)
+
+
+def test_a_record_of_before_buffers_counted_for_nothing_holds(tmp_path):
+    model = build()
+    base = rewrite(save(model, tmp_path / "base"), lambda tensors: tensors.update(steps=torch.tensor([5])))
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: tensors.update(steps=torch.tensor([1005])))
+    adapter = extract(base, tuned, ExtractConfig(RankRule(max_rank=8))).adapter
+
+    found = verify(with_record(adapter, "steps", norm_squared=1e6), base, tuned)
+
+    assert found.holds
+    assert found_of(found, "steps").norm_squared == 0
 
 
 def store_head(tensors):
