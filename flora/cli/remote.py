@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict, TypeVar
+
+import msgspec
 
 from flora.errors import AdapterNotFound, AuthError, FloraError, RemoteError, ServeError
 
@@ -18,6 +20,83 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 _CONNECT_TIMEOUT_S = 5.0
 _LOOK_THERE = "the server's own log has more"
 _READ_TIMEOUT_S = 300.0  # between two pieces of an answer; a server that loads or queues may be silent for a while
+
+
+_T = TypeVar("_T")
+
+
+class Details(TypedDict, total=False):
+    """What only a Flora server says of an adapter."""
+
+    serving_digest: str
+    rank: int
+    bytes: int
+    residency: str
+
+
+class Card(TypedDict):
+    """One model of a list."""
+
+    id: str
+    parent: NotRequired[str | None]
+    root: NotRequired[str | None]
+    flora: NotRequired[Details | None]
+
+
+class Resident(TypedDict):
+    """One adapter that is loaded."""
+
+    label: str
+    serving_digest: str
+    rank: int
+    bytes: int
+    residency: str
+
+
+class _Held(TypedDict):
+    resident: NotRequired[list[Resident]]
+
+
+class _Page(TypedDict):
+    data: list[Card]
+    has_more: NotRequired[bool]
+    last_id: NotRequired[str | None]
+    flora: NotRequired[_Held | None]
+
+
+class _Loaded(TypedDict):
+    ref: str
+    serving_digest: str
+
+
+class Loading(TypedDict):
+    flora: _Loaded
+    load_ms: float
+
+
+class _Unloaded(TypedDict):
+    ref: str
+
+
+class Unloading(TypedDict):
+    flora: _Unloaded
+    was_resident: bool
+
+
+class _Delta(TypedDict):
+    content: NotRequired[str | None]
+
+
+class _Choice(TypedDict, total=False):
+    text: str | None
+    delta: _Delta | None
+    finish_reason: str | None
+
+
+class _Chunk(TypedDict, total=False):
+    choices: list[_Choice] | None
+    usage: dict[str, Any] | None
+    error: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,51 +142,47 @@ class Server:
         for choice, usage in self._stream("/v1/chat/completions", body):
             yield Piece((choice.get("delta") or {}).get("content") or "", choice.get("finish_reason"), usage)
 
-    def models(self) -> Iterator[dict[str, Any]]:
+    def models(self) -> Iterator[Card]:
         """Every model card: the base, then its adapters by name."""
         after: str | None = None
         while True:
-            page = self._json("GET", "/v1/models", params={"after": after} if after else {})
-            if not isinstance(page.get("data"), list):
-                raise self._no_server("it lists no models")
+            page = self._page({"after": after} if after else {})
             yield from page["data"]
             if not page.get("has_more"):
                 return
-            after = page["last_id"]
+            after = page.get("last_id")
+            if after is None:
+                raise self._no_server("its list of models goes on, and it does not say where")
 
-    def resident(self) -> list[dict[str, Any]]:
+    def resident(self) -> list[Resident]:
         """Every adapter that is loaded, by the name that it was loaded by."""
-        page = self._json("GET", "/v1/models", params={"limit": 1})
-        return (page.get("flora") or {}).get("resident") or []
+        return (self._page({"limit": 1}).get("flora") or {}).get("resident") or []
 
-    def load(self, ref: str, *, is_pinned: bool = False) -> dict[str, Any]:
+    def load(self, ref: str, *, is_pinned: bool = False) -> Loading:
         body: dict[str, Any] = {"lora_name": ref, "lora_path": ref}
-        return self._change("/v1/load_lora_adapter", body | ({"pinned": True} if is_pinned else {}))
+        body |= {"pinned": True} if is_pinned else {}
+        return self._json(Loading, "POST", "/v1/load_lora_adapter", json=body)
 
-    def unload(self, ref: str) -> dict[str, Any]:
+    def unload(self, ref: str) -> Unloading:
         """ref: a reference, or the serving digest of what is loaded"""
-        return self._change("/v1/unload_lora_adapter", {"lora_name": ref})
+        return self._json(Unloading, "POST", "/v1/unload_lora_adapter", json={"lora_name": ref})
 
-    def _change(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = self._json("POST", path, json=body)
-        if not isinstance(answer.get("flora"), dict):
-            raise self._no_server(f"{path} answers without saying what it did")
-        return answer
+    def _page(self, params: dict[str, Any]) -> _Page:
+        return self._json(_Page, "GET", "/v1/models", params=params)
 
-    def _json(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+    def _json(self, kind: type[_T], method: str, path: str, **arguments: Any) -> _T:
         with self._reached():
             response = self._client.request(method, path, **arguments)
         if not response.is_success:
             raise self._refused(response.status_code, response.content)
         try:
-            answer = response.json()
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise self._no_server(f"{path} answers with {_media_type(response)}")
-        return answer
+            return msgspec.convert(response.json(), kind)
+        except msgspec.ValidationError as error:
+            raise self._no_server(f"{path} answers otherwise: {error}") from error
+        except ValueError as error:
+            raise self._no_server(f"{path} answers with {_media_type(response)}") from error
 
-    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[tuple[_Choice, dict[str, Any] | None]]:
         """(choice, usage) of each chunk of a streamed answer."""
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         with self._reached(), self._client.stream("POST", path, json=body) as response:
@@ -116,13 +191,11 @@ class Server:
             if _media_type(response) != "text/event-stream":
                 raise self._no_server(f"{path} answers with {_media_type(response)}")
             for chunk in self._events(response):
-                if "error" in chunk:
-                    raise _refusal(500, json.dumps(chunk).encode())
-                choices = chunk.get("choices") or [{}]
+                choices = chunk.get("choices") or [_Choice()]
                 yield choices[0], chunk.get("usage")
 
-    def _events(self, response: httpx2.Response) -> Iterator[dict[str, Any]]:
-        """The JSON of each server-sent event, up to [DONE]. Raises RemoteError where that does not come."""
+    def _events(self, response: httpx2.Response) -> Iterator[_Chunk]:
+        """The chunk of each server-sent event, up to [DONE]. Raises RemoteError where that does not come."""
         for line in response.iter_lines():
             if line.startswith("data:"):
                 data = line.removeprefix("data:").strip()
@@ -135,13 +208,13 @@ class Server:
             fix=f"ask again; {_LOOK_THERE}",
         )
 
-    def _event(self, data: str) -> dict[str, Any]:
+    def _event(self, data: str) -> _Chunk:
         try:
-            event = json.loads(data)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            raise self._no_server("its stream has events that are no JSON objects")
+            event = msgspec.json.decode(data, type=_Chunk)
+        except msgspec.DecodeError as error:
+            raise self._no_server(f"its stream has events that are no chunks: {error}") from error
+        if "error" in event:
+            raise _refusal(500, data.encode())
         return event
 
     def _refused(self, status: int, body: bytes) -> FloraError:

@@ -81,6 +81,56 @@ def test_another_program_is_no_flora_server(
     assert "It works!" not in done.err
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"data": ["a"]}',
+        b'{"data": [{"type": "models"}]}',
+        b'{"data": [{"id": "a", "flora": 1}]}',
+        b'{"data": [], "flora": {"resident": [{}]}}',
+        b'{"data": [], "has_more": true}',
+    ],
+)
+def test_a_list_of_something_else_is_no_list_of_models(flora: Flora, answering: Answering, body: bytes):
+    with answering(200, "application/json", body) as url:
+        done = flora("ps", "--server", url, code=1)
+
+    assert done.err.startswith(f"error[FL-REMOTE]: no Flora server answers at {url}\n")
+
+
+@pytest.mark.parametrize("verb", ["load", "unload"])
+@pytest.mark.parametrize("body", [b'{"flora": {}}', b'{"flora": {"ref": "sql@v1"}}'])
+def test_an_answer_that_does_not_say_what_was_done_is_no_flora_servers(
+    flora: Flora, answering: Answering, verb: str, body: bytes
+):
+    with answering(200, "application/json", body) as url:
+        done = flora(verb, "sql", "--server", url, code=1)
+
+    assert done.err.startswith(f"error[FL-REMOTE]: no Flora server answers at {url}\n")
+
+
+@pytest.mark.parametrize("chat", [[], ["--chat"]])
+@pytest.mark.parametrize(
+    "event", [b'{"choices": 1}', b'{"choices": ["a"]}', b'{"choices": [{"text": 1, "delta": {"content": 1}}]}']
+)
+def test_events_of_something_else_are_no_pieces_of_an_answer(
+    flora: Flora, answering: Answering, chat: list[str], event: bytes
+):
+    with answering(200, "text/event-stream", b"data: " + event + b"\n\ndata: [DONE]\n\n") as url:
+        done = flora("run", "sql", "x", *chat, "--server", url, code=1)
+
+    assert done.err.startswith(f"error[FL-REMOTE]: no Flora server answers at {url}\n")
+
+
+def test_an_error_amid_a_stream_is_told_whatever_its_form(flora: Flora, answering: Answering):
+    for told in (b'{"error": {"message": "out of memory"}}', b'{"error": "out of memory"}'):
+        with answering(200, "text/event-stream", b"data: " + told + b"\n\ndata: [DONE]\n\n") as url:
+            done = flora("run", "sql", "x", "--server", url, code=1)
+
+        assert "the server refused: " in done.err
+        assert "out of memory" in done.err
+
+
 def test_a_page_of_a_broken_gateway_is_not_shown(flora: Flora, answering: Answering):
     with answering(502, "text/html", HTML) as url:
         done = flora("ps", "--server", url, code=1)

@@ -9,7 +9,7 @@ import typer
 
 from flora.cli.options import AsJson, IdsOnly, Ref, complete_reference
 from flora.cli.output import Column, Format, choose_format, print_json, print_record, print_table
-from flora.cli.remote import DEFAULT_URL, Server
+from flora.cli.remote import DEFAULT_URL, Card, Resident, Server
 from flora.cli.sizes import show_bytes
 
 _Url = Annotated[
@@ -155,7 +155,7 @@ def _print_change(form: Format, record: dict[str, Any], facts: list[tuple[str, s
     print_record(form, record, id_key="ref", facts=facts, title=record["ref"])
 
 
-def _model_row(card: dict[str, Any]) -> dict[str, Any]:
+def _model_row(card: Card) -> dict[str, Any]:
     details = card.get("flora") or {}
     is_base = card.get("parent") is None
     return {
@@ -167,7 +167,7 @@ def _model_row(card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resident_row(adapter: dict[str, Any]) -> dict[str, Any]:
+def _resident_row(adapter: Resident) -> dict[str, Any]:
     return {
         "model": adapter["label"],
         "version": adapter["serving_digest"],
