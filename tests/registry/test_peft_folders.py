@@ -96,6 +96,20 @@ def test_the_portable_profile_has_one_rank_and_every_layer_of_a_used_kind(tmp_pa
     assert config["target_modules"] == ["down_proj", "k_proj", "q_proj", "v_proj"]
 
 
+@pytest.mark.parametrize("profile", ["compact", "portable"])
+def test_a_bias_comes_back_whose_layer_has_no_factors_but_zeros(tmp_path, profile):
+    """A budget leaves some layers no terms, and --vectors carries their biases all the same."""
+    factors = random_adapter(ranks={"model.layers.1.self_attn.q_proj": 2, "model.layers.0.mlp.up_proj": 2}).factors
+    biases = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.ones(HIDDEN) * layer for layer in range(2)}
+    adapter = make_adapter(factors, BASE, Recipe(operation="extract"), exact=biases)
+
+    save_peft(adapter, tmp_path / "out", profile)
+    loaded = load_peft(tmp_path / "out")
+
+    assert loaded.header == adapter.header
+    assert all(torch.equal(loaded.exact[name], bias) for name, bias in biases.items())
+
+
 def test_the_portable_profile_takes_layers_from_the_report_that_the_adapter_never_touches(tmp_path):
     adapter = random_adapter(ranks={Q_PROJ: 2})
     untouched = [

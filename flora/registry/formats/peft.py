@@ -46,7 +46,7 @@ from flora.registry.formats.peft_config import (
     read_config,
     read_json,
 )
-from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, find_weights, read_weights
+from flora.registry.formats.peft_weights import WEIGHTS_FILE, Weights, adapted_modules, find_weights, read_weights
 from flora.registry.formats.spelling import spell, spell_exact, spell_tied
 from flora.registry.formats.stacks import Stack, members_of, spell_stack, stacks_of
 from flora.registry.formats.targets import find_targets
@@ -190,7 +190,8 @@ def load_peft(folder: Path) -> Adapter:
         config = LoraScales(read_config(folder / CONFIG_FILE, own=True))
         header = _renamed_header(record)
         stacks = stacks_of(header.forms, header.base.architecture)
-        wraps = _wraps(header.forms, stacks)  # a portable one adds layers, which no exact tensor is beside
+        # a portable one adds layers, whose bias may be among the exact tensors
+        wraps = dict.fromkeys(adapted_modules(weights), 1) | _wraps(header.forms, stacks)
         exact = {tensor.name: spell_exact(tensor, wraps) for tensor in header.exact_tensors}
         adapter = _load_own(folder, header, record.report, config, read_weights(weights, config, exact, stacks))
         back = {path: name for name, path in record.paths.items()}

@@ -54,6 +54,12 @@ class Weights:
     exact: Mapping[str, "Tensor"]  # whole tensors, by their names in the base
 
 
+def adapted_modules(path: Path) -> set[str]:
+    """Modules that the file has a factor of, by its names alone."""
+    check_file(path)
+    return {match["module"] for name in load_tensors(path) if (match := FACTOR.fullmatch(name))}
+
+
 def read_weights(
     path: Path, config: LoraScales, exact: Mapping[str, str] | None = None, stacks: Sequence[Stack] = ()
 ) -> Weights:
