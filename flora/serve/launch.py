@@ -19,7 +19,9 @@ from typing import Literal, NoReturn
 
 import uvicorn
 
+from flora.checkpoint import open_checkpoint
 from flora.errors import EngineDead, UsageError
+from flora.identity import base_record
 from flora.registry import Registry
 from flora.serve.api.access import check_exposure
 from flora.serve.api.app import create_app
@@ -56,9 +58,12 @@ def serve(config: ServeConfig) -> None:
 
 def _check_names(config: ServeConfig) -> None:
     """Before the engine starts, which may take minutes."""
-    if config.engine.merge is None:  # else there is one model, and it has the adapter's name
-        with Registry.open(config.engine.registry) as registry:
-            check_base_name(registry, config.base_name, config.preload)
+    engine = config.engine
+    if engine.merge is None:  # else there is one model, and it has the adapter's name
+        takes_any = engine.allow_base_mismatch or engine.dummy_weights
+        with Registry.open(engine.registry) as registry:
+            record = None if takes_any else lambda: base_record(open_checkpoint(engine.base), engine.cache_dir)
+            check_base_name(registry, config.base_name, config.preload, record)
 
 
 class _Shutdown:

@@ -3,11 +3,12 @@
 The registry is asked on every request, so an alias that moved or a new version counts at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flora.errors import AdapterNotFound, BaseMismatch, NameInvalid, UsageError
+from flora.identity import BaseRecord
 from flora.names import Reference, parse_reference
 from flora.registry import Entry, Registry, Version
 from flora.serve.frontend.carried import Carried, base_end_tokens
@@ -188,8 +189,7 @@ class Models:
         served = self._registry.base_record(self.base_id)
         if served is None:
             return
-        hashes, touched = served.hashes(), self._registry.header(version).base.touched
-        if not touched or any(hashes.get(name) != sha256 for name, sha256 in touched.items()):
+        if not _has_its_tensors(served, self._registry, version):
             raise BaseMismatch(
                 f"{version.ref} belongs to another base, {version.base_name}",
                 cause=f"this server runs {self.base_name}",
@@ -213,8 +213,14 @@ class Models:
         return entry.version.base_id in (None, self.base_id) and entry.name != self.base_name
 
 
-def check_base_name(registry: Registry, base_name: str, preload: Sequence[str]) -> None:
-    """Refuses a name of the base that hides an adapter, and adapters to load that are the base. Raises UsageError."""
+def check_base_name(
+    registry: Registry, base_name: str, preload: Sequence[str], record: Callable[[], BaseRecord] | None = None
+) -> None:
+    """Refuses a name of the base that hides an adapter, and adapters to load that are the base. Raises UsageError.
+
+    record  of the base, asked for where an adapter has its name: one of another base could not be served, so nothing
+            hides it, as in `flora serve TUNED` after `flora extract BASE TUNED`. None: any adapter may be served
+    """
     if base_name in preload:
         raise UsageError(
             f"{base_name} is the base, which is no adapter to load",
@@ -225,11 +231,21 @@ def check_base_name(registry: Registry, base_name: str, preload: Sequence[str]) 
         hidden = registry.resolve(base_name)
     except (AdapterNotFound, NameInvalid):
         return
+    if record is not None and hidden.base_id is not None:
+        served = record()
+        if hidden.base_id != str(served.base_id) and not _has_its_tensors(served, registry, hidden):
+            return
     raise UsageError(
         f"the base is to be served as {base_name}, and the registry has an adapter of that name, {hidden.ref}",
         cause="whoever asks for the adapter would get the base",
         fix="serve the base under another name: --base-name NAME",
     )
+
+
+def _has_its_tensors(served: BaseRecord, registry: Registry, version: Version) -> bool:
+    """Whether the base has, byte for byte, the tensors that the version says it changes."""
+    hashes, touched = served.hashes(), registry.header(version).base.touched
+    return bool(touched) and all(hashes.get(name) == sha256 for name, sha256 in touched.items())
 
 
 def _is_reference(text: str) -> bool:

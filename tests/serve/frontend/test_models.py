@@ -64,6 +64,26 @@ def test_a_base_may_not_hide_an_adapter(registry: Registry, name: str):
     assert f"served as {name}" in caught.value.what
 
 
+def test_a_base_may_have_the_name_of_an_adapter_that_it_cannot_serve(registry: Registry):
+    """`flora extract BASE TUNED`, and then `flora serve TUNED`: the checkpoint itself, beside what was made of it."""
+    touched = {"layer.weight": "f" * 64}
+    registry.add(adapter(base_id=OTHER_ID, touched=touched), "sql")
+
+    check_base_name(registry, "sql", preload=(), record=lambda: RECORD)
+    with pytest.raises(UsageError, match="--base-name"):  # --allow-base-mismatch would serve it
+        check_base_name(registry, "sql", preload=())
+
+
+@pytest.mark.parametrize(
+    ("base_id", "touched"), [(BASE_ID, {}), (None, {}), (OTHER_ID, {"layer.weight": "a" * 64})], ids=str
+)
+def test_a_base_may_not_hide_an_adapter_that_it_can_serve(registry: Registry, base_id, touched):
+    registry.add(adapter(base_id=base_id, touched=touched), "sql")
+
+    with pytest.raises(UsageError, match="--base-name"):
+        check_base_name(registry, "sql", preload=(), record=lambda: RECORD)
+
+
 def test_the_base_is_no_adapter_to_preload(registry: Registry):
     registry.add(adapter(), "sql")
 
