@@ -8,6 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flora.extract import ExtractProgress
 from tests.cli.models import make_tuned
 
 KILLED_WHEN_STORING = """
@@ -105,3 +106,16 @@ def test_several_at_once_are_the_adapters_of_one_at_a_time(flora, base, tuned, t
     ]
 
     assert [one["digest"] for one in at_once] == [one["digest"] for one in alone]
+
+
+def test_who_interrupts_a_run_on_pickled_weights_is_told_nothing_of_going_on(flora, base, tuned, monkeypatch):
+    """Its record is of copies that end with it."""
+
+    def interrupted(base, tuned, config, tell, records):
+        tell(ExtractProgress("a", 1, 2, 1, 2))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flora.extract.extract_many", interrupted)
+
+    assert "--resume" in flora("extract", base, tuned, code=130).err
+    assert flora("extract", base, tuned, "--allow-pickle", code=130).err == "interrupted\n"

@@ -266,3 +266,20 @@ class SpiedCheckpoint(Checkpoint):
     def load(self, name: str) -> torch.Tensor:
         self._read.append(name)
         return super().load(name)
+
+
+def test_a_resumed_run_knows_what_float32_took_from_a_float64_norm(tmp_path):
+    norm = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model = build("llama")
+    base = rewrite(save(model, tmp_path / "base"), lambda tensors: tensors.update({"model.norm.weight": norm}))
+    nudged = {"model.norm.weight": norm + 1e-9}  # less than float32 can tell
+    tuned = rewrite(save(tune(model), tmp_path / "tuned"), lambda tensors: tensors.update(nudged))
+    config = config_with(tmp_path / "journal", wish=Wish(vectors=True))
+
+    first = extract(base, tuned, config)
+    first.journal.release()
+    resumed = extract(base, tuned, replace(config, resume=True))
+
+    assert resumed.journal.num_resumed == len(first.adapter.report.tensors)
+    assert resumed.adapter.report == first.adapter.report
+    assert first.adapter.report.by_name()["model.norm.weight"].kept < 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flora.adapter import CHAT_TEMPLATE, GENERATION_CONFIG, BaseBinding, Recipe, make_adapter
-from flora.errors import AdapterNotFound, NameInvalid, NotFound, StoreError, UsageError
+from flora.errors import AdapterInvalid, AdapterNotFound, NameInvalid, NotFound, StoreError, UsageError
 from flora.identity import BaseRecord, TensorRecord
 from flora.names import parse_reference
 from flora.registry import Registry
@@ -340,3 +340,15 @@ print({{'torch', 'alembic'}} & set(sys.modules))
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path.cwd())
 
     assert printed.stdout.strip() == "set()", printed.stderr
+
+
+def test_an_adapter_that_could_not_be_read_again_is_not_stored(registry):
+    adapter = random_adapter()
+    broken = msgspec.structs.replace(adapter.header.modules[0], alpha=0.0)
+    header = msgspec.structs.replace(adapter.header, modules=(broken, *adapter.header.modules[1:]))
+
+    with pytest.raises(AdapterInvalid, match="alpha"):
+        registry.add(dataclasses.replace(adapter, header=header), "sql")
+
+    assert registry.names() == []
+    assert not any(path.is_file() for path in (registry.root / "blobs").rglob("*"))
