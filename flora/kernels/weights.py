@@ -22,7 +22,7 @@ class AdapterWeights:
     pool: Tensor
     cells: Tensor  # int32 [num_slots, max_cells]; unread past an adapter's last cell
     modules: Tensor  # int32 [num_slots, num_layers, 7, 3]: rank (0 = absent), start of A and of B in chunks
-    scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank, and what factors in fp8 were divided by
+    scales: Tensor  # float32 [num_slots, num_layers, 7]: alpha / rank, less the powers of two that fp8 factors carry
     # Elements: a power of two that divides cell_elements and every matrix's start. A kernel looks a cell up once per
     # row_alignment of it, so 64, which always holds, is slow on a GPU: see matrix_alignment.
     alignment: int = CHUNK

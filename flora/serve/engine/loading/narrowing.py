@@ -14,7 +14,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
-_MOST = 120  # of an exponent: both of a module and its scale are one float32
+_MOST = 120  # of an exponent: two of them go into a module's scale, one float32
 _BLOCK = 1 << 16  # numbers looked up at a time: their places, eight bytes each, stay in the second-level cache
 
 
