@@ -82,6 +82,8 @@ class TensorChange(msgspec.Struct, frozen=True, kw_only=True):
     changed_share: float | None = None  # of the tensor's elements; None where nobody counted
     signal_rank: int | None = None  # terms that stand out of noise (`flora.rank.signal_rank`); None: more than computed
     signal_energy: float = 0.0  # of those terms; where signal_rank is None, of all that were computed
+    # What the first 1, 2, … rank terms keep; where fp8 stores them, too roughly to be summed up term by term
+    kept_by_rank: tuple[float, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChangeReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+import msgspec
+
 from flora.adapter import EXTRAS, SCHEMA_VERSION, AdapterHeader, ChangeReport, ExactTensor, Module, Recipe, TensorChange
 from flora.errors import AdapterInvalid
 from flora.forms import EXPERT_KINDS, is_expert, split_expert
@@ -179,6 +181,8 @@ def _change_faults(tensor: TensorChange, *, may_lose: bool) -> Iterator[_Fault]:
         yield "kept", tensor.kept, f"0: a tensor that is {tensor.status.replace('_', ' ')} is not stored"
     if not (-math.inf if may_lose else -TOLERANCE * norm) <= tensor.kept <= whole or math.isinf(tensor.kept):
         yield "kept", tensor.kept, f"from 0 to its norm_squared, {norm:g}"
+    if tensor.kept_by_rank is not msgspec.UNSET:
+        yield from _kept_by_rank_faults(tensor, tensor.kept_by_rank)
     if not 0 <= tensor.noise < math.inf:
         yield "noise", tensor.noise, "finite, and 0 or more"
     if not 0 <= tensor.signal_energy < math.inf:  # of an estimated spectrum, which may sum up to more than the norm
@@ -195,6 +199,17 @@ def _change_faults(tensor: TensorChange, *, may_lose: bool) -> Iterator[_Fault]:
         yield "name", tensor.name, _PLAIN
     if tensor.reason is not None and _CONTROL.search(tensor.reason):
         yield "reason", tensor.reason, _PLAIN
+
+
+def _kept_by_rank_faults(tensor: TensorChange, kept: tuple[float, ...]) -> Iterator[_Fault]:
+    whole = (1 + TOLERANCE) * tensor.norm_squared
+    if len(kept) != (tensor.rank or 0):
+        yield "kept_by_rank", f"of {len(kept)} terms", f"of {tensor.rank or 0}, its rank"
+    elif kept and kept[-1] != tensor.kept:
+        yield "kept_by_rank", kept[-1], f"{tensor.kept:g} in the end, which all terms keep"
+    for energy in kept:
+        if not -math.inf < energy <= whole:
+            yield "kept_by_rank", energy, f"up to its norm_squared, {tensor.norm_squared:g}"
 
 
 def _digest_fault(field: str, value: str | None) -> Iterator[_Fault]:

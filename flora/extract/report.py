@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Literal
 
+import msgspec
+import torch
+
 from flora.adapter import ChangeReport, TensorChange
 from flora.checkpoint import Checkpoint
 from flora.diagnosis import WRONG_TOOL, diagnose_report, kinds
@@ -43,7 +46,10 @@ def _describe(change: Change, cut: Set[str], caps: Mapping[str, int], config: Ex
         if missed and change.noise > max(1 - (config.rule.energy or 1.0), _WORTH_SAYING) * change.norm_squared:
             missed += f"; storage noise alone is {change.noise / change.norm_squared:.1%} of its change"
         nothing = "the budget leaves it no terms" if rank == 0 else None
-        return _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
+        told = _tensor_change(change, "extracted", kept=kept, rank=rank, reason=nothing or missed)
+        if change.fit.factors.A.dtype != torch.float8_e4m3fn or not rank:
+            return told
+        return msgspec.structs.replace(told, kept_by_rank=tuple(change.fit.kept.tolist()))
     if change.tied:
         assert pair.twin is not None
         return _tensor_change(change, "unchanged", reason=f"tied: it is {pair.twin[0].name}, where its change counts")

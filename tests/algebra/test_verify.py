@@ -64,6 +64,22 @@ def test_a_pruned_adapter_keeps_its_word(base, tuned, adapters):
     assert found.kept_share < verify(adapters[0], base, tuned).kept_share
 
 
+def test_a_pruned_adapter_in_fp8_keeps_its_word_too(base, tuned):
+    """Its terms' energies do not add up: the record has what each number of them keeps."""
+    whole = extract(base, tuned, ExtractConfig(rule=RankRule(max_rank=8), factor_dtype="float8_e4m3fn")).adapter
+    pruned = whole
+    for rank in (7, 5, 3, 2, 1):
+        at_once, pruned = prune(whole, RankRule(max_rank=rank), None), prune(pruned, RankRule(max_rank=rank), None)
+        name = f"{Q}.weight"
+        lying = with_record(pruned, name, kept=pruned.report.by_name()[name].kept * 1.01)
+
+        assert pruned.header.serving_digest == at_once.header.serving_digest
+        assert {factors.A.dtype for factors in pruned.factors.values()} == {torch.float8_e4m3fn}
+        assert {factors.rank for factors in pruned.factors.values()} == {rank}
+        assert verify(pruned, base, tuned).holds
+        assert [tensor.name for tensor in verify(lying, base, tuned).failed] == [name]
+
+
 @pytest.mark.parametrize("field", ["kept", "norm_squared"])
 def test_a_record_that_promises_more_than_the_factors_keep_does_not_hold(base, tuned, adapters, field):
     true = adapters[0].report.by_name()[f"{Q}.weight"]

@@ -31,6 +31,13 @@ def test_rounding_may_put_kept_energy_a_little_beyond_its_bounds(kept):
     check_report(report(kept=kept), "extract", "flora.json")
 
 
+def test_what_each_number_of_terms_keeps_ends_with_what_all_of_them_keep():
+    check_report(report(rank=2, kept=1.0, kept_by_rank=(0.7, 1.0)), "extract", "flora.json")
+    check_report(report(rank=0, kept=0.0, kept_by_rank=()), "prune", "flora.json")
+    with pytest.raises(AdapterInvalid, match="kept_by_rank"):
+        check_report(report(rank=2, kept=1.0, kept_by_rank=(float("nan"), 1.0)), "extract", "flora.json")
+
+
 @pytest.mark.parametrize("operation", ["extract", "import", "merge", "prune"])
 @pytest.mark.parametrize("kept", [2.0 * (1 + 2 * TOLERANCE), float("inf"), float("nan")])
 def test_nothing_keeps_more_than_there_was(operation, kept):
