@@ -78,3 +78,12 @@ def test_the_smallest_and_the_largest_float32_do_not_overflow(number):
 def test_what_is_not_finite_is_refused(number):
     assert narrow(torch.tensor([1.0, number, 2.0])) is None
     assert narrow(torch.tensor([1.0, number, 2.0]).bfloat16()) is None
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_what_was_fp8_before_and_is_no_number_is_refused(byte):
+    numbers = FINITE.view(torch.uint8).clone()
+    assert narrow(numbers.view(FP8)) is not None
+    numbers[100] = byte
+
+    assert narrow(numbers.view(FP8)) is None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
+_NAN = 0x7F  # of either sign; there is no infinity
 _MOST = 120  # of an exponent: two of them go into a module's scale, one float32
 _BLOCK = 1 << 16  # numbers looked up at a time: their places, eight bytes each, stay in the second-level cache
 
@@ -23,10 +24,11 @@ def narrow(numbers: Tensor) -> tuple[Tensor, int] | None:
 
     numbers  fp32, fp16, bf16 or fp8
     """
-    if numbers.dtype == FP8:
-        return (numbers, 0) if bool(numbers.float().isfinite().all()) else None
     if not numbers.numel():
         return numbers.to(FP8), 0
+    if numbers.dtype == FP8:
+        is_finite = int((numbers.view(torch.uint8) & _NAN).max()) < _NAN  # torch would widen them first
+        return (numbers, 0) if is_finite else None
     least, most = torch.aminmax(numbers)
     largest = max(-float(least), float(most))
     if not math.isfinite(largest):
