@@ -122,9 +122,9 @@ run_step() { # NAME EXPECTED MOST
         return 0
     fi
     remaining=$(left)
-    case $name in
+    case $name in # of those whose rows come one by one: what fits is worth beginning
     table | served | paper) expected=70 ;;
-    fp8) expected=150 ;; # rows come one by one: what fits is worth beginning
+    fp8) expected=150 ;;
     esac
     if [ -z "$REHEARSE" ] && [ "$remaining" -lt "$expected" ]; then
         echo "--- $name: $expected s are not left" | tee -a "$log"
