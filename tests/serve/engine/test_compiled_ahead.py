@@ -110,4 +110,5 @@ def test_no_step_launches_a_kernel_that_was_not_compiled_ahead(monkeypatch, shap
     ahead = kernels_of(runner._launch_every_kernel, monkeypatch)
 
     assert len(ahead) > 10
+    assert any("fp8e4nv" in key for _, key in ahead) == ("adapter_dtype" in switches)
     assert kernels_of(every_step, monkeypatch) <= ahead
