@@ -39,11 +39,12 @@ def test_rows_are_printed_and_written_as_they_come(tmp_path, capfd):
 def test_each_switch_reaches_the_engine(capfd):
     bench(
         "--adapters", "2", "--requests", "4", "--lengths", "4,9", "--prefix-cache", "--no-fairness", "--no-prefetch",
-        "--cluster", "3", "--slo-ttft-s", "5", "--json",
+        "--cluster", "3", "--slo-ttft-s", "5", "--adapter-dtype", "float8", "--json",
     )  # fmt: skip
     [row] = json.loads(capfd.readouterr().out)["rows"]
 
-    switched = {"prefix_cache": True, "fairness": False, "prefetch": False, "cluster": 3, "slo_ttft_s": 5.0}
+    switched = {"prefix_cache": True, "fairness": False, "prefetch": False, "cluster": 3, "slo_ttft_s": 5.0,
+                "adapter_dtype": "float8_e4m3fn"}  # fmt: skip
     assert switched.items() <= row["switches"].items()
 
 

@@ -26,6 +26,7 @@ SWITCHES: list[tuple[tuple[str, ...], str, Any]] = [
     (("--cluster", "8"), "cluster", 8),
     (("--no-prefetch",), "prefetch", False),
     (("--allow-base-mismatch",), "allow_base_mismatch", True),
+    (("--adapter-dtype", "float8"), "adapter_dtype", "float8_e4m3fn"),
 ]
 
 
