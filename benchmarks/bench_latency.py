@@ -18,13 +18,13 @@ from pathlib import Path
 import triton
 
 import flora
+from flora.bench.engines import running_engine
 from flora.bench.registering import register_random_adapters
 from flora.bench.row import append_row, encode_row
 from flora.bench.script import make_parser, place_facts, sized_engine, surroundings
 from flora.bench.shapes import SHAPES, write_config
 from flora.serve.config import EngineConfig
-from flora.serve.engine import Engine, build_engine
-from flora.serve.engine.garbage import keep_collections_short
+from flora.serve.engine import Engine
 from flora.serve.messages import StepEvents, Submit
 from flora.serve.request import AdapterTarget, SamplingParams
 
@@ -40,28 +40,28 @@ def main() -> None:
         targets = register_random_adapters(
             folder / "registry", args.shape, args.modules, [args.rank], range(REPEATS + 1), num_processes
         )
-        engine = build_engine(engine_config(args, base, folder))
-        keep_collections_short()  # as the server's engine does
-        ask(engine, targets[0], 16)
-        row = {
-            "system": "flora",
-            "bench": "latency",
-            "label": "latency" if args.beside_rows is None else f"latency/beside-{args.beside_rows}",
-            "version": flora.__version__,
-            "shape": args.shape,
-            "modules": args.modules,
-            "rank": args.rank,
-            "prompt_tokens": PROMPT_TOKENS,
-            "kernels": engine.ready.kernels,
-            "tpot_base_ms": tpot_ms(engine, None),
-            "tpot_adapter_ms": tpot_ms(engine, targets[0]),
-            "ttft_base_ms": summary([ask(engine, None, 1)[0] for _ in range(REPEATS)]),
-            "ttft_resident_ms": summary([ask(engine, targets[0], 1)[0] for _ in range(REPEATS)]),
-            "ttft_file_ms": summary([ask(engine, targets[i], 1)[0] for i in range(1, REPEATS + 1)]),
-            "ttft_host_ms": summary([ask(engine, evicted(engine, targets[i]), 1)[0] for i in range(1, REPEATS + 1)]),
-            "triton": triton.__version__,
-        } | place_facts(surroundings(args))
-        engine.close()
+        with running_engine(engine_config(args, base, folder)) as engine:
+            ask(engine, targets[0], 16)
+            row = {
+                "system": "flora",
+                "bench": "latency",
+                "label": "latency" if args.beside_rows is None else f"latency/beside-{args.beside_rows}",
+                "version": flora.__version__,
+                "shape": args.shape,
+                "modules": args.modules,
+                "rank": args.rank,
+                "prompt_tokens": PROMPT_TOKENS,
+                "kernels": engine.ready.kernels,
+                "tpot_base_ms": tpot_ms(engine, None),
+                "tpot_adapter_ms": tpot_ms(engine, targets[0]),
+                "ttft_base_ms": summary([ask(engine, None, 1)[0] for _ in range(REPEATS)]),
+                "ttft_resident_ms": summary([ask(engine, targets[0], 1)[0] for _ in range(REPEATS)]),
+                "ttft_file_ms": summary([ask(engine, targets[i], 1)[0] for i in range(1, REPEATS + 1)]),
+                "ttft_host_ms": summary(
+                    [ask(engine, evicted(engine, targets[i]), 1)[0] for i in range(1, REPEATS + 1)]
+                ),
+                "triton": triton.__version__,
+            } | place_facts(surroundings(args))
     print(encode_row(row), flush=True)
     if args.out:
         append_row(args.out, row)
