@@ -204,6 +204,8 @@ def _paper(make: _Maker) -> Iterator[Entry]:
         yield make(f"S2/2000/{name}", "S2", 2000, 28, load=calm, engine=roomy | {"prefetch": prefetch})
     yield make("S2/200/fixed-128", "S2", 200, 105, setting={"fixed_slots": 128}, engine=roomy, seeds=drawn)
     yield from _early_abort(make, 4.0)
+    for slots in (32, 16):  # what somebody would take who has not tried them all
+        yield make(f"S2/200/capped/fixed-{slots}", "S2", 200, 70, setting=few | {"fixed_slots": slots}, engine=capped)
 
 
 def _figure_9(make: _Maker) -> Iterator[Entry]:
